@@ -1,0 +1,8 @@
+"""Measure neural collapse: torchmetrics metrics, plain functions and a Lightning callback."""
+
+
+from lightning_nc.metrics import NC1, NC2, NC3, NeuralCollapse
+
+__all__ = ["NC1", "NC2", "NC3", "NeuralCollapse"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,351 @@
+r"""The measures of neural collapse, as differentiable functions of features and labels.
+
+Notation: K classes, N samples, d features; :math:`\mu_k` the mean of class k, :math:`\mu_G` the mean of the class means
+(not of the samples: the two differ when classes are unbalanced), H the K x d matrix of class means,
+:math:`M = H - \mu_G` the centred means, W the K x d weight of the classifier, :math:`\Sigma_W` and :math:`\Sigma_B` the
+within-class and between-class covariance, and :math:`E = (I - 11^\top / K) / \sqrt{K - 1}` the Gram matrix of a simplex
+equiangular tight frame (ETF), of unit Frobenius norm.
+
+Shared by all functions of features and labels:
+
+* ``features`` is (N, d) and floating, ``target`` (N,) and integer; ``num_classes`` defaults to the highest label plus one.
+* The result is a tensor of shape (), without unit, in float64 (float32 on a device that has no float64).
+* A class without a sample is left out, with a warning: K is then the number of classes seen, and the rows of W of the
+  classes not seen are left out too. With fewer than two classes, or class means that all coincide, the result is nan.
+* A non-finite feature gives nan, with a warning that says how many samples have one.
+* ``ValueError`` for shapes that do not fit, labels that are no integers or lie outside [0, K).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, check_labels
+
+__all__ = [
+    "MEASURES",
+    "PAPER_MEASURES",
+    "bias_collapse",
+    "nc1",
+    "nc1_cdnv",
+    "nc1_trace",
+    "nc1_vci",
+    "nc2",
+    "nc2_equiangular",
+    "nc2_equinorm",
+    "nc2_maxangle",
+    "nc2_weight",
+    "nc3",
+    "nc3_cosine",
+    "nc3_gram",
+]
+
+Frame = Literal["etf", "of"]
+
+PAPER_MEASURES = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")
+"""The measures of Tirer & Bruna (2022), equations (26) to (28), and the centred ones of their figures 5 and 10."""
+
+
+def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    r"""Within-class variability relative to the distance of the classes.
+
+    .. math:: \mathrm{NC}_1 = \tfrac1K \operatorname{tr}(\Sigma_W \Sigma_B^\dagger)
+
+    Computed by projecting the deviations on the span of the centred class means, which is exact down to 1e-25 and never
+    negative; the d x d matrices are not formed. Source: Tirer & Bruna (2022), equation (26); Papyan et al. (2020).
+
+    Example:
+        >>> import torch
+        >>> from lightning_nc.functional import nc1
+        >>> nc1(torch.tensor([[2.0], [4.0], [-2.0], [-4.0]]), torch.tensor([0, 0, 1, 1]))
+        tensor(0.0556, dtype=torch.float64)
+    """
+    return _measure("nc1", features, target, num_classes)
+
+
+def nc1_trace(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    r""":math:`\operatorname{tr} \Sigma_W / \operatorname{tr} \Sigma_B`. Source: arXiv 2210.16658."""
+    return _measure("nc1_trace", features, target, num_classes)
+
+
+def nc1_cdnv(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    r"""Class-distance normalised variance: the mean over pairs of classes of
+    :math:`(s_i^2 + s_j^2) / (2 \|\mu_i - \mu_j\|^2)`, with :math:`s_k^2` the mean squared distance to :math:`\mu_k`.
+    Source: arXiv 2112.15121.
+    """
+    return _measure("nc1_cdnv", features, target, num_classes)
+
+
+def nc1_vci(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    r"""Variability collapse index :math:`1 - \operatorname{tr}(\Sigma_T^\dagger \Sigma_B) / \min(d, K - 1)` with
+    :math:`\Sigma_T = \Sigma_W + \Sigma_B`. Source: arXiv 2306.03440.
+    """
+    return _measure("nc1_vci", features, target, num_classes)
+
+
+def nc2(
+    features: Tensor, target: Tensor, num_classes: int | None = None, frame: Frame = "etf", center: bool = False
+) -> Tensor:
+    r"""Distance of the class means from a simplex ETF or an orthogonal frame (OF).
+
+    .. math:: \left\| HH^\top / \|HH^\top\|_F - E \right\|_F, \qquad \left\| HH^\top / \|HH^\top\|_F - I/\sqrt K \right\|_F
+
+    Args:
+        features: (N, d).
+        target: class indices, (N,).
+        num_classes: K.
+        frame: ``"etf"`` or ``"of"``.
+        center: take M in place of H. Features after a ReLU are non-negative: their means are an ETF only when centred.
+            An exact orthogonal frame is an exact ETF once centred; ``frame="of"`` without centring tells the two apart.
+
+    Source: Tirer & Bruna (2022), equation (27); centred: figures 5 and 10.
+    """
+    return _measure(_nc2_name(frame, center), features, target, num_classes)
+
+
+def nc2_equinorm(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    r"""Equal norms: the standard deviation (of a population, ddof 0) of :math:`\|m_k\|` over its mean.
+    Source: Papyan et al. (2020), figure 2.
+    """
+    return _measure("nc2_equinorm", features, target, num_classes)
+
+
+def nc2_equiangular(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    """Equal angles: the standard deviation of cos(m_i, m_j) over the pairs. Source: Papyan et al. (2020), figure 3."""
+    return _measure("nc2_equiangular", features, target, num_classes)
+
+
+def nc2_maxangle(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    """Largest angles: the mean over the pairs of abs(cos(m_i, m_j) + 1/(K - 1)). Source: Papyan et al. (2020), figure 4."""
+    return _measure("nc2_maxangle", features, target, num_classes)
+
+
+def nc2_weight(weight: Tensor) -> Tensor:
+    r"""Distance of the classifier's rows from a simplex ETF, :math:`\| WW^\top / \|WW^\top\|_F - E \|_F`.
+
+    Args:
+        weight: (K, d).
+
+    Source: Zhu et al. (2021), arXiv 2105.02375.
+    """
+    return _frame_distance(weight, "etf")
+
+
+def nc3(
+    features: Tensor, target: Tensor, weight: Tensor, num_classes: int | None = None, center: bool = False
+) -> Tensor:
+    r"""Distance of the classifier's weight from the class means, :math:`\| W/\|W\|_F - H/\|H\|_F \|_F`.
+
+    Args:
+        features: (N, d).
+        target: class indices, (N,).
+        weight: (K, d).
+        num_classes: K; the number of rows of ``weight`` where it is not given.
+        center: take M in place of H.
+
+    Source: Tirer & Bruna (2022), equation (28). Papyan et al. (2020) use the square of the centred distance.
+    """
+    return _measure("nc3_centered" if center else "nc3", features, target, num_classes, weight)
+
+
+def nc3_gram(features: Tensor, target: Tensor, weight: Tensor, num_classes: int | None = None) -> Tensor:
+    r""":math:`\| WM^\top / \|WM^\top\|_F - E \|_F`, with ``weight`` (K, d). Source: arXiv 2105.02375."""
+    return _measure("nc3_gram", features, target, num_classes, weight)
+
+
+def nc3_cosine(features: Tensor, target: Tensor, weight: Tensor, num_classes: int | None = None) -> Tensor:
+    """One minus the mean over the classes of cos(w_k, m_k), with ``weight`` (K, d)."""
+    return _measure("nc3_cosine", features, target, num_classes, weight)
+
+
+def bias_collapse(
+    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor, num_classes: int | None = None
+) -> Tensor:
+    r""":math:`\| W \mu_G + b \|_2`, with ``weight`` (K, d) and ``bias`` (K,). Source: arXiv 2105.02375."""
+    return _measure("bias_collapse", features, target, num_classes, weight, bias)
+
+
+class Summary(NamedTuple):
+    """What a formula may look at: the classes seen, and the classifier's rows for them."""
+
+    moments: ClassMoments | ClassDeviations
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """H, (K, d)."""
+        return self.moments.means
+
+    @property
+    def centered(self) -> Tensor:
+        """M, (K, d)."""
+        return self.means - self.means.mean(dim=0)
+
+
+def _contrasts(means: Tensor) -> Tensor:
+    """K - 1 rows T with T'T = M'M.
+
+    M has K rows and rank K - 1 at most; a reflection turns its null direction, the vector of ones, to the first axis,
+    and that row is dropped by construction instead of by the luck of a threshold.
+    """
+    centered = means - means.mean(dim=0)
+    return centered[1:] - centered[0] / (math.sqrt(len(means)) + 1)
+
+
+def _nc1(s: Summary) -> Tensor:
+    contrasts = _contrasts(s.means)
+    eps = torch.finfo(contrasts.dtype).eps
+    # Directions as weak as the rounding of the means are none; with T = U diag(s) V', this is V diag(1/s) U'.
+    whitening = torch.linalg.pinv(contrasts, atol=10 * eps * s.means.detach().norm(), rtol=eps * max(contrasts.shape))
+    return s.moments.within(whitening) / s.moments.samples if whitening.any() else whitening.new_full((), math.nan)
+
+
+def _nc1_trace(s: Summary) -> Tensor:
+    return (s.moments.spread.sum() / s.moments.samples) / (s.centered.square().sum() / len(s.means))
+
+
+def _nc1_cdnv(s: Summary) -> Tensor:
+    variance = s.moments.spread / s.moments.counts
+    distance = torch.cdist(s.means, s.means, compute_mode="donot_use_mm_for_euclid_dist")
+    i, j = _pairs(s.means)
+    return ((variance[i] + variance[j]) / (2 * distance[i, j].square())).mean()
+
+
+def _nc1_vci(s: Summary) -> Tensor:
+    classes, features = s.means.shape
+    between = _contrasts(s.means) / math.sqrt(classes)
+    total = s.moments.total_scatter() / s.moments.samples + between.T @ between
+    explained = (between @ torch.linalg.pinv(total, hermitian=True) * between).sum()
+    return 1 - explained / min(features, classes - 1)
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    return torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
+
+
+def _equinorm(rows: Tensor) -> Tensor:
+    norms = rows.norm(dim=1)
+    return norms.std(correction=0) / norms.mean()
+
+
+def _pair_cosines(rows: Tensor) -> Tensor:
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    i, j = _pairs(rows)
+    return (unit @ unit.T)[i, j]
+
+
+def _frame_distance(rows: Tensor, frame: Frame, other: Tensor | None = None) -> Tensor:
+    gram = rows @ (rows if other is None else other).T
+    classes = len(gram)
+    identity = torch.eye(classes, dtype=gram.dtype, device=gram.device)
+    target = identity / math.sqrt(classes) if frame == "of" else (identity - 1 / classes) / math.sqrt(classes - 1)
+    return (gram / gram.norm() - target).norm()
+
+
+def _distance_of_directions(weight: Tensor, means: Tensor) -> Tensor:
+    return (weight / weight.norm() - means / means.norm()).norm()
+
+
+class Measure(NamedTuple):
+    """A formula and which parts of the classifier it needs besides the features: none, ``weight``, ``bias``."""
+
+    formula: Callable[[Summary], Tensor]
+    needs: tuple[str, ...] = ()
+
+
+MEASURES: Mapping[str, Measure] = {
+    "nc1": Measure(_nc1),
+    "nc1_trace": Measure(_nc1_trace),
+    "nc1_cdnv": Measure(_nc1_cdnv),
+    "nc1_vci": Measure(_nc1_vci),
+    "nc2_etf": Measure(lambda s: _frame_distance(s.means, "etf")),
+    "nc2_etf_centered": Measure(lambda s: _frame_distance(s.centered, "etf")),
+    "nc2_of": Measure(lambda s: _frame_distance(s.means, "of")),
+    "nc2_of_centered": Measure(lambda s: _frame_distance(s.centered, "of")),
+    "nc2_equinorm": Measure(lambda s: _equinorm(s.centered)),
+    "nc2_equiangular": Measure(lambda s: _pair_cosines(s.centered).std(correction=0)),
+    "nc2_maxangle": Measure(lambda s: (_pair_cosines(s.centered) + 1 / (len(s.means) - 1)).abs().mean()),
+    "nc2_weight": Measure(lambda s: _frame_distance(s.weight, "etf"), ("weight",)),
+    "nc3": Measure(lambda s: _distance_of_directions(s.weight, s.means), ("weight",)),
+    "nc3_centered": Measure(lambda s: _distance_of_directions(s.weight, s.centered), ("weight",)),
+    "nc3_gram": Measure(lambda s: _frame_distance(s.weight, "etf", s.centered), ("weight",)),
+    "nc3_cosine": Measure(
+        lambda s: 1 - torch.nn.functional.cosine_similarity(s.weight, s.centered).mean(), ("weight",)
+    ),
+    "bias_collapse": Measure(lambda s: (s.weight @ s.means.mean(dim=0) + s.bias).norm(), ("weight", "bias")),
+}
+"""Every measure by the name under which the metrics and the callback know it."""
+
+
+def evaluate(
+    names: Sequence[str],
+    moments: ClassMoments | ClassDeviations,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The named measures of the classes that have a sample. Raises and warns as the module's page says."""
+    seen = moments.counts > 0
+    nan = moments.means.new_full((), math.nan)
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and len(part) != len(seen):
+            raise ValueError(f"{name} must have a row for each of the {len(seen)} classes, got {tuple(part.shape)}")
+    if weight is not None and weight.shape[1:] != moments.means.shape[1:]:
+        features = moments.means.shape[1]
+        raise ValueError(f"weight must have a column for each of the {features} features, got {tuple(weight.shape)}")
+    if not moments.spread.sum().isfinite():
+        count = int(moments.nonfinite)
+        reason = f"{count} samples have" if count else "the features are so large that their squares overflow: some have"
+        warnings.warn(f"{reason} an infinity or a nan; the measures are nan", stacklevel=2)
+        return dict.fromkeys(names, nan)
+    if seen.sum() < 2:
+        return dict.fromkeys(names, nan)
+    if not seen.all():
+        absent = (~seen).nonzero().flatten().tolist()
+        listed = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
+        warnings.warn(f"no sample of {len(absent)} classes ({listed}): every measure leaves them out", stacklevel=2)
+
+    def of_seen(rows: Tensor | None) -> Tensor:
+        return nan if rows is None else rows.to(moments.means)[seen]
+
+    summary = Summary(moments.select(seen), of_seen(weight), of_seen(bias))
+    return {name: MEASURES[name].formula(summary) for name in names}
+
+
+def check_measures(names: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple; ``ValueError`` for one that is not in :data:`MEASURES`, with the nearest ones."""
+    if isinstance(names, str):
+        raise ValueError(f"metrics must be a sequence of names, got the string {names!r}; write ({names!r},)")
+    for name in names:
+        if name not in MEASURES:
+            near = difflib.get_close_matches(str(name), MEASURES) or list(MEASURES)
+            raise ValueError(f"unknown measure {name!r}; did you mean one of {', '.join(near)}?")
+    return tuple(names)
+
+
+def _nc2_name(frame: str, center: bool) -> str:
+    if frame not in ("etf", "of"):
+        raise ValueError(f"frame must be 'etf' or 'of', got {frame!r}")
+    return f"nc2_{frame}_centered" if center else f"nc2_{frame}"
+
+
+def _measure(
+    name: str,
+    features: Tensor,
+    target: Tensor,
+    num_classes: int | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    check_batch(features, target)
+    if num_classes is None:
+        num_classes = len(weight) if weight is not None else int(target.max()) + 1 if len(target) else 0
+    check_labels(target, num_classes)
+    return evaluate((name,), ClassDeviations.of(features, target, num_classes), weight, bias)[name]
