@@ -204,7 +204,7 @@ def _nc1(s: Summary) -> Tensor:
     contrasts = _contrasts(s.means)
     eps = torch.finfo(contrasts.dtype).eps
     # Directions as weak as the rounding of the means are none; with T = U diag(s) V', this is V diag(1/s) U'.
-    whitening = torch.linalg.pinv(contrasts, atol=10 * eps * s.means.detach().norm(), rtol=eps * max(contrasts.shape))
+    whitening = torch.linalg.pinv(contrasts, atol=10 * eps * _norm(s.means.detach()), rtol=eps * max(contrasts.shape))
     return s.moments.within(whitening) / s.moments.samples if whitening.any() else whitening.new_full((), math.nan)
 
 
@@ -214,16 +214,17 @@ def _nc1_trace(s: Summary) -> Tensor:
 
 def _nc1_cdnv(s: Summary) -> Tensor:
     variance = s.moments.spread / s.moments.counts
-    distance = torch.cdist(s.means, s.means, compute_mode="donot_use_mm_for_euclid_dist")
     i, j = _pairs(s.means)
-    return ((variance[i] + variance[j]) / (2 * distance[i, j].square())).mean()
+    distance: Tensor = torch.cdist(s.means, s.means, compute_mode="donot_use_mm_for_euclid_dist")[i, j]
+    ratios: Tensor = (variance[i] + variance[j]) / (2 * distance.square())
+    return ratios.mean()
 
 
 def _nc1_vci(s: Summary) -> Tensor:
     classes, features = s.means.shape
     between = _contrasts(s.means) / math.sqrt(classes)
     total = s.moments.total_scatter() / s.moments.samples + between.T @ between
-    explained = (between @ torch.linalg.pinv(total, hermitian=True) * between).sum()
+    explained: Tensor = (between @ torch.linalg.pinv(total, hermitian=True) * between).sum()
     return 1 - explained / min(features, classes - 1)
 
 
@@ -231,8 +232,13 @@ def _pairs(rows: Tensor) -> Tensor:
     return torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
 
 
+def _norm(matrix: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrix)
+    return norm
+
+
 def _equinorm(rows: Tensor) -> Tensor:
-    norms = rows.norm(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms.std(correction=0) / norms.mean()
 
 
@@ -247,11 +253,11 @@ def _frame_distance(rows: Tensor, frame: Frame, other: Tensor | None = None) -> 
     classes = len(gram)
     identity = torch.eye(classes, dtype=gram.dtype, device=gram.device)
     target = identity / math.sqrt(classes) if frame == "of" else (identity - 1 / classes) / math.sqrt(classes - 1)
-    return (gram / gram.norm() - target).norm()
+    return _norm(gram / _norm(gram) - target)
 
 
 def _distance_of_directions(weight: Tensor, means: Tensor) -> Tensor:
-    return (weight / weight.norm() - means / means.norm()).norm()
+    return _norm(weight / _norm(weight) - means / _norm(means))
 
 
 class Measure(NamedTuple):
@@ -280,7 +286,7 @@ MEASURES: Mapping[str, Measure] = {
     "nc3_cosine": Measure(
         lambda s: 1 - torch.nn.functional.cosine_similarity(s.weight, s.centered).mean(), ("weight",)
     ),
-    "bias_collapse": Measure(lambda s: (s.weight @ s.means.mean(dim=0) + s.bias).norm(), ("weight", "bias")),
+    "bias_collapse": Measure(lambda s: _norm(s.weight @ s.means.mean(dim=0) + s.bias), ("weight", "bias")),
 }
 """Every measure by the name under which the metrics and the callback know it."""
 
@@ -302,7 +308,9 @@ def evaluate(
         raise ValueError(f"weight must have a column for each of the {features} features, got {tuple(weight.shape)}")
     if not moments.spread.sum().isfinite():
         count = int(moments.nonfinite)
-        reason = f"{count} samples have" if count else "the features are so large that their squares overflow: some have"
+        reason = (
+            f"{count} samples have" if count else "the features are so large that their squares overflow: some have"
+        )
         warnings.warn(f"{reason} an infinity or a nan; the measures are nan", stacklevel=2)
         return dict.fromkeys(names, nan)
     if seen.sum() < 2:

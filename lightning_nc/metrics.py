@@ -128,7 +128,7 @@ class NeuralCollapse(Metric):
             if (state := getattr(self, name)).is_inference():
                 with torch.inference_mode(False):
                     setattr(self, name, state.clone())
-        return ClassMoments(**self.metric_state)
+        return ClassMoments(**{name: getattr(self, name) for name in self._defaults})
 
     def _store(self, moments: ClassMoments) -> None:
         for name in self._defaults:
@@ -141,7 +141,7 @@ class NeuralCollapse(Metric):
         (moments,) = synchronise([self._moments()], process_group or self.process_group)
         self._store(moments)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NeuralCollapse:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         """Move with the module, but keep the precision: bfloat16 moments would be worthless."""
 
         def move(state: Tensor) -> Tensor:
@@ -157,7 +157,8 @@ class _SingleMeasure(NeuralCollapse):
 
     def compute(self) -> Tensor:
         """The measure, a tensor of shape ()."""
-        return super().compute()[self.metrics[0]]
+        values: dict[str, Tensor] = super().compute()
+        return values[self.metrics[0]]
 
 
 class NC1(_SingleMeasure):
@@ -245,9 +246,7 @@ def synchronise(moments: Sequence[ClassMoments], group: ProcessGroup | None = No
         second += [spread, m.scatter + m.recent + weighted.T @ moved]
     summed = _all_reduce(second, group)
     return [
-        ClassMoments(
-            counts, means, spread, scatter, torch.zeros_like(m.recent), *tally.to(torch.long).unbind()
-        )
+        ClassMoments(counts, means, spread, scatter, torch.zeros_like(m.recent), *tally.to(torch.long).unbind())
         for m, (counts, means), spread, scatter, tally in zip(
             moments, totals, summed[::2], summed[1::2], first[len(moments) :], strict=True
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,15 +53,19 @@ class ClassMoments:
     def zeros(cls, num_classes: int, num_features: int, device: torch.device | str | None = None) -> ClassMoments:
         """The moments of no samples at all."""
         device = torch.get_default_device() if device is None else device
-        wide = {"dtype": state_dtype(device), "device": device}
+
+        def zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+            with torch.inference_mode(False):  # so that it can be updated in place in any mode
+                return torch.zeros(shape, dtype=dtype or state_dtype(device), device=device)
+
         return cls(
-            counts=torch.zeros(num_classes, **wide),
-            means=torch.zeros(num_classes, num_features, **wide),
-            spread=torch.zeros(num_classes, **wide),
-            scatter=torch.zeros(num_features, num_features, **wide),
-            recent=torch.zeros(num_features, num_features, dtype=torch.float32, device=device),
-            mislabelled=torch.zeros((), dtype=torch.long, device=device),
-            nonfinite=torch.zeros((), dtype=torch.long, device=device),
+            counts=zeros(num_classes),
+            means=zeros(num_classes, num_features),
+            spread=zeros(num_classes),
+            scatter=zeros(num_features, num_features),
+            recent=zeros(num_features, num_features, dtype=torch.float32),
+            mislabelled=zeros(dtype=torch.long),
+            nonfinite=zeros(dtype=torch.long),
         )
 
     @property
@@ -75,7 +80,7 @@ class ClassMoments:
             features: (B, d), floating, on the device of the moments.
             target: class indices, (B,). A label outside [0, K) is counted in ``mislabelled``.
         """
-        with torch.no_grad(), torch.inference_mode(False), _full_precision(features.device.type):
+        with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device.type):
             product_dtype = torch.promote_types(features.dtype, torch.float32)
             valid = (target >= 0) & (target < self.counts.numel())
             target = target.long().clamp(0, self.counts.numel() - 1)
@@ -204,13 +209,20 @@ def check_batch(features: Tensor, target: Tensor, num_features: int | None = Non
         )
     if num_features is not None and features.shape[1] != num_features:
         raise ValueError(f"features must have num_features={num_features} columns, got {_describe(features)}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.dim() != 1:
-        raise ValueError(
-            f"targets must hold class indices of shape (B,), got {_describe(target)}; take the arg max of one-hot or "
-            "soft labels first"
-        )
+    check_target(target)
     if len(features) != len(target):
         raise ValueError(f"features and targets must have the same length, got {len(features)} and {len(target)}")
+
+
+def check_target(target: Any) -> None:
+    """Raise ``ValueError`` unless labels are an integer tensor (B,). Looks at no value."""
+    if not isinstance(target, Tensor):
+        raise ValueError(f"targets must be a tensor of class indices of shape (B,), got {type(target).__name__}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.dim() != 1:
+        raise ValueError(
+            f"targets must hold class indices of shape (B,), got {_describe(target)}; take the arg max of one-hot or soft "
+            "labels first, or pass target_fn to extract class indices from the batch"
+        )
 
 
 def check_labels(target: Tensor, num_classes: int) -> None:

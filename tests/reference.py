@@ -1,0 +1,80 @@
+"""An independent float64 computation of every measure: two passes, d x d matrices, pseudoinverses; NumPy only."""
+
+import numpy as np
+
+
+def moments(features, target):
+    features, target = np.asarray(features, dtype=np.float64), np.asarray(target)
+    classes = np.unique(target)
+    means = np.stack([features[target == k].mean(0) for k in classes])
+    deviations = features - means[np.searchsorted(classes, target)]
+    centered = means - means.mean(0)
+    within = deviations.T @ deviations / len(features)
+    between = centered.T @ centered / len(classes)
+    return means, centered, deviations, within, between
+
+
+def nc1(features, target):
+    means, _, _, within, between = moments(features, target)
+    # The rank of Sigma_B is known: what lies below is rounding, which a general cut-off can only guess at.
+    values, vectors = np.linalg.eigh(between)
+    rank = min(len(means) - 1, between.shape[0])
+    values, vectors = values[-rank:], vectors[:, -rank:]
+    return float(np.trace(within @ (vectors / values) @ vectors.T) / len(means))
+
+
+def frame(rows, kind, other=None):
+    gram = rows @ (rows if other is None else other).T
+    k = len(gram)
+    target = np.eye(k) / np.sqrt(k) if kind == "of" else (np.eye(k) - 1 / k) / np.sqrt(k - 1)
+    return float(np.linalg.norm(gram / np.linalg.norm(gram) - target))
+
+
+def direction(weight, means):
+    return float(np.linalg.norm(weight / np.linalg.norm(weight) - means / np.linalg.norm(means)))
+
+
+def cosines(rows):
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return (unit @ unit.T)[np.triu_indices(len(rows), 1)]
+
+
+def all_measures(features, target, weight, bias):
+    means, centered, deviations, within, between = moments(features, target)
+    k, d = means.shape
+    counts = np.array([np.sum(np.asarray(target) == c) for c in np.unique(target)])
+    owner = np.searchsorted(np.unique(target), target)
+    variance = np.array([(deviations[owner == c] ** 2).sum() for c in range(k)]) / counts
+    cdnv = [
+        (variance[i] + variance[j]) / (2 * ((means[i] - means[j]) ** 2).sum()) for i in range(k) for j in range(i + 1, k)
+    ]
+    norms = np.linalg.norm(centered, axis=1)
+    cos_weight = (weight * centered).sum(1) / (np.linalg.norm(weight, axis=1) * norms)
+    return {
+        "nc1": nc1(features, target),
+        "nc1_trace": np.trace(within) / np.trace(between),
+        "nc1_cdnv": np.mean(cdnv),
+        "nc1_vci": 1 - np.trace(np.linalg.pinv(within + between) @ between) / min(d, k - 1),
+        "nc2_etf": frame(means, "etf"),
+        "nc2_etf_centered": frame(centered, "etf"),
+        "nc2_of": frame(means, "of"),
+        "nc2_of_centered": frame(centered, "of"),
+        "nc2_equinorm": norms.std() / norms.mean(),
+        "nc2_equiangular": cosines(centered).std(),
+        "nc2_maxangle": np.abs(cosines(centered) + 1 / (k - 1)).mean(),
+        "nc2_weight": frame(weight, "etf"),
+        "nc3": direction(weight, means),
+        "nc3_centered": direction(weight, centered),
+        "nc3_gram": frame(weight, "etf", centered),
+        "nc3_cosine": 1 - cos_weight.mean(),
+        "bias_collapse": np.linalg.norm(weight @ means.mean(0) + bias),
+    }
+
+
+def nc1_by_axes(features, target):
+    """NC1 through an SVD of the centred means in float64, for means whose directions differ much in size."""
+    means, centered, deviations, _, _ = moments(features, target)
+    rank = min(len(means) - 1, means.shape[1])
+    values, rows = np.linalg.svd(centered, full_matrices=False)[1:]
+    kept = values[:rank] > 1e-12 * values[0]
+    return float((((deviations @ rows[:rank][kept].T) / values[:rank][kept]) ** 2).sum() / len(deviations))
