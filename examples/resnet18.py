@@ -120,7 +120,7 @@ class Images(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches."""
-        return DataLoader(self.train, batch_size=self.hparams.batch_size, shuffle=True)
+        return DataLoader(self.train, batch_size=self.hparams.batch_size, shuffle=True, drop_last=True)
 
 
 def digits() -> tuple[Tensor, Tensor]:

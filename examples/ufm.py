@@ -104,7 +104,7 @@ FIGURES = {
     1: Configuration(**unit),
     2: Configuration(**unit, lambda_b=0.0),
     3: Configuration(model="linear"),
-    4: Configuration(model="relu", iterations=400_000, every=5000),
+    4: Configuration(model="relu", iterations=2_400_000, every=20_000),
     6: Configuration(**unit, **larger, iterations=160_000),
     7: Configuration(**unit, **larger, iterations=160_000, lambda_b=0.0),
     8: Configuration(model="linear", **larger, lambda_w1=0.0025, iterations=140_000),
@@ -125,18 +125,18 @@ class UFM(L.LightningModule):
         c = self.c = configuration
         generator = torch.Generator().manual_seed(seed)
 
-        def normal(scale: float, *shape: int) -> nn.Parameter:
-            return nn.Parameter(scale * torch.randn(*shape, generator=generator, dtype=torch.float64))
+        def normal(scale: float, *shape: int) -> Tensor:
+            return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        samples = c.num_classes * c.samples_per_class
-        self.classifier = nn.Linear(c.num_features, c.num_classes, bias=c.lambda_b < math.inf, dtype=torch.float64)
-        self.classifier.weight = normal(c.scale_w, c.num_classes, c.num_features)
+        K, d, n = c.num_classes, c.num_features, c.samples_per_class
+        self.features = nn.Parameter(normal(c.scale_h, d, K * n).T.contiguous())
         if c.model != "plain":
-            self.hidden = nn.Linear(c.num_features, c.num_features, bias=False, dtype=torch.float64)
-            self.hidden.weight = normal(c.scale_w1, c.num_features, c.num_features)
-        self.features = normal(c.scale_h, samples, c.num_features)
+            self.hidden = nn.Linear(d, d, bias=False)
+            self.hidden.weight = nn.Parameter(normal(c.scale_w1, d, d))
+        self.classifier = nn.Linear(d, K, bias=c.lambda_b < math.inf)
+        self.classifier.weight = nn.Parameter(normal(c.scale_w, K, d))
         if self.classifier.bias is not None:
-            self.classifier.bias = normal(c.scale_w, c.num_classes)
+            self.classifier.bias = nn.Parameter(normal(c.scale_w, K))
         self.register_buffer("labels", torch.arange(c.num_classes).repeat_interleave(c.samples_per_class))
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ def descend_linear(
     offset, E, P, gradient = -Y, torch.empty(Y.shape, dtype=Y.dtype), torch.empty_like(W2), torch.empty_like(W2)
     # Each update needs the other factor as it was before the step: W2 alternates between two places.
     new, old = W2.clone(), W2
-    new_T, old_T, E_T, H_T, ones_T = new.mT, old.mT, E.mT, H.mT, ones.mT
+    new_T, old_T, H_T, ones_T = new.mT, old.mT, H.mT, ones.mT
     P, P_T = (old, old_T) if W1 is None else (P, P.mT)
     for _ in range(steps):
         if W1 is None:
@@ -365,19 +365,23 @@ class Record(L.Callback):
         self.rows: list[dict[str, float]] = []
 
     def on_fit_start(self, trainer: L.Trainer, model: UFM) -> None:
+        """The row of the start."""
         self.rows = [measure_now(model, 0)]
         self.bar = tqdm(total=trainer.max_epochs * model.c.every, unit="step", unit_scale=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, model: UFM) -> None:
+        """The row of this epoch."""
         values = self.collapse.history[-1]
-        row = {"iteration": (trainer.current_epoch + 1) * model.c.every, "objective": model.objective().item()}
+        row = measure_now(model, (trainer.current_epoch + 1) * model.c.every)
         for suffix, part in MODULES.items():
-            row |= {name + suffix: values[key] for name in MEASURES if (key := f"nc/{part}{name}") in values}
+            # The callback sees batches, not the whole, and its NC1 has a floor near 1e-24: the exact one is kept.
+            row |= {name + suffix: values[key] for name in MEASURES[1:] if (key := f"nc/{part}{name}") in values}
         self.rows.append(row)
         self.bar.update(model.c.every)
         self.bar.set_postfix_str(f"objective {row['objective']:.6g}, NC1 {row['nc1']:.1e}", refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, model: UFM) -> None:
+        """Leave the bar standing."""
         self.bar.close()
 
 
@@ -454,10 +458,12 @@ def levels(c: Configuration) -> dict[str, float]:
 
 @torch.no_grad()
 def dead_samples(model: UFM) -> list[int]:
-    """How many samples of each class are switched off by every ReLU, so that no gradient reaches them."""
+    """How many samples of each class are switched off by the ReLUs, so that no gradient reaches them."""
     if model.c.model != "relu":
         return [0] * model.c.num_classes
-    return (model.levels()[""] <= 0).all(dim=1).view(model.c.num_classes, -1).sum(dim=1).tolist()
+    outputs = model.classifier(model.levels()[""]).norm(dim=1)
+    # A unit that stays on but has lost its outgoing weight passes no gradient either: look at the output, not at the signs.
+    return (outputs < 1e-3 * outputs.max()).view(model.c.num_classes, -1).sum(dim=1).tolist()
 
 
 def verdict(model: UFM, row: dict[str, float]) -> str:
@@ -653,7 +659,7 @@ def sweep_lambda_b(c: Configuration, out: Path, seed: int) -> None:
     middle = threshold if math.isfinite(threshold) else 1.0
     grid = [middle * 10 ** (k / 10) for k in range(-15, 26)]
     chosen = [replace(c, lambda_b=lb) for lb in grid[::2]]
-    models, tables = run_together(chosen, [seed] * len(chosen))
+    _, tables = run_together(chosen, [seed] * len(chosen))
     rows = []
     for configuration, table in zip(chosen, tables, strict=True):
         minimum, last = configuration.minimum(), table[-1]

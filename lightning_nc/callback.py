@@ -10,10 +10,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from typing_extensions import override
 
-from lightning_nc.evaluation import ExactPass, is_distributed, measurement_loader, undisturbed
+from lightning_nc.evaluation import ExactPass, buffers_of_first_rank, is_distributed, measurement_loader, undisturbed
 from lightning_nc.features import Pool
 from lightning_nc.functional import PAPER_MEASURES
 
@@ -111,7 +112,7 @@ class NeuralCollapseCallback(Callback):
         if self._measured_step == trainer.global_step or not trainer.global_step:
             return
         values = self._measure(trainer, pl_module, epoch=max(trainer.current_epoch - 1, 0))
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        trainer.callback_metrics.update(_tensors(values))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)
 
@@ -140,18 +141,19 @@ class NeuralCollapseCallback(Callback):
 
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = self._measure(trainer, pl_module, trainer.current_epoch)
-        for key, value in values.items():
+        for key, value in _tensors(values).items():
             # The maximum over one value and over equal ranks is the value itself, in its own precision.
             pl_module.log(
                 key,
-                torch.tensor(value, dtype=torch.float64),
+                value,
                 prog_bar=key.removeprefix("nc/") in _IN_PROGRESS_BAR,
                 on_step=False,
                 on_epoch=True,
                 reduce_fx="max",
+                sync_dist=True,
                 batch_size=1,
             )
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        trainer.callback_metrics.update(_tensors(values))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The values by key, appended to the history too; nothing where they could not be measured."""
@@ -174,16 +176,31 @@ class NeuralCollapseCallback(Callback):
         return values
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        loader = self.dataloader if self.dataloader is not None else trainer.train_dataloader
-        limit = None
-        if self.dataloader is None:
-            seen = trainer.fit_loop.batch_idx + 1
-            limit = seen if trainer.num_training_batches == float("inf") else int(trainer.num_training_batches)
-        world_size = trainer.world_size if self.dataloader is not None or is_distributed(loader) else 1
-        batches, total = measurement_loader(loader, limit, trainer.global_rank if world_size > 1 else 0, world_size)
+        batches, total = self._batches(trainer)
         on_device = (_to_device(trainer, pl_module, batch) for batch in _with_progress(trainer, batches, total))
         context = trainer.precision_plugin.forward_context
-        return self._exact.run(pl_module, on_device, synchronised=trainer.world_size > 1, forward_context=context)
+        if trainer.world_size == 1:
+            return self._exact.run(pl_module, on_device, forward_context=context)
+        with buffers_of_first_rank(pl_module):
+            return self._exact.run(pl_module, on_device, synchronised=True, forward_context=context)
+
+    def _batches(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
+        """This rank's share of what is measured, and the number of batches where it is known."""
+        rank, world_size = trainer.global_rank, trainer.world_size
+        if isinstance(self.dataloader, DataLoader):
+            return measurement_loader(self.dataloader, rank=rank, world_size=world_size)
+        if self.dataloader is not None:
+            return self.dataloader, None
+        endless = trainer.num_training_batches == float("inf")
+        limit = trainer.fit_loop.batch_idx + 1 if endless else int(trainer.num_training_batches)
+        loader = trainer.train_dataloader
+        if not is_distributed(loader):  # then every rank trains on all of the data
+            rank, world_size = 0, 1
+        return measurement_loader(loader, limit, rank, world_size)
+
+
+def _tensors(values: dict[str, float]) -> dict[str, Tensor]:
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

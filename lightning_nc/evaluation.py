@@ -130,19 +130,19 @@ class ExactPass:
 
             if index == 0:
                 classifier = self._check_classifier(model, forward)
-                names = [*layers, classifier] if classifier else layers
+                names = layers if classifier is None else [*layers, classifier]
                 modules = dict(model.named_modules())
             with recording({name: modules[name] for name in dict.fromkeys(names)}) as calls:
                 forward()
             for name in layers:
                 outputs = [call.output for called, call in calls if called == name]
                 self._update(f"{name}/", features_of(name, outputs, len(target), self.pool), target, index)
-            if classifier:
+            if classifier is not None:
                 inputs = [call.input for called, call in calls if called == classifier]
                 self._update("", features_of(classifier, inputs, len(target), self.pool), target, index)
         if not self.moments:
             raise LookupError("the data loader gave no batch, so there is nothing to measure")
-        return self._values(modules.get(classifier or ""), synchronised)
+        return self._values(None if classifier is None else modules[classifier], synchronised)
 
     def _targets(self, batch: Any) -> Tensor:
         target: Tensor = (self.target_fn or targets_of)(batch)
@@ -229,6 +229,24 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         numpy.random.set_state(numpys)
 
 
+@contextmanager
+def buffers_of_first_rank(model: nn.Module) -> Iterator[None]:
+    """Every process computes with the buffers of the first: BatchNorm statistics differ between ranks in training."""
+    buffers = list(model.buffers())
+    own = [buffer.clone() for buffer in buffers]
+    try:
+        for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+            same = [buffer for buffer in buffers if buffer.dtype == dtype]
+            packed = torch.cat([buffer.flatten() for buffer in same])
+            torch.distributed.broadcast(packed, src=0)
+            for buffer, part in zip(same, packed.split([buffer.numel() for buffer in same]), strict=True):
+                buffer.copy_(part.view_as(buffer))
+        yield
+    finally:
+        for buffer, kept in zip(buffers, own, strict=True):
+            buffer.copy_(kept)
+
+
 def measurement_loader(
     loader: Any, max_batches: int | None = None, rank: int = 0, world_size: int = 1
 ) -> tuple[Iterable[Any], int | None]:
@@ -242,8 +260,6 @@ def measurement_loader(
         LookupError: for a loader that cannot be copied.
     """
     if not isinstance(loader, DataLoader):
-        if isinstance(loader, Sequence) and loader and not isinstance(loader[0], DataLoader):
-            return (loader if max_batches is None else islice(loader, max_batches)), len(loader)
         raise LookupError(
             f"the training data come from a {type(loader).__name__}, and which of its samples to measure is not clear; pass "
             "dataloader=, a DataLoader to measure on"
