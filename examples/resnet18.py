@@ -72,7 +72,13 @@ class ResNet18(LightningModule):
         else:
             loss = nn.functional.cross_entropy(logits, target)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        self.log("train_accuracy", (logits.argmax(dim=1) == target).float().mean(), on_step=False, on_epoch=True, prog_bar=True)
+        self.log(
+            "train_accuracy",
+            (logits.argmax(dim=1) == target).float().mean(),
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+        )
         return loss
 
     def configure_optimizers(self) -> dict:
@@ -142,7 +148,9 @@ class CLI(LightningCLI):
             return
         directory = Path(self.trainer.log_dir or ".")
         curves = {"loss": column(directory, "train_loss"), "accuracy": column(directory, "train_accuracy")}
-        by_epoch = {label: [values.get(row["epoch"], math.nan) for row in callback.history] for label, values in curves.items()}
+        by_epoch = {
+            label: [values.get(row["epoch"], math.nan) for row in callback.history] for label, values in curves.items()
+        }
         print(f"\n{'':24}{'first':>12}{'best':>12}{'last':>12}")
         for key in [key for key in callback.history[0] if key.startswith("nc/")]:
             values = [row[key] for row in callback.history]

@@ -225,7 +225,15 @@ def descend(models: list[UFM], steps: int) -> None:
     W1 = None if c.model == "plain" else torch.stack([m.hidden.weight for m in models])
     b = None if c.lambda_b == math.inf else torch.stack([m.classifier.bias[:, None] for m in models])
     decay_b = 1 - c.step * torch.tensor([m.c.lambda_b for m in models], dtype=torch.float64)[:, None, None]
-    if c.model == "relu":
+    means = H @ Y.mT / c.samples_per_class
+    collapsed = (H - means @ Y).abs().max() < 1e-14 * means.abs().max()
+    if c.model == "relu" and c.loss == "mse" and collapsed:
+        # Samples that agree to rounding move as one: each class is its mean, of weight n. A ReLU commutes with the root.
+        root = math.sqrt(c.samples_per_class)
+        merged = root * means
+        descend_relu(c, W2, W1, merged, root * torch.eye(c.num_classes).to(Y).expand(len(Y), -1, -1), steps)
+        H = merged @ Y / root
+    elif c.model == "relu":
         descend_relu(c, W2, W1, H, Y, steps)
     elif c.loss == "mse":
         samples = Compressed(H, Y)
@@ -657,7 +665,8 @@ def sweep_lambda_b(c: Configuration, out: Path, seed: int) -> None:
     scale = c.num_classes * math.sqrt(c.samples_per_class * c.lambda_h * c.lambda_w)
     threshold = scale / (1 - scale) if scale < 1 else math.inf
     middle = threshold if math.isfinite(threshold) else 1.0
-    grid = [middle * 10 ** (k / 10) for k in range(-15, 26)]
+    # Beyond 1/step the bias itself no longer descends.
+    grid = [lb for k in range(-15, 26) if (lb := middle * 10 ** (k / 10)) < 1 / c.step]
     chosen = [replace(c, lambda_b=lb) for lb in grid[::2]]
     _, tables = run_together(chosen, [seed] * len(chosen))
     rows = []
@@ -678,7 +687,7 @@ def sweep_lambda_b(c: Configuration, out: Path, seed: int) -> None:
         writer.writerows(rows)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    fine = [middle * 10 ** (k / 100) for k in range(-150, 251)]
+    fine = [lb for k in range(-150, 251) if (lb := middle * 10 ** (k / 100)) < 1 / c.step]
     curves = [frames(replace(c, lambda_b=lb).minimum()) for lb in fine]
     for name, color in (("nc2_etf", "#0072B2"), ("nc2_of", "#D55E00")):
         axis.semilogx(fine, [curve[name] for curve in curves], "--", color=color, linewidth=1, label=f"{name}, theory")
@@ -742,7 +751,7 @@ def main(argv: list[str] | None = None) -> None:
     elif chosen.sweep:
         sweep_lambda_b(replace(c, model="plain", lambda_b=1.0), out, chosen.seed)
     else:
-        name = f"figure{chosen.figure}" if chosen.figure else f"{c.model}-{c.loss}"
+        name = f"figure{chosen.figure}" if chosen.figure else (c.model if c.loss == "mse" else f"{c.model}-{c.loss}")
         draw_and_report(c, out, name, chosen.seed, chosen.seeds)
 
 

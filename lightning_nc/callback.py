@@ -40,8 +40,9 @@ class NeuralCollapseCallback(Callback):
         num_classes: K; the classifier's number of outputs where it is not given.
         metrics: names in :data:`lightning_nc.functional.MEASURES`; the paper's six by default. Those that need the
             classifier's weight exist for the classifier's input alone.
-        every_n_epochs: an int, or a callable from epoch to bool. The first and the last epoch are always measured.
-            ``callback_metrics`` keeps the last value in between: give ModelCheckpoint the same ``every_n_epochs``.
+        every_n_epochs: an int, or a callable from epoch to bool. The first and the last epoch are always measured; with
+            an int n also epochs n - 1, 2n - 1 and so on, those at which ``ModelCheckpoint(every_n_epochs=n)`` acts.
+            ``callback_metrics`` keeps the last value in between.
         dataloader: what to measure on in place of the training data, for example the same images without augmentation.
         target_fn: batch -> (B,) class indices; by default the second item of a pair, or ``label``, ``labels``, ``target``,
             ``targets`` or ``y`` of a mapping.
@@ -137,7 +138,7 @@ class NeuralCollapseCallback(Callback):
             or trainer.global_step == trainer.max_steps
         ):
             return True
-        return self.every_n_epochs(epoch) if callable(self.every_n_epochs) else epoch % self.every_n_epochs == 0
+        return self.every_n_epochs(epoch) if callable(self.every_n_epochs) else (epoch + 1) % self.every_n_epochs == 0
 
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = self._measure(trainer, pl_module, trainer.current_epoch)
@@ -180,9 +181,18 @@ class NeuralCollapseCallback(Callback):
         on_device = (_to_device(trainer, pl_module, batch) for batch in _with_progress(trainer, batches, total))
         context = trainer.precision_plugin.forward_context
         if trainer.world_size == 1:
-            return self._exact.run(pl_module, on_device, forward_context=context)
+            self._exact.gather(pl_module, on_device, context)
+            return self._exact.values()
+        error: Exception | None = None
         with buffers_of_first_rank(pl_module):
-            return self._exact.run(pl_module, on_device, synchronised=True, forward_context=context)
+            try:
+                self._exact.gather(pl_module, on_device, context)
+            except Exception as caught:
+                error = caught
+        # No rank may wait for one that gave up.
+        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+            raise error or RuntimeError("another process could not measure its part; its own warning says why")
+        return self._exact.values(synchronised=True)
 
     def _batches(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
         """This rank's share of what is measured, and the number of batches where it is known."""
@@ -191,9 +201,11 @@ class NeuralCollapseCallback(Callback):
             return measurement_loader(self.dataloader, rank=rank, world_size=world_size)
         if self.dataloader is not None:
             return self.dataloader, None
-        endless = trainer.num_training_batches == float("inf")
-        limit = trainer.fit_loop.batch_idx + 1 if endless else int(trainer.num_training_batches)
-        loader = trainer.train_dataloader
+        loader, limit = trainer.train_dataloader, None
+        if trainer.num_training_batches == float("inf"):
+            limit = trainer.fit_loop.batch_idx + 1
+        elif isinstance(loader, DataLoader) and trainer.num_training_batches < len(loader):
+            limit = int(trainer.num_training_batches)
         if not is_distributed(loader):  # then every rank trains on all of the data
             rank, world_size = 0, 1
         return measurement_loader(loader, limit, rank, world_size)

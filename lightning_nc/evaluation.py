@@ -28,11 +28,9 @@ from tqdm import tqdm
 from lightning_nc.features import Pool, features_of, find_classifier, match_layers, recording, run_forward, targets_of
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures, evaluate
 from lightning_nc.metrics import synchronise
-from lightning_nc.moments import ClassMoments, check_batch, check_labels, check_target
+from lightning_nc.moments import FOLD_EVERY, ClassMoments, check_batch, check_labels, check_target
 
 __all__ = ["ExactPass", "measure", "measurement_loader", "undisturbed"]
-
-_FOLD_EVERY = 16
 
 
 def measure(
@@ -84,7 +82,8 @@ def measure(
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     bar = tqdm(dataloader, desc="Neural collapse", leave=False, disable=not progress)
     with undisturbed(model, torch.device(device)):
-        return exact.run(model, (_to_device(batch, device) for batch in bar))
+        exact.gather(model, (_to_device(batch, device) for batch in bar))
+        return exact.values()
 
 
 @dataclass
@@ -99,6 +98,7 @@ class ExactPass:
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     pool: Pool = "mean"
     moments: dict[str, ClassMoments] = field(init=False, repr=False, default_factory=dict)
+    _head: nn.Module | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         self.metrics = check_measures(self.metrics)
@@ -114,13 +114,11 @@ class ExactPass:
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be a callable, got {getattr(self, name)!r}")
 
-    def run(
-        self, model: nn.Module, batches: Iterable[Any], synchronised: bool = False, forward_context: Any = nullcontext
-    ) -> dict[str, float]:
-        """Measure ``model`` over ``batches``, which are on its device; with ``synchronised``, over all processes."""
+    def gather(self, model: nn.Module, batches: Iterable[Any], forward_context: Any = nullcontext) -> None:
+        """Gather the moments of every layer of ``model`` over ``batches``, which are on its device."""
         self.moments = {}
-        classifier, layers = self.classifier, match_layers(model, self.layers or ())
         forward_fn = self.forward_fn or run_forward
+        layers = match_layers(model, self.layers or ())
         for index, batch in enumerate(batches):
             target = self._targets(batch)
 
@@ -129,37 +127,56 @@ class ExactPass:
                     return forward_fn(model, batch)
 
             if index == 0:
-                classifier = self._check_classifier(model, forward)
+                classifier, classes = self._classifier(model, forward)
                 names = layers if classifier is None else [*layers, classifier]
-                modules = dict(model.named_modules())
-            with recording({name: modules[name] for name in dict.fromkeys(names)}) as calls:
+                modules = {name: model.get_submodule(name) for name in dict.fromkeys(names)}
+                self._head = None if classifier is None else modules[classifier]
+                check_labels(target, classes)  # once, since reading labels makes the host wait for the device
+            with recording(modules) as calls:
                 forward()
             for name in layers:
                 outputs = [call.output for called, call in calls if called == name]
-                self._update(f"{name}/", features_of(name, outputs, len(target), self.pool), target, index)
+                self._update(f"{name}/", features_of(name, outputs, len(target), self.pool), target, classes, index)
             if classifier is not None:
                 inputs = [call.input for called, call in calls if called == classifier]
-                self._update("", features_of(classifier, inputs, len(target), self.pool), target, index)
+                self._update("", features_of(classifier, inputs, len(target), self.pool), target, classes, index)
         if not self.moments:
             raise LookupError("the data loader gave no batch, so there is nothing to measure")
-        return self._values(None if classifier is None else modules[classifier], synchronised)
+
+    def values(self, synchronised: bool = False) -> dict[str, float]:
+        """The measures of what was gathered, by name; with ``synchronised``, of all processes together."""
+        if synchronised:
+            self.moments = dict(zip(self.moments, synchronise(list(self.moments.values())), strict=True))
+        given = {part: getattr(self._head, part, None) for part in ("weight", "bias")}
+        values = {}
+        for prefix, moments in self.moments.items():
+            if moments.mislabelled:
+                raise ValueError(
+                    f"targets must lie in [0, {len(moments.counts)}), got {int(moments.mislabelled)} outside; pass "
+                    "num_classes, or a target_fn"
+                )
+            known = given if prefix == "" else {}
+            names = [name for name in self.metrics if all(known.get(need) is not None for need in MEASURES[name].needs)]
+            needed = {need: known[need] for name in names for need in MEASURES[name].needs}
+            measured = evaluate(names, moments, **needed)
+            values.update({prefix + name: float(value) for name, value in measured.items()})
+        return values
 
     def _targets(self, batch: Any) -> Tensor:
         target: Tensor = (self.target_fn or targets_of)(batch)
         check_target(target)
         return target
 
-    def _check_classifier(self, model: nn.Module, forward: Callable[[], Any]) -> str | None:
-        """Name of the classifier; None where only layers are measured and the model has none. Sets the number of classes."""
+    def _classifier(self, model: nn.Module, forward: Callable[[], Any]) -> tuple[str | None, int]:
+        """Name of the classifier, None where only layers are measured and there is none, and the number of classes."""
         if self.classifier is not None:
-            match_layers(model, [self.classifier])
-            name = self.classifier
+            (name,) = match_layers(model, [self.classifier])
         else:
             try:
                 name = find_classifier(model, forward, self.num_classes)
             except LookupError:
                 if self.layers and self.num_classes:
-                    return None
+                    return None, self.num_classes
                 raise
         outputs = getattr(model.get_submodule(name), "out_features", None)
         if self.num_classes is None and outputs is None:
@@ -167,46 +184,24 @@ class ExactPass:
         if self.num_classes is None and outputs == 1:
             raise LookupError(
                 f"the classifier {name!r} has one output, a binary head: neural collapse compares one row of weights per "
-                "class; use two outputs with cross-entropy, or pass num_classes=2 and metrics that need no weight, such as "
-                "metrics=('nc1', 'nc2_etf_centered')"
+                "class; use two outputs with cross-entropy, or pass num_classes=2 and metrics that need no weight, such "
+                "as metrics=('nc1', 'nc2_etf_centered')"
             )
-        self._classes = self.num_classes or int(outputs or 0)
-        return name
+        return name, self.num_classes or int(outputs or 0)
 
-    def _update(self, prefix: str, features: Tensor, target: Tensor, index: int) -> None:
+    def _update(self, prefix: str, features: Tensor, target: Tensor, classes: int, index: int) -> None:
         check_batch(features, target)
         if index == 0:
-            classes = self.num_classes or self._classes
-            check_labels(target, classes)  # once, since reading labels makes the host wait for the device
             self.moments[prefix] = ClassMoments.zeros(classes, features.shape[1], features.device)
         moments = self.moments[prefix]
         if features.shape[1] != moments.means.shape[1]:
             raise ValueError(
-                f"features must have {moments.means.shape[1]} columns as in the first batch, got {features.shape[1]}; inputs "
-                "of varying size need pool='mean' or a callable"
+                f"features must have {moments.means.shape[1]} columns as in the first batch, got {features.shape[1]}; "
+                "inputs of varying size need pool='mean' or a callable"
             )
         moments.update(features, target)
-        if index % _FOLD_EVERY == _FOLD_EVERY - 1:
+        if index % FOLD_EVERY == FOLD_EVERY - 1:
             moments.fold()
-
-    def _values(self, classifier: nn.Module | None, synchronised: bool) -> dict[str, float]:
-        if synchronised:
-            self.moments = dict(zip(self.moments, synchronise(list(self.moments.values())), strict=True))
-        given = {"weight": getattr(classifier, "weight", None), "bias": getattr(classifier, "bias", None)}
-        values = {}
-        for prefix, moments in self.moments.items():
-            if moments.mislabelled:
-                raise ValueError(
-                    f"targets must lie in [0, {len(moments.counts)}), got {int(moments.mislabelled)} outside; pass num_classes, "
-                    "or a target_fn"
-                )
-            parts = given if prefix == "" else dict.fromkeys(given)
-            names = [name for name in self.metrics if all(parts[need] is not None for need in MEASURES[name].needs)]
-            needed = {need for name in names for need in MEASURES[name].needs}
-            parts = {part: tensor if part in needed else None for part, tensor in parts.items()}
-            for name, value in evaluate(names, moments, **parts).items():
-                values[prefix + name] = float(value)
-        return values
 
 
 @contextmanager
@@ -253,8 +248,8 @@ def measurement_loader(
     """A loader over the samples of a training loader, each once and in order, and its number of batches if known.
 
     The training loader itself is never iterated: with persistent workers, or a generator of its own, that would change
-    the training. With ``max_batches`` fewer than the loader has, a fixed random choice of samples, since the first ones
-    of sorted data would miss classes.
+    the training. ``max_batches`` takes a fixed random choice of samples, since the first ones of sorted data would miss
+    classes; the first ones where training itself sees no others.
 
     Raises:
         LookupError: for a loader that cannot be copied.
@@ -280,7 +275,9 @@ def measurement_loader(
         return islice(batches, max_batches), max_batches
     indices, batch_size = _indices(loader)
     if max_batches is not None and batch_size is not None and max_batches * batch_size * world_size < len(indices):
-        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+        order = torch.arange(len(indices))
+        if not isinstance(loader.sampler, SequentialSampler):  # that one trains on the first samples, no others
+            order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
         indices = [indices[i] for i in order[: max_batches * batch_size * world_size].tolist()]
     indices = indices[rank::world_size]
     clone: DataLoader[Any] = DataLoader(loader.dataset, batch_size=batch_size, sampler=indices, **copied)

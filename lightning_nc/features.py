@@ -52,7 +52,8 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
     else all. Of these, the last that ran.
 
     Raises:
-        LookupError: if no linear layer ran, or if the model returns the outputs of several.
+        LookupError: if no linear layer ran, if the model returns the outputs of several, or if it returns the output of
+            none and one was not called.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linear:
@@ -74,6 +75,12 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
     if len(heads) > 1 and len(fitting) != 1:
         raise LookupError(
             f"the model returns the outputs of several linear layers, {_listed(heads)}; name one with classifier=..."
+        )
+    uncalled = [name for name in linear if name not in names]
+    if uncalled and not heads and not fitting:
+        raise LookupError(
+            f"no linear layer gives the model's output, and {_listed(uncalled)} was not called: hooks see only calls of the "
+            "module itself, self.fc(x) instead of F.linear(x, self.fc.weight); name the classifier with classifier=..."
         )
     return (fitting or heads or names)[-1]
 

@@ -8,10 +8,12 @@ equiangular tight frame (ETF), of unit Frobenius norm.
 
 Shared by all functions of features and labels:
 
-* ``features`` is (N, d) and floating, ``target`` (N,) and integer; ``num_classes`` defaults to the highest label plus one.
+* ``features`` is (N, d) and floating, ``target`` (N,) and integer; ``num_classes`` defaults to the highest label
+  plus one, or to the number of rows of ``weight`` where there is one.
 * The result is a tensor of shape (), without unit, in float64 (float32 on a device that has no float64).
 * A class without a sample is left out, with a warning: K is then the number of classes seen, and the rows of W of the
-  classes not seen are left out too. With fewer than two classes, or class means that all coincide, the result is nan.
+  classes not seen are left out too. With fewer than two classes the result is nan; so is :func:`nc1`
+  where all class means coincide.
 * A non-finite feature gives nan, with a warning that says how many samples have one.
 * ``ValueError`` for shapes that do not fit, labels that are no integers or lie outside [0, K).
 """
@@ -100,7 +102,7 @@ def nc2(
     Args:
         features: (N, d).
         target: class indices, (N,).
-        num_classes: K.
+        num_classes: K; the highest label plus one where it is not given.
         frame: ``"etf"`` or ``"of"``.
         center: take M in place of H. Features after a ReLU are non-negative: their means are an ETF only when centred.
             An exact orthogonal frame is an exact ETF once centred; ``frame="of"`` without centring tells the two apart.

@@ -12,13 +12,11 @@ from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, Frame, _nc2_name, check_measures, evaluate
-from lightning_nc.moments import ClassMoments, check_batch, check_labels, state_dtype
+from lightning_nc.moments import FOLD_EVERY, ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = ["NC1", "NC2", "NC3", "NeuralCollapse"]
 
 Weight = Tensor | Callable[[], Tensor]
-
-_FOLD_EVERY = 16
 
 
 class NeuralCollapse(Metric):
@@ -34,7 +32,7 @@ class NeuralCollapse(Metric):
 
     Args:
         num_classes: K, at least 2.
-        num_features: d.
+        num_features: d, at least 1.
         weight: the classifier's weight, (K, d): a tensor, read at ``compute``, or a callable that returns it. Without it
             the measures that need it are left out.
         bias: the classifier's bias, (K,), likewise.
@@ -103,7 +101,7 @@ class NeuralCollapse(Metric):
             check_labels(target, self.num_classes)
         moments = self._moments()
         moments.update(features, target)
-        if self.update_count % _FOLD_EVERY == 0:
+        if self.update_count % FOLD_EVERY == 0:
             moments.fold()
 
     def compute(self) -> Any:
@@ -166,11 +164,11 @@ class NC1(_SingleMeasure):
 
     Args:
         num_classes: K, at least 2.
-        num_features: d.
+        num_features: d, at least 1.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Input, state, errors: as for :class:`NeuralCollapse`. The floor is near eps * tr(Sigma_W) / tr(Sigma_B), with the eps
-    of the features' precision; the function, with all features at hand, has none.
+    of float32, or of float64 for float64 features; the function, with all features at hand, has none.
 
     Example:
         >>> import torch
@@ -190,7 +188,7 @@ class NC2(_SingleMeasure):
 
     Args:
         num_classes: K, at least 2.
-        num_features: d.
+        num_features: d, at least 1.
         frame: ``"etf"``, simplex equiangular tight frame, or ``"of"``, orthogonal frame.
         center: centre the class means first.
         kwargs: see :class:`torchmetrics.Metric`.
@@ -209,7 +207,7 @@ class NC3(_SingleMeasure):
 
     Args:
         num_classes: K, at least 2.
-        num_features: d.
+        num_features: d, at least 1.
         weight: (K, d), a tensor, read at ``compute``, or a callable that returns it.
         center: centre the class means first.
         kwargs: see :class:`torchmetrics.Metric`.

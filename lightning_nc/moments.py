@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ClassDeviations", "ClassMoments", "check_batch", "check_labels", "state_dtype"]
+__all__ = ["FOLD_EVERY", "ClassDeviations", "ClassMoments", "check_batch", "check_labels", "state_dtype"]
+
+FOLD_EVERY = 16
+"""Batches after which :meth:`ClassMoments.fold` is due: seldom enough to cost nothing, often enough for float32."""
 
 
 def state_dtype(device: torch.device | str) -> torch.dtype:

@@ -46,7 +46,9 @@ def all_measures(features, target, weight, bias):
     owner = np.searchsorted(np.unique(target), target)
     variance = np.array([(deviations[owner == c] ** 2).sum() for c in range(k)]) / counts
     cdnv = [
-        (variance[i] + variance[j]) / (2 * ((means[i] - means[j]) ** 2).sum()) for i in range(k) for j in range(i + 1, k)
+        (variance[i] + variance[j]) / (2 * ((means[i] - means[j]) ** 2).sum())
+        for i in range(k)
+        for j in range(i + 1, k)
     ]
     norms = np.linalg.norm(centered, axis=1)
     cos_weight = (weight * centered).sum(1) / (np.linalg.norm(weight, axis=1) * norms)

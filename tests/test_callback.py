@@ -173,7 +173,7 @@ def test_a_resumed_run_continues_the_history_and_equals_an_uninterrupted_one(tmp
 def test_the_first_and_the_last_epoch_are_always_measured(tmp_path):
     callback = NeuralCollapseCallback(every_n_epochs=3)
     fit(tmp_path, [callback], max_epochs=6)
-    assert [row["epoch"] for row in callback.history] == [0, 3, 5]
+    assert [row["epoch"] for row in callback.history] == [0, 2, 5]
     callback = NeuralCollapseCallback(every_n_epochs=lambda epoch: epoch == 2)
     fit(tmp_path, [callback], max_epochs=4)
     assert [row["epoch"] for row in callback.history] == [0, 2, 3]
@@ -190,7 +190,7 @@ class StopAfter(Callback):
 def test_a_run_that_is_stopped_early_is_measured_at_its_end(tmp_path):
     callback = NeuralCollapseCallback(every_n_epochs=3)
     trainer, _ = fit(tmp_path, [callback, StopAfter()], max_epochs=50, logger=CSVLogger(tmp_path))
-    assert [row["epoch"] for row in callback.history] == [0, 3, 4]
+    assert [row["epoch"] for row in callback.history] == [0, 2, 4]
     assert trainer.callback_metrics["nc/nc1"].item() == callback.history[-1]["nc/nc1"]
     with open(f"{trainer.log_dir}/metrics.csv") as file:
         logged = [float(row["nc/nc1"]) for row in csv.DictReader(file) if row["nc/nc1"]]
@@ -259,7 +259,9 @@ def test_other_data_can_be_measured_on(tmp_path):
     model.eval()
     with torch.no_grad():
         features = model.net[:4](ROWS[:20]).numpy()
-    assert callback.history[-1]["nc/nc1"] == pytest.approx(reference.nc1_by_axes(features, TARGET[:20].numpy()), rel=1e-5)
+    assert callback.history[-1]["nc/nc1"] == pytest.approx(
+        reference.nc1_by_axes(features, TARGET[:20].numpy()), rel=1e-5
+    )
 
 
 def test_several_training_loaders_need_a_choice(tmp_path):
@@ -278,7 +280,15 @@ def test_several_training_loaders_need_a_choice(tmp_path):
 def test_limited_training_batches_limit_the_measurement(tmp_path):
     callback = NeuralCollapseCallback(strict=True)
     fit(tmp_path, [callback], data=loader(shuffle=False), limit_train_batches=2)
+    assert torch.equal(callback._exact.moments[""].counts, torch.bincount(TARGET[:16]).double())
+    fit(tmp_path, [callback], data=loader(), limit_train_batches=2)
     assert callback._exact.moments[""].samples == 16
+
+
+def test_a_dropped_last_batch_is_measured_all_the_same(tmp_path):
+    callback = NeuralCollapseCallback(strict=True)
+    fit(tmp_path, [callback], data=loader(drop_last=True))
+    assert callback._exact.moments[""].samples == len(DATA)
 
 
 def test_plot_draws_a_panel_for_each_family(tmp_path):
@@ -331,8 +341,14 @@ if __name__ == "__main__":
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     model = Classifier()
     trainer.fit(model, loader())
+    one_gives_up = NeuralCollapseCallback(target_fn=lambda batch: batch[1] + 9 * trainer.global_rank)
+    again = Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[one_gives_up],
+                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again.fit(model, loader())
+    assert one_gives_up.history == [] and again.global_step == 3
     if trainer.is_global_zero:
-        torch.save((callback.history, model.state_dict()), sys.argv[1])
+        torch.save((callback.history, state), sys.argv[1])
 """
 
 

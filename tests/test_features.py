@@ -55,6 +55,20 @@ def test_a_model_without_linear_layer_and_one_that_calls_it_functionally_get_a_r
         find_classifier(model, lambda: nn.functional.linear(torch.randn(4, 6), model[0].weight))
 
 
+def test_a_head_that_is_called_functionally_is_not_mistaken_for_another_layer():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return nn.functional.linear(self.body(x), self.head.weight)
+
+    model = Functional()
+    with pytest.raises(LookupError, match="'head' was not called"):
+        find_classifier(model, lambda: model(torch.randn(4, 6)))
+
+
 def test_layers_match_by_shell_pattern_and_near_names_are_offered():
     model = Net()
     assert match_layers(model, ["trunk.*", "head"]) == ["trunk.0", "trunk.1", "head"]

@@ -54,8 +54,11 @@ def test_the_public_functions_are_the_measures_of_their_name():
     rows, target = clusters(4, 9, 6, 0.3, dtype=torch.float64)
     weight, bias = torch.randn(4, 6).double(), torch.randn(4).double()
     expected = reference.all_measures(rows.numpy(), target.numpy(), weight.numpy(), bias.numpy())
-    values = {name: getattr(functional, name)(rows, target) for name in expected if name in (
-        "nc1", "nc1_trace", "nc1_cdnv", "nc1_vci", "nc2_equinorm", "nc2_equiangular", "nc2_maxangle")}
+    values = {
+        name: getattr(functional, name)(rows, target)
+        for name in expected
+        if name in ("nc1", "nc1_trace", "nc1_cdnv", "nc1_vci", "nc2_equinorm", "nc2_equiangular", "nc2_maxangle")
+    }
     for frame in ("etf", "of"):
         values[f"nc2_{frame}"] = nc2(rows, target, frame=frame)
         values[f"nc2_{frame}_centered"] = nc2(rows, target, frame=frame, center=True)
@@ -86,7 +89,9 @@ def test_a_weak_class_direction_is_not_cut_off():
     means = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1e-3, 0], [0, -1e-3, 0]], dtype=torch.float64)
     target = torch.arange(4).repeat_interleave(50)
     features = (means[target] + 1e-4 * torch.randn(200, 3).double()).float()
-    assert nc1(features, target).item() == pytest.approx(reference.nc1_by_axes(features.numpy(), target.numpy()), rel=1e-6)
+    assert nc1(features, target).item() == pytest.approx(
+        reference.nc1_by_axes(features.numpy(), target.numpy()), rel=1e-6
+    )
 
 
 def test_formulas_are_differentiable_at_random_points_and_nearly_collapsed_ones():

@@ -40,7 +40,9 @@ def every_metric():
 def expected():
     features, target = data()
     weight = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(1))
-    return reference.all_measures(features.numpy(), target.numpy(), weight.double().numpy(), torch.zeros(CLASSES).numpy())
+    return reference.all_measures(
+        features.numpy(), target.numpy(), weight.double().numpy(), torch.zeros(CLASSES).numpy()
+    )
 
 
 @pytest.mark.parametrize("name", every_metric())
@@ -56,7 +58,9 @@ def test_a_collection_shares_one_state_and_gives_the_same_values():
     alone = {name: fill(metric, *data()).compute() for name, metric in every_metric().items()}
     fill(collection, *data())
     assert len(collection.compute_groups) == 1
-    assert {name: value.item() for name, value in collection.compute().items()} == {n: v.item() for n, v in alone.items()}
+    assert {name: value.item() for name, value in collection.compute().items()} == {
+        n: v.item() for n, v in alone.items()
+    }
     fill(collection, *data())  # after a compute the group must still share
     twice = {name: fill(fill(metric, *data()), *data()).compute().item() for name, metric in every_metric().items()}
     assert {name: value.item() for name, value in collection.compute().items()} == pytest.approx(twice, rel=1e-12)
@@ -196,7 +200,9 @@ def _one_rank(rank, world_size, port, queue):
         calls.clear()
         values[name] = metric.compute().item()
         assert len(calls) <= 3, calls
-        assert all(isinstance(numel, int) and numel <= 2 * sum(s.numel() for s in metric._defaults.values()) for numel in calls)
+        assert all(
+            isinstance(numel, int) and numel <= 2 * sum(s.numel() for s in metric._defaults.values()) for numel in calls
+        )
         assert torch.equal(metric.counts, local)  # after compute the state is the rank's own again
     queue.put((rank, values))
     torch.distributed.destroy_process_group()

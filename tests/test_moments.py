@@ -70,7 +70,10 @@ def test_any_split_and_order_and_merge_gives_the_same_values(case):
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(case["seed"]))
     batched = gather(features[order], target[order], case["classes"], tuple(case["sizes"]))
     cut = len(target) // 3
-    first, second = gather(features[:cut], target[:cut], case["classes"]), gather(features[cut:], target[cut:], case["classes"])
+    first, second = (
+        gather(features[:cut], target[:cut], case["classes"]),
+        gather(features[cut:], target[cut:], case["classes"]),
+    )
     for other in (batched, first.merge(second), second.merge(first)):
         assert values_of(other) == pytest.approx(whole, rel=1e-7, abs=1e-9, nan_ok=True)
 

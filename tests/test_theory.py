@@ -28,16 +28,11 @@ def plain_objective(W: Tensor, H: Tensor, b: Tensor, lw: float, lh: float, lb: f
     error = W @ H + b[:, None] - one_hot(K, H.shape[1] // K)
     bias_penalty = 0.0 if math.isinf(lb) else lb / 2 * b.square().sum()
     return (
-        error.square().sum() / (2 * H.shape[1])
-        + lw / 2 * W.square().sum()
-        + lh / 2 * H.square().sum()
-        + bias_penalty
+        error.square().sum() / (2 * H.shape[1]) + lw / 2 * W.square().sum() + lh / 2 * H.square().sum() + bias_penalty
     )
 
 
-def extended_objective(
-    W2: Tensor, W1: Tensor, H1: Tensor, l2: float, l1: float, lh: float, relu: bool
-) -> Tensor:
+def extended_objective(W2: Tensor, W1: Tensor, H1: Tensor, l2: float, l1: float, lh: float, relu: bool) -> Tensor:
     """Eqs. (23) and (24), written down term by term."""
     K = len(W2)
     H2 = (W1 @ H1).relu() if relu else W1 @ H1
@@ -83,9 +78,7 @@ def test_the_minima_of_the_papers_figures_have_their_known_values(minimum, publi
 
 
 @pytest.mark.parametrize("lb", [0.0, 1e-3, 0.05, 0.165, 0.166, 0.3, 1.0, 50.0, math.inf])
-@pytest.mark.parametrize(
-    ("K", "n", "lw", "lh"), [(4, 3, 0.02, 0.0425), (2, 5, 0.001, 0.1), (7, 2, 0.03, 0.001)]
-)
+@pytest.mark.parametrize(("K", "n", "lw", "lh"), [(4, 3, 0.02, 0.0425), (2, 5, 0.001, 0.1), (7, 2, 0.03, 0.001)])
 def test_the_plain_minimizer_attains_the_objective_and_has_no_gradient(K, n, lw, lh, lb):
     minimum = theory.plain_ufm(K, n, lw, lh, lb)
     W = minimum.weight(9).requires_grad_()
@@ -175,9 +168,7 @@ def test_no_bias_and_a_free_bias_are_the_limits_of_a_regularized_one():
         torch.testing.assert_close(near.bias, at.bias)
 
 
-@pytest.mark.parametrize(
-    ("lb", "objective", "bias"), [(math.inf, 0.5, 0.0), (0.0, 0.375, 0.25), (1.0, 0.4375, 0.125)]
-)
+@pytest.mark.parametrize(("lb", "objective", "bias"), [(math.inf, 0.5, 0.0), (0.0, 0.375, 0.25), (1.0, 0.4375, 0.125)])
 def test_too_strong_a_regularization_collapses_the_plain_model_to_zero(lb, objective, bias):
     minimum = theory.plain_ufm(4, 50, 0.1, 0.1, lb)
     assert minimum.frame == "zero"

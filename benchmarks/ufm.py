@@ -1,0 +1,83 @@
+"""How much faster the UFM example descends than a naive loop, as ratios measured in one run, on one thread.
+
+    python benchmarks/ufm.py [--iterations 40000]
+
+The naive loop is autograd, torch.optim.SGD and explicit penalties in float32. The example runs in float64, through the
+Trainer, with NeuralCollapseCallback, logging and progress bar. Ten seeds at once include their measurements too.
+"""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import ufm
+
+TARGETS = {1: 6.0, 3: 4.0, 4: 3.5}
+
+
+def naive(c: ufm.Configuration, steps: int) -> float:
+    """Seconds per step of the loop one would write first."""
+    start = ufm.build(c)
+    W, H = (x.detach().float().requires_grad_() for x in (start.classifier.weight, start.features.T.contiguous()))
+    factors = [(W, c.lambda_w), (H, c.lambda_h)]
+    if c.model != "plain":
+        W1 = start.hidden.weight.detach().float().requires_grad_()
+        factors.append((W1, c.lambda_w1))
+    Y = torch.eye(c.num_classes).repeat_interleave(c.samples_per_class, dim=1)
+    optimizer = torch.optim.SGD([x for x, _ in factors], lr=c.step)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        deepest = H if c.model == "plain" else W1 @ H
+        if c.model == "relu":
+            deepest = deepest.relu()
+        loss = ((W @ deepest - Y) ** 2).sum() / (2 * Y.shape[1])
+        loss = loss + sum(weight / 2 * (x**2).sum() for x, weight in factors)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (time.perf_counter() - begin) / steps
+
+
+def through_the_trainer(c: ufm.Configuration) -> float:
+    """Seconds per step of the example."""
+    begin = time.perf_counter()
+    ufm.run(c, 0)
+    return (time.perf_counter() - begin) / c.iterations
+
+
+def together(c: ufm.Configuration, seeds: int) -> float:
+    """Seconds per step and seed of many seeds at once."""
+    begin = time.perf_counter()
+    ufm.run_together([c] * seeds, list(range(seeds)))
+    return (time.perf_counter() - begin) / c.iterations / seeds
+
+
+def main() -> None:
+    """Print a line per figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=40_000)
+    iterations = parser.parse_args().iterations
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    ufm.run(replace(ufm.FIGURES[1], iterations=1000), 0)  # what is paid once per process stays out of the ratios
+    naive(ufm.FIGURES[1], 200)
+    for figure, target in TARGETS.items():
+        c = replace(ufm.FIGURES[figure], iterations=iterations)
+        slow = naive(c, 4000)
+        fast, many = through_the_trainer(c), together(replace(c, iterations=iterations // 4), 10)
+        print(
+            f"figure {figure}: naive {1e6 * slow:.0f} us, Trainer {1e6 * fast:.1f} us = {slow / fast:.1f}x "
+            f"(wanted {target}x), 10 seeds {1e6 * many:.1f} us per seed = {fast / many:.1f}x better still (wanted 2x)"
+        )
+
+
+if __name__ == "__main__":
+    main()
