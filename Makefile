@@ -25,7 +25,7 @@ docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 benchmarks: $(INSTALLED)
-	$(BIN)/python benchmarks/statistics.py
+	$(BIN)/python benchmarks/moments.py
 	$(BIN)/python benchmarks/exact_pass.py
 
 # A torch that was built locally (2.13.0+cpu, say) satisfies torchvision's demand for 2.13.0, but the two do not import

@@ -104,7 +104,7 @@ FIGURES = {
     1: Configuration(**unit),
     2: Configuration(**unit, lambda_b=0.0),
     3: Configuration(model="linear"),
-    4: Configuration(model="relu", iterations=2_400_000, every=20_000),
+    4: Configuration(model="relu", iterations=6_500_000, every=50_000),
     6: Configuration(**unit, **larger, iterations=160_000),
     7: Configuration(**unit, **larger, iterations=160_000, lambda_b=0.0),
     8: Configuration(model="linear", **larger, lambda_w1=0.0025, iterations=140_000),
@@ -500,6 +500,9 @@ def verdict(model: UFM, row: dict[str, float]) -> str:
         for rank in range(c.num_classes):
             if abs(value / c.minimum().level([0.0] * rank + [1.0] * (c.num_classes - rank)) - 1) < 1e-6:
                 return text + f"stuck at a stationary point of rank {rank}"
+    gradient = torch.autograd.grad(model.objective(), list(model.parameters()))
+    if math.sqrt(sum(part.square().sum().item() for part in gradient)) < 1e-10:
+        return text + "stuck at a stationary point whose level theory does not name"
     return text + f"not converged after {row['iteration']} iterations; give more --iterations"
 
 

@@ -88,7 +88,7 @@ class ClassMoments:
             valid = (target >= 0) & (target < self.counts.numel())
             target = target.long().clamp(0, self.counts.numel() - 1)
             self.mislabelled += (~valid).sum()
-            self.nonfinite += (~features.isfinite().all(dim=1)).sum()
+            self.nonfinite += (~features.sum(dim=1, dtype=self.means.dtype).isfinite()).sum()
 
             # The first sample of each class in the batch stands for its class: only the classes that are here are touched.
             order = torch.arange(len(target), device=target.device)
@@ -99,13 +99,13 @@ class ClassMoments:
             before = features.to(self.means.dtype) - self.means[target]
             shift = torch.zeros_like(before).index_add_(0, leader, before).div_(self.counts[target].unsqueeze(1))
             self.means.index_add_(0, target, shift)
-            after = before - shift[leader]
+            after = (before - shift[leader]).to(product_dtype)
             # For a class seen for the first time any centre before the batch is exact; the new mean cancels least.
-            before = torch.where(known.unsqueeze(1), before, after)
+            before = torch.where(known.unsqueeze(1), before.to(product_dtype), after)
 
-            self.spread.index_add_(0, target, (before * after).sum(dim=1))
+            self.spread.index_add_(0, target, (before * after).sum(dim=1, dtype=self.spread.dtype))
             sink = self.scatter if product_dtype == self.scatter.dtype else self.recent
-            sink.addmm_(before.to(product_dtype).T, after.to(product_dtype))
+            sink.addmm_(before.T, after)
 
     def fold(self) -> None:
         """Add what the last batches gathered to ``scatter``, in place."""

@@ -243,11 +243,8 @@ def test_a_figure_writes_its_table_and_its_picture_and_says_what_was_reached(tmp
 
 def test_many_seeds_a_yaml_and_dashes_give_one_table_of_all(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("model: linear\nnum_classes: 3\nlambda_w: 0.01\nevery: 50\n")
-    ufm.main(
-        ["--config", str(tmp_path / "mine.yaml"), "--samples-per-class", "6", "--iterations=100"]
-        + "--seeds 3 --seed 5 --out".split()  # noqa: SIM905
-        + [str(tmp_path)]
-    )
+    options = "--samples-per-class 6 --iterations=100 --seeds 3 --seed 5"
+    ufm.main(["--config", str(tmp_path / "mine.yaml"), *options.split(), "--out", str(tmp_path)])
     rows = list(csv.DictReader((tmp_path / "linear-seeds.csv").open()))
     assert [row["seed"] for row in rows] == ["5"] * 3 + ["6"] * 3 + ["7"] * 3
     minimum = theory.extended_ufm(3, 6, 0.01, 0.005, 0.005)
@@ -279,3 +276,19 @@ def test_what_cannot_be_run_is_refused_with_a_clear_answer(arguments, message, c
     with pytest.raises(SystemExit):
         ufm.main(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_samples_that_agree_move_as_one_point_exactly_as_they_move_apart():
+    c = ufm.FIGURES[4]
+    naive, fast = ufm.build(c, 0), ufm.build(c, 0)
+    for m in (naive, fast):
+        with torch.no_grad():
+            m.features.copy_(m.features[::50].repeat_interleave(50, dim=0))
+    optimizer = torch.optim.SGD(naive.parameters(), lr=c.step)
+    for _ in range(500):
+        optimizer.zero_grad()
+        naive.objective().backward()
+        optimizer.step()
+    ufm.descend([fast], 500)
+    for expected, got in zip(naive.parameters(), fast.parameters(), strict=True):
+        assert (got - expected).norm() < 1e-12 * expected.norm()

@@ -1,0 +1,77 @@
+"""Cost of the exact pass over a data set, as a ratio to the bare forward pass over the same data; and its peak memory.
+
+python benchmarks/exact_pass.py
+"""
+
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nc import measure
+
+
+def resnet18() -> nn.Module:
+    """The standard network for 32x32 images: 3x3 first convolution, no max-pool."""
+    model = torchvision.models.resnet18(num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model.eval()
+
+
+def images(count: int) -> DataLoader:
+    """Random images: what they show makes no difference to the cost."""
+    return DataLoader(TensorDataset(torch.randn(count, 3, 32, 32), torch.arange(count) % 10), 128)
+
+
+def cost(count: int = 256, repeats: int = 9) -> None:
+    """Time of ``measure`` and of the bare forward pass, taking turns."""
+    model, loader = resnet18(), images(count)
+
+    def bare() -> None:
+        with torch.no_grad():
+            for rows, _ in loader:
+                model(rows)
+
+    def ours() -> None:
+        measure(model, loader, progress=False, classifier="fc")
+
+    ratios, times = [], []
+    bare()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        bare()
+        middle = time.perf_counter()
+        ours()
+        end = time.perf_counter()
+        ratios.append((end - middle) / (middle - start))
+        times.append(middle - start)
+    print(
+        f"exact pass of ResNet18 over {count} images of 32x32: {sorted(ratios)[repeats // 2]:.3f} times the bare forward pass "
+        f"({sorted(times)[repeats // 2]:.2f} s); between {min(ratios):.3f} and {max(ratios):.3f}"
+    )
+
+
+def peak(batches: int) -> int:
+    """Peak resident memory in MiB of a fresh process that measures a small model over that many generated batches."""
+    program = f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import exact_pass; exact_pass.stream({batches})"
+    return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+
+
+def stream(batches: int) -> None:
+    """Measure over generated batches and print the peak memory."""
+    generated = ((torch.randn(256, 512), torch.randint(10, (256,))) for _ in range(batches))
+    measure(nn.Linear(512, 10), generated, progress=False)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+if __name__ == "__main__":
+    print(f"{torch.get_num_threads()} threads")
+    few, many = peak(20), peak(2000)
+    print(f"peak memory over 5,120 and 512,000 samples: {few} and {many} MiB: {many / few:.2f}")
+    cost()
