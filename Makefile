@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo test lint types docs examples benchmarks clean
+.PHONY: demo test lint types docs figures benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/resnet18.py fit $(ARGS)
@@ -24,9 +24,22 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
+# The pictures of docs/ufm.md; make -j2 figures draws two at a time.
+UFM = OMP_NUM_THREADS=1 $(BIN)/python examples/ufm.py --out docs/figures
+NUMBERED = $(addprefix figure-,4 9 8 7 6 3 2 1)
+
+figures: $(NUMBERED)
+	$(UFM) --theorem 5.1
+	$(UFM) --sweep lambda-b
+	$(UFM) --model linear --loss cross-entropy --seeds 8 --iterations 100000 --every 5000
+
+$(NUMBERED): figure-%: $(INSTALLED)
+	$(UFM) --figure $*
+
 benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/moments.py
 	$(BIN)/python benchmarks/exact_pass.py
+	$(BIN)/python benchmarks/ufm.py
 
 # A torch that was built locally (2.13.0+cpu, say) satisfies torchvision's demand for 2.13.0, but the two do not import
 # together. Then the torch of the same version that torchvision was built against takes its place.

@@ -77,6 +77,7 @@ def memory(features: int = 512, classes: int = 100, batch: int = 256) -> None:
 
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} threads")
+    torch.zeros(2**26)  # freed at once: the allocator then keeps large blocks, as it does after any step of training
     update(classes=10)
     update(classes=1000)
     memory()

@@ -555,6 +555,7 @@ def draw_run(
         axis.set_yscale("log")
         axis.set_title(name)
         axis.set_xlabel("iteration")
+        axis.ticklabel_format(axis="x", scilimits=(0, 3))
         axis.grid(alpha=0.3)
     axes[0].lines[0].set_label("median" if len(tables) > 1 else "descent")
     for (level, value), style in zip((levels(c) | extra).items(), ("--", "-.", ":"), strict=False):

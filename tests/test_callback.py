@@ -149,7 +149,7 @@ class Spy(Callback):
 def test_checkpoint_and_early_stopping_see_the_value_of_this_epoch(tmp_path):
     callback, spy = NeuralCollapseCallback(), Spy()
     checkpoint = ModelCheckpoint(tmp_path, monitor="nc/nc1", save_top_k=-1, filename="{epoch}")
-    trainer, _ = fit(tmp_path, [callback, spy, checkpoint], val=loader(shuffle=False))
+    fit(tmp_path, [callback, spy, checkpoint], val=loader(shuffle=False))
     history = [row["nc/nc1"] for row in callback.history]
     assert spy.values == history
     assert sorted(value.item() for value in checkpoint.best_k_models.values()) == sorted(history)

@@ -100,9 +100,9 @@ def test_formulas_are_differentiable_at_random_points_and_nearly_collapsed_ones(
     rows.requires_grad_()
     assert torch.autograd.gradcheck(lambda f: nc1(f, target), rows)
     for center in (False, True):
-        assert torch.autograd.gradcheck(lambda f: nc2(f, target, center=center), rows)
-        assert torch.autograd.gradcheck(lambda f: nc2(f, target, frame="of", center=center), rows)
-        assert torch.autograd.gradcheck(lambda f, w: nc3(f, target, w, center=center), (rows, weight))
+        assert torch.autograd.gradcheck(lambda f, center=center: nc2(f, target, center=center), rows)
+        assert torch.autograd.gradcheck(lambda f, center=center: nc2(f, target, frame="of", center=center), rows)
+        assert torch.autograd.gradcheck(lambda f, w, center=center: nc3(f, target, w, center=center), (rows, weight))
     collapsed = (simplex_etf(4).repeat(5, 1) + 1e-8 * torch.randn(20, 4).double()).requires_grad_()
     nc1(collapsed, torch.arange(4).repeat(5)).backward()  # equal singular values, where the gradient of an SVD is nan
     assert collapsed.grad.isfinite().all()

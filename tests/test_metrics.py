@@ -136,7 +136,7 @@ def test_without_a_weight_its_measures_are_left_out():
 
 def test_plot_draws_one_value_and_many():
     metric = fill(NC1(CLASSES, FEATURES), *data())
-    figure, axis = metric.plot()
+    _, axis = metric.plot()
     assert len(axis.lines) + len(axis.collections) >= 1
     metric.plot([metric.compute(), metric.compute()])
 
