@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from typing_extensions import override
 
@@ -94,6 +94,10 @@ class NeuralCollapseCallback(Callback):
         return plot_history(self.history)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measured_step = None
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -116,10 +120,6 @@ class NeuralCollapseCallback(Callback):
         trainer.callback_metrics.update(_tensors(values))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._measured_step = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class NeuralCollapseCallback(Callback):
         if self.dataloader is not None:
             return self.dataloader, None
         loader, limit = trainer.train_dataloader, None
-        if trainer.num_training_batches == float("inf"):
+        if isinstance(getattr(loader, "dataset", None), IterableDataset):
             limit = trainer.fit_loop.batch_idx + 1
         elif isinstance(loader, DataLoader) and trainer.num_training_batches < len(loader):
             limit = int(trainer.num_training_batches)

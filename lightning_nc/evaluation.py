@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -24,7 +25,16 @@ from torch.utils.data import (
 )
 from tqdm import tqdm
 
-from lightning_nc.features import Pool, features_of, find_classifier, match_layers, recording, run_forward, targets_of
+from lightning_nc.features import (
+    Pool,
+    features_of,
+    find_classifier,
+    match_layers,
+    pool_features,
+    recording,
+    run_forward,
+    targets_of,
+)
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures, evaluate
 from lightning_nc.metrics import synchronise
 from lightning_nc.moments import FOLD_EVERY, ClassMoments, check_batch, check_labels, check_target
@@ -80,9 +90,15 @@ def measure(
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     bar = tqdm(dataloader, desc="Neural collapse", leave=False, disable=not progress)
-    with undisturbed(model, torch.device(device)):
-        exact.gather(model, (_to_device(batch, device) for batch in bar))
-        return exact.values()
+    generator = getattr(dataloader, "generator", None)
+    stream = None if generator is None else generator.get_state()
+    try:
+        with undisturbed(model, torch.device(device)):
+            exact.gather(model, (move_data_to_device(batch, torch.device(device)) for batch in bar))
+            return exact.values()
+    finally:
+        if generator is not None:
+            generator.set_state(stream)
 
 
 @dataclass
@@ -127,18 +143,21 @@ class ExactPass:
 
             if index == 0:
                 classifier, classes = self._classifier(model, forward)
-                names = layers if classifier is None else [*layers, classifier]
-                modules = {name: model.get_submodule(name) for name in dict.fromkeys(names)}
-                self._head = None if classifier is None else modules[classifier]
+                modules = {name: model.get_submodule(name) for name in layers}
+                head = {} if classifier is None else {classifier: model.get_submodule(classifier)}
+                self._head = head.get(classifier or "")
                 check_labels(target, classes)  # once, since reading labels makes the host wait for the device
-            with recording(modules) as calls:
+
+            def keep(module: nn.Module, tensor: Tensor, size: int = len(target)) -> Tensor:
+                fits = tensor.dim() and len(tensor) == size
+                return pool_features(tensor, self.pool, module) if fits else tensor
+
+            with recording(modules, keep) as outputs, recording(head, keep, inputs=True) as inputs:
                 forward()
             for name in layers:
-                outputs = [call.output for called, call in calls if called == name]
-                self._update(f"{name}/", features_of(name, outputs, len(target), self.pool), target, classes, index)
-            if classifier is not None:
-                inputs = [call.input for called, call in calls if called == classifier]
-                self._update("", features_of(classifier, inputs, len(target), self.pool), target, classes, index)
+                self._update(f"{name}/", features_of(name, outputs, len(target)), target, classes, index)
+            for name in head:
+                self._update("", features_of(name, inputs, len(target)), target, classes, index)
         if not self.moments:
             raise LookupError("the data loader gave no batch, so there is nothing to measure")
 
@@ -146,7 +165,6 @@ class ExactPass:
         """The measures of what was gathered, by name; with ``synchronised``, of all processes together."""
         if synchronised:
             self.moments = dict(zip(self.moments, synchronise(list(self.moments.values())), strict=True))
-        given = {part: getattr(self._head, part, None) for part in ("weight", "bias")}
         values = {}
         for prefix, moments in self.moments.items():
             if moments.mislabelled:
@@ -154,12 +172,19 @@ class ExactPass:
                     f"targets must lie in [0, {len(moments.counts)}), got {int(moments.mislabelled)} outside; pass "
                     "num_classes, or a target_fn"
                 )
-            known = given if prefix == "" else {}
+            known = self._known(len(moments.counts)) if prefix == "" else {}
             names = [name for name in self.metrics if all(known.get(need) is not None for need in MEASURES[name].needs)]
             needed = {need: known[need] for name in names for need in MEASURES[name].needs}
             measured = evaluate(names, moments, **needed)
             values.update({prefix + name: float(value) for name, value in measured.items()})
         return values
+
+    def _known(self, classes: int) -> dict[str, Tensor | None]:
+        """Weight and bias of a linear classifier; the first rows where it has more outputs than there are classes."""
+        weight, bias = getattr(self._head, "weight", None), getattr(self._head, "bias", None)
+        if weight is None or weight.dim() != 2:
+            return {}
+        return {"weight": weight[:classes], "bias": None if bias is None else bias[:classes]}
 
     def _targets(self, batch: Any) -> Tensor:
         target: Tensor = (self.target_fn or targets_of)(batch)
@@ -169,7 +194,9 @@ class ExactPass:
     def _classifier(self, model: nn.Module, forward: Callable[[], Any]) -> tuple[str | None, int]:
         """Name of the classifier, None where only layers are measured and there is none, and the number of classes."""
         if self.classifier is not None:
-            (name,) = match_layers(model, [self.classifier])
+            name = self.classifier
+            if name not in (known for known, _ in model.named_modules(remove_duplicate=False)):
+                match_layers(model, [name.replace("*", "[*]")])  # raises, with the nearest names
         else:
             try:
                 name = find_classifier(model, forward, self.num_classes)
@@ -271,11 +298,12 @@ def measurement_loader(
         batches: Iterable[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, **copied)
         return islice(batches, max_batches), max_batches
     indices, batch_size = _indices(loader)
-    if max_batches is not None and batch_size is not None and max_batches * batch_size * world_size < len(indices):
+    size = (max_batches or 0) * (batch_size or 1) * world_size
+    if max_batches is not None and size < len(indices):
         order = torch.arange(len(indices))
         if not isinstance(loader.sampler, SequentialSampler):  # that one trains on the first samples, no others
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
-        indices = [indices[i] for i in order[: max_batches * batch_size * world_size].tolist()]
+        indices = [indices[i] for i in order[:size].tolist()]
     indices = indices[rank::world_size]
     clone: DataLoader[Any] = DataLoader(loader.dataset, batch_size=batch_size, sampler=indices, **copied)
     return clone, len(clone)
@@ -298,14 +326,8 @@ def _indices(loader: DataLoader[Any]) -> tuple[Sequence[Any], int | None]:
         visited = set(chain.from_iterable(deepcopy(batches, shared)))
         return sorted(visited), getattr(batches, "batch_size", None) or len(next(iter(deepcopy(batches, shared))))
     batch_size = loader.batch_size if batches is None else batches.batch_size
-    if isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
+    if isinstance(sampler, WeightedRandomSampler):
+        return sampler.weights.nonzero().flatten().tolist(), batch_size
+    if isinstance(sampler, SequentialSampler | RandomSampler):
         return range(len(loader.dataset)), batch_size  # type: ignore[arg-type]
     return sorted(set(deepcopy(sampler, shared))), batch_size
-
-
-def _to_device(batch: Any, device: torch.device | str) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: _to_device(item, device) for key, item in batch.items()}
-    if isinstance(batch, list | tuple):
-        return [_to_device(item, device) for item in batch]
-    return batch.to(device) if hasattr(batch, "to") else batch

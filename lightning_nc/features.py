@@ -6,40 +6,46 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Call", "find_classifier", "match_layers", "pool_features", "recording", "targets_of"]
+__all__ = ["features_of", "find_classifier", "match_layers", "pool_features", "recording", "targets_of"]
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 Pool = str | Callable[[Tensor], Tensor]
 
 
-class Call(NamedTuple):
-    """One call of a module: its first tensor argument and its first tensor output, None where there is none."""
-
-    input: Tensor | None
-    output: Tensor | None
-
-
 @contextmanager
-def recording(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Call]]]:
-    """Record the calls of the named modules, in the order in which they end, while the block runs."""
-    calls: list[tuple[str, Call]] = []
+def recording(
+    modules: Mapping[str, nn.Module], keep: Callable[[nn.Module, Tensor], Tensor], inputs: bool = False
+) -> Iterator[list[tuple[str, Tensor | None]]]:
+    """Record what the named modules give, or with ``inputs`` take, call by call, while the block runs.
 
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.append((name, Call(_first_tensor((*args, *kwargs.values())), _first_tensor(output))))
+    Of each call the first floating tensor is kept, None where there is none. ``keep`` makes of it what is recorded, at
+    once: the next layer may work in place.
+    """
+    recorded: list[tuple[str, Tensor | None]] = []
 
-        return record
+    def record(name: str, module: nn.Module, value: Any) -> None:
+        tensor = next((tensor for tensor in _tensors(value) if tensor.is_floating_point()), None)
+        recorded.append((name, None if tensor is None else keep(module, tensor)))
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: record(name, module, (*args, *kwargs.values()))
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda module, args, output: record(name, module, output)
 
     handles = []
     try:
         for name, module in modules.items():
-            handles.append(module.register_forward_hook(hook(name), with_kwargs=True))
-        yield calls
+            if inputs:
+                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(after(name)))
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
@@ -61,7 +67,7 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
             f"{type(model).__name__} has no torch.nn.Linear layer, so its classifier cannot be found; name a module with "
             "classifier=..., or give num_classes=... and layers=[...] to measure layers alone"
         )
-    with recording(linear) as calls:
+    with recording(linear, keep=lambda module, output: output) as calls:
         output = forward()
     if not calls:
         raise LookupError(
@@ -70,13 +76,15 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
         )
     returned = {id(tensor) for tensor in _tensors(output)}
     names = list(dict.fromkeys(name for name, _ in calls))
-    heads = list(dict.fromkeys(name for name, call in calls if id(call.output) in returned))
+    heads = list(dict.fromkeys(name for name, result in calls if id(result) in returned))
     fitting = [name for name in heads or names if linear[name].out_features == num_classes]
     if len(heads) > 1 and len(fitting) != 1:
         raise LookupError(
             f"the model returns the outputs of several linear layers, {_listed(heads)}; name one with classifier=..."
         )
-    uncalled = [name for name in linear if name not in names]
+    # The projection inside torch's attention is a Linear that is never called.
+    internal = nn.modules.linear.NonDynamicallyQuantizableLinear
+    uncalled = [name for name, module in linear.items() if name not in names and not isinstance(module, internal)]
     if uncalled and not heads and not fitting:
         raise LookupError(
             f"no linear layer gives the model's output, and {_listed(uncalled)} was not called: hooks see only calls of the "
@@ -101,12 +109,13 @@ def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def features_of(name: str, tensors: Sequence[Tensor | None], batch_size: int, pool: Pool) -> Tensor:
-    """The features (B, d) among what the calls of module ``name`` gave: those that fit the labels, pooled.
+def features_of(name: str, recorded: Sequence[tuple[str, Tensor | None]], batch_size: int) -> Tensor:
+    """The last of what was recorded of module ``name`` that has a row for each label.
 
     Raises:
         LookupError: if the module was not called, or if no call has ``batch_size`` rows.
     """
+    tensors = [tensor for called, tensor in recorded if called == name]
     if not tensors:
         raise LookupError(
             f"{name!r} was not called in the forward pass; hooks see only calls of the module itself: write self.{name}(x) "
@@ -116,21 +125,27 @@ def features_of(name: str, tensors: Sequence[Tensor | None], batch_size: int, po
     if not fitting:
         shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
         raise LookupError(
-            f"no call of {name!r} has a row for each of the {batch_size} labels, got {shapes}; pass target_fn or forward_fn "
-            "so that features and labels fit"
+            f"no call of {name!r} has a row for each of the {batch_size} labels, got {shapes}; pass target_fn or "
+            "forward_fn so that features and labels fit"
         )
-    return pool_features(fitting[-1], pool)
+    return fitting[-1]
 
 
-def pool_features(features: Tensor, pool: Pool) -> Tensor:
-    """(B, ...) to (B, d): ``"mean"`` over the positions of a map (B, d, ...) or of a sequence (B, T, d), ``"flatten"``,
-    or a callable.
+def pool_features(features: Tensor, pool: Pool, module: nn.Module | None = None) -> Tensor:
+    """(B, ...) to (B, d), in memory of its own: ``"mean"`` over positions, ``"flatten"``, or a callable.
+
+    Three dimensions are a sequence (B, T, d), or (B, d, T) at a module whose name ends in 1d, such as Conv1d; more are a
+    map (B, d, ...).
     """
     if callable(pool):
-        return pool(features)
-    if pool == "flatten" or features.dim() <= 2:
-        return features.flatten(start_dim=1) if features.dim() > 1 else features.unsqueeze(1)
-    return features.mean(dim=1) if features.dim() == 3 else features.flatten(start_dim=2).mean(dim=2)
+        pooled = pool(features)
+    elif pool == "flatten" or features.dim() <= 2:
+        pooled = features.flatten(start_dim=1) if features.dim() > 1 else features.unsqueeze(1)
+    elif features.dim() == 3 and not type(module).__name__.endswith("1d"):
+        pooled = features.mean(dim=1)
+    else:
+        pooled = features.flatten(start_dim=2).mean(dim=2)
+    return pooled.clone() if pooled.data_ptr() == features.data_ptr() else pooled
 
 
 def targets_of(batch: Any) -> Any:
@@ -184,10 +199,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
             yield from _tensors(item)
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    return next((tensor for tensor in _tensors(value) if tensor.is_floating_point()), None)
 
 
 def _listed(names: Any) -> str:

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, check_labels
+from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = [
     "MEASURES",
@@ -38,7 +38,6 @@ __all__ = [
     "nc1",
     "nc1_cdnv",
     "nc1_trace",
-    "nc1_vci",
     "nc2",
     "nc2_equiangular",
     "nc2_equinorm",
@@ -83,13 +82,6 @@ def nc1_cdnv(features: Tensor, target: Tensor, num_classes: int | None = None) -
     Source: arXiv 2112.15121.
     """
     return _measure("nc1_cdnv", features, target, num_classes)
-
-
-def nc1_vci(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
-    r"""Variability collapse index :math:`1 - \operatorname{tr}(\Sigma_T^\dagger \Sigma_B) / \min(d, K - 1)` with
-    :math:`\Sigma_T = \Sigma_W + \Sigma_B`. Source: arXiv 2306.03440.
-    """
-    return _measure("nc1_vci", features, target, num_classes)
 
 
 def nc2(
@@ -137,7 +129,7 @@ def nc2_weight(weight: Tensor) -> Tensor:
 
     Source: Zhu et al. (2021), arXiv 2105.02375.
     """
-    return _frame_distance(weight, "etf")
+    return _frame_distance(weight.to(state_dtype(weight.device)), "etf")
 
 
 def nc3(
@@ -222,14 +214,6 @@ def _nc1_cdnv(s: Summary) -> Tensor:
     return ratios.mean()
 
 
-def _nc1_vci(s: Summary) -> Tensor:
-    classes, features = s.means.shape
-    between = _contrasts(s.means) / math.sqrt(classes)
-    total = s.moments.total_scatter() / s.moments.samples + between.T @ between
-    explained: Tensor = (between @ torch.linalg.pinv(total, hermitian=True) * between).sum()
-    return 1 - explained / min(features, classes - 1)
-
-
 def _pairs(rows: Tensor) -> Tensor:
     return torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
 
@@ -244,8 +228,13 @@ def _equinorm(rows: Tensor) -> Tensor:
     return norms.std(correction=0) / norms.mean()
 
 
+def _unit(rows: Tensor) -> Tensor:
+    unit: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return unit
+
+
 def _pair_cosines(rows: Tensor) -> Tensor:
-    unit = torch.nn.functional.normalize(rows, dim=1)
+    unit = _unit(rows)
     i, j = _pairs(rows)
     return (unit @ unit.T)[i, j]
 
@@ -273,7 +262,6 @@ MEASURES: Mapping[str, Measure] = {
     "nc1": Measure(_nc1),
     "nc1_trace": Measure(_nc1_trace),
     "nc1_cdnv": Measure(_nc1_cdnv),
-    "nc1_vci": Measure(_nc1_vci),
     "nc2_etf": Measure(lambda s: _frame_distance(s.means, "etf")),
     "nc2_etf_centered": Measure(lambda s: _frame_distance(s.centered, "etf")),
     "nc2_of": Measure(lambda s: _frame_distance(s.means, "of")),
@@ -285,9 +273,7 @@ MEASURES: Mapping[str, Measure] = {
     "nc3": Measure(lambda s: _distance_of_directions(s.weight, s.means), ("weight",)),
     "nc3_centered": Measure(lambda s: _distance_of_directions(s.weight, s.centered), ("weight",)),
     "nc3_gram": Measure(lambda s: _frame_distance(s.weight, "etf", s.centered), ("weight",)),
-    "nc3_cosine": Measure(
-        lambda s: 1 - torch.nn.functional.cosine_similarity(s.weight, s.centered).mean(), ("weight",)
-    ),
+    "nc3_cosine": Measure(lambda s: 1 - (_unit(s.weight) * _unit(s.centered)).sum(dim=1).mean(), ("weight",)),
     "bias_collapse": Measure(lambda s: _norm(s.weight @ s.means.mean(dim=0) + s.bias), ("weight", "bias")),
 }
 """Every measure by the name under which the metrics and the callback know it."""
@@ -308,7 +294,7 @@ def evaluate(
     if weight is not None and weight.shape[1:] != moments.means.shape[1:]:
         features = moments.means.shape[1]
         raise ValueError(f"weight must have a column for each of the {features} features, got {tuple(weight.shape)}")
-    if not moments.spread.sum().isfinite():
+    if not moments.finite:
         count = int(moments.nonfinite)
         reason = (
             f"{count} samples have" if count else "the features are so large that their squares overflow: some have"

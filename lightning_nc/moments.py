@@ -33,6 +33,9 @@ class ClassMoments:
     deviations of a batch from the class means before it and ``b`` from those after it, the pooled within-class scatter
     grows by exactly :math:`a^\top b`, whatever the mix of classes (Welford's identity, for batches).
 
+    The products are in float32 for features up to float32: deviations should lie between 1e-18 and 1e17, where their
+    squares do not leave its range.
+
     Args:
         counts: samples per class, (K,).
         means: class means, (K, d); zero for a class without a sample.
@@ -76,6 +79,11 @@ class ClassMoments:
         """N, the number of samples, ()."""
         return self.counts.sum()
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sample was infinite or nan, and no square overflowed."""
+        return bool((self.spread.sum() + self.scatter.sum() + self.recent.sum()).isfinite())
+
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch, in place, without waiting for the device.
 
@@ -85,8 +93,9 @@ class ClassMoments:
         """
         with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device.type):
             product_dtype = torch.promote_types(features.dtype, torch.float32)
+            target = target.long()
             valid = (target >= 0) & (target < self.counts.numel())
-            target = target.long().clamp(0, self.counts.numel() - 1)
+            target = target.clamp(0, self.counts.numel() - 1)
             self.mislabelled += (~valid).sum()
             self.nonfinite += (~features.sum(dim=1, dtype=self.means.dtype).isfinite()).sum()
 
@@ -139,11 +148,6 @@ class ClassMoments:
         """
         return (directions * ((self.scatter + self.recent) @ directions)).sum().clamp(min=0)
 
-    def total_scatter(self) -> Tensor:
-        """The pooled within-class scatter, symmetric, (d, d)."""
-        scatter = self.scatter + self.recent
-        return (scatter + scatter.T) / 2
-
 
 @dataclass
 class ClassDeviations:
@@ -186,6 +190,11 @@ class ClassDeviations:
         return self.counts.sum()
 
     @property
+    def finite(self) -> bool:
+        """Whether no sample was infinite or nan, and no square overflows."""
+        return bool(self.deviations.square().sum().isfinite())
+
+    @property
     def spread(self) -> Tensor:
         """Sum of squared distances to the class mean, per class, (K,)."""
         return torch.zeros_like(self.counts).index_add(0, self.target, self.deviations.square().sum(dim=1))
@@ -198,10 +207,6 @@ class ClassDeviations:
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared projection of the deviation on ``directions`` (d, r): ()."""
         return (self.deviations @ directions).square().sum()
-
-    def total_scatter(self) -> Tensor:
-        """The pooled within-class scatter, (d, d)."""
-        return self.deviations.T @ self.deviations
 
 
 def check_batch(features: Tensor, target: Tensor, num_features: int | None = None) -> None:
@@ -230,6 +235,7 @@ def check_target(target: Any) -> None:
 
 def check_labels(target: Tensor, num_classes: int) -> None:
     """Raise ``ValueError`` for labels outside [0, num_classes). Reads the values, so it waits for the device."""
+    target = target.long()  # a comparison would cast the number of classes to uint8
     outside = target[(target < 0) | (target >= num_classes)]
     if len(outside):
         raise ValueError(

@@ -41,7 +41,7 @@ def cosines(rows):
 
 def all_measures(features, target, weight, bias):
     means, centered, deviations, within, between = moments(features, target)
-    k, d = means.shape
+    k = len(means)
     counts = np.array([np.sum(np.asarray(target) == c) for c in np.unique(target)])
     owner = np.searchsorted(np.unique(target), target)
     variance = np.array([(deviations[owner == c] ** 2).sum() for c in range(k)]) / counts
@@ -56,7 +56,6 @@ def all_measures(features, target, weight, bias):
         "nc1": nc1(features, target),
         "nc1_trace": np.trace(within) / np.trace(between),
         "nc1_cdnv": np.mean(cdnv),
-        "nc1_vci": 1 - np.trace(np.linalg.pinv(within + between) @ between) / min(d, k - 1),
         "nc2_etf": frame(means, "etf"),
         "nc2_etf_centered": frame(centered, "etf"),
         "nc2_of": frame(means, "of"),

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_nc import NeuralCollapseCallback
 
@@ -283,6 +283,19 @@ def test_limited_training_batches_limit_the_measurement(tmp_path):
     assert torch.equal(callback._exact.moments[""].counts, torch.bincount(TARGET[:16]).double())
     fit(tmp_path, [callback], data=loader(), limit_train_batches=2)
     assert callback._exact.moments[""].samples == 16
+
+
+def test_an_iterable_dataset_is_measured_as_far_as_the_epoch_went(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from DATA
+
+    callback = NeuralCollapseCallback(strict=True)
+    fit(tmp_path, [callback], data=DataLoader(Stream(), 8), limit_train_batches=2)
+    assert callback._exact.moments[""].samples == 16
+    fit(tmp_path, [callback], data=DataLoader(Stream(), 8))
+    assert callback._exact.moments[""].samples == len(DATA)
+    assert [row["epoch"] for row in callback.history] == [0, 1, 2, 0, 1, 2]  # a history of both runs
 
 
 def test_a_dropped_last_batch_is_measured_all_the_same(tmp_path):

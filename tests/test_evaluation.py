@@ -52,6 +52,8 @@ def test_every_sample_is_visited_once_and_in_order(loader):
 def test_samples_outside_of_a_subset_are_not_visited():
     assert visited(DataLoader(DATA, 8, sampler=SubsetRandomSampler([40, 3, 9]))) == [3, 9, 40]
     assert visited(DataLoader(Subset(DATA, [5, 4]), 8, shuffle=True)) == [5, 4]
+    half = torch.arange(51) % 2
+    assert visited(DataLoader(DATA, 8, sampler=WeightedRandomSampler(half.double(), 20))) == list(range(1, 51, 2))
 
 
 def test_ranks_share_the_samples_without_padding():
@@ -162,11 +164,50 @@ def test_what_cannot_be_measured_says_why_and_what_to_do(model, batch, arguments
         measure(model, [batch], progress=False, **arguments)
 
 
+def test_features_are_taken_before_the_next_layer_works_in_place():
+    rows, target = clusters(4, 30, 8, 0.5)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
+    values = measure(model, [(rows, target)], layers=["0"], metrics=("nc1",), progress=False)
+    with torch.no_grad():
+        expected = reference.nc1_by_axes(model[0](rows).numpy(), target.numpy())
+    assert values["0/nc1"] == pytest.approx(expected, rel=1e-5)
+    model = nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 4)))
+    values = measure(model, [(rows.clone(), target)], classifier="1", num_classes=4, metrics=("nc1",), progress=False)
+    assert values["nc1"] == pytest.approx(reference.nc1_by_axes(rows.numpy(), target.numpy()), rel=1e-5)
+
+
+def test_a_head_with_more_outputs_than_classes_and_one_that_is_no_linear_layer():
+    rows, target = clusters(4, 30, 8, 0.5)
+    wide = nn.Linear(8, 10)
+    values = measure(wide, [(rows, target)], num_classes=4, progress=False)
+    expected = reference.direction(wide.weight[:4].detach().double().numpy(), reference.moments(rows, target)[0])
+    assert values["nc3"] == pytest.approx(expected, rel=1e-5)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
+    assert "nc3" not in measure(model, [(rows, target)], classifier="0", num_classes=4, progress=False)
+
+
+def test_measuring_leaves_the_generator_of_the_loader_where_it_was():
+    rows, target = clusters(4, 30, 8, 0.5)
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    measure(
+        nn.Linear(8, 4), DataLoader(TensorDataset(rows, target), 7, shuffle=True, generator=generator), progress=False
+    )
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_a_binary_head_can_be_measured_as_the_message_says():
     rows, target = clusters(2, 10, 6, 0.3)
     metrics = ("nc1", "nc2_etf_centered")
     values = measure(nn.Linear(6, 1), [(rows, target)], num_classes=2, metrics=metrics, progress=False)
     assert values["nc1"] == pytest.approx(reference.nc1(rows.numpy(), target.numpy()), rel=1e-5)
+
+
+def test_a_classifier_is_one_name():
+    with pytest.raises(LookupError, match="is named"):
+        measure(
+            nn.Sequential(nn.Linear(6, 3)), [(torch.randn(4, 6), torch.zeros(4).long())], classifier="*", progress=False
+        )
 
 
 def test_no_batch_at_all_is_said():

@@ -32,6 +32,19 @@ def test_the_classifier_behind_a_softmax_is_the_last_with_the_right_number_of_ou
     assert find_classifier(model, lambda: model(torch.randn(4, 6)), num_classes=8) == "0"
 
 
+def test_the_projection_inside_attention_does_not_stand_in_the_way():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x)[0].mean(dim=1)).log_softmax(dim=1)
+
+    model = Attends()
+    assert find_classifier(model, lambda: model(torch.randn(4, 5, 6))) == "head"
+
+
 def test_several_heads_are_named_in_the_error():
     class TwoHeads(nn.Module):
         def __init__(self):
@@ -79,29 +92,30 @@ def test_layers_match_by_shell_pattern_and_near_names_are_offered():
 def test_recording_sees_keyword_arguments_and_leaves_no_hook_behind():
     layer = nn.Linear(6, 3)
     x = torch.randn(4, 6)
-    with recording({"fc": layer}) as calls:
+    with recording({"fc": layer}, keep=lambda module, tensor: tensor, inputs=True) as inputs:
         layer(input=x)
-    assert torch.equal(calls[0][1].input, x)
-    assert not layer._forward_hooks
-    with pytest.raises(RuntimeError, match="boom"), recording({"fc": layer}):
+    assert torch.equal(inputs[0][1], x)
+    with pytest.raises(RuntimeError, match="boom"), recording({"fc": layer}, keep=lambda module, tensor: tensor):
         raise RuntimeError("boom")
     assert not layer._forward_hooks
-    assert not layer._forward_hooks_with_kwargs
+    assert not layer._forward_pre_hooks
 
 
 def test_the_call_that_fits_the_labels_is_taken():
     fits, other = torch.randn(4, 6), torch.randn(9, 6)
-    assert torch.equal(features_of("fc", [other, fits, None], 4, "mean"), fits)
+    recorded = [("fc", other), ("fc", fits), ("fc", None), ("other", torch.randn(4, 2))]
+    assert torch.equal(features_of("fc", recorded, 4), fits)
     with pytest.raises(LookupError, match="a row for each of the 5 labels"):
-        features_of("fc", [other], 5, "mean")
+        features_of("fc", recorded, 5)
     with pytest.raises(LookupError, match="'fc' was not called"):
-        features_of("fc", [], 5, "mean")
+        features_of("fc", [("other", fits)], 5)
 
 
 def test_pooling_keeps_batch_and_channel():
     images, tokens = torch.randn(4, 6, 3, 2), torch.randn(4, 5, 6)
     assert torch.allclose(pool_features(images, "mean"), images.mean(dim=(2, 3)))
     assert torch.allclose(pool_features(tokens, "mean"), tokens.mean(dim=1))
+    assert torch.allclose(pool_features(tokens, "mean", nn.Conv1d(5, 5, 1)), tokens.mean(dim=2))
     assert pool_features(images, "flatten").shape == (4, 36)
     assert pool_features(tokens, lambda features: features[:, 0]).shape == (4, 6)
 

@@ -1,4 +1,5 @@
 import contextlib
+from dataclasses import replace
 
 import pytest
 import reference
@@ -45,6 +46,10 @@ def test_the_other_measures_are_exact_in_every_precision_of_the_features(dtype):
     expected = reference.all_measures(*args)
     values = evaluate(list(MEASURES), gather(features, target.int(), 6), weight, bias)
     assert {name: value.item() for name, value in values.items()} == pytest.approx(expected, rel=1e-6)
+
+
+def scatter_of(moments):
+    return moments.scatter + moments.recent
 
 
 def values_of(moments):
@@ -107,17 +112,20 @@ def test_nc1_agrees_with_the_reference_with_classes_missing_and_more_classes_tha
 
 def test_an_update_is_safe_in_autocast_inference_mode_and_reduced_precision():
     features, target = clusters(5, 100, 32, 0.3)
-    expected = gather(features, target, 5).total_scatter()
+    expected = scatter_of(gather(features, target, 5))
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
             moments = gather(features, target, 5)
+        reduced = replace(
+            moments, counts=moments.counts.clone(), scatter=moments.scatter.clone(), recent=moments.recent.clone()
+        )
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
     moments.update(features, target)  # outside of inference mode again
-    assert torch.allclose(gather(features, target, 5).total_scatter(), expected, rtol=1e-6)
+    assert torch.allclose(scatter_of(reduced), expected, rtol=1e-6)
     assert moments.counts.tolist() == [200] * 5
 
 
@@ -141,3 +149,17 @@ def test_an_update_with_no_sample_and_a_merge_with_nothing_change_nothing():
 def test_the_state_is_float64_but_on_a_device_without_it():
     assert state_dtype("cpu") == torch.float64
     assert state_dtype("mps") == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_labels_of_any_integer_type_reach_as_far_as_they_can(dtype):
+    features, target = clusters(100, 2, 4, 0.3)
+    moments = gather(features, target.to(dtype), 300)
+    assert moments.mislabelled == 0
+    assert moments.counts[:100].tolist() == [2] * 100
+
+
+def test_squares_that_overflow_are_said_and_give_nan():
+    features, target = clusters(4, 100, 12, 1.0)
+    with pytest.warns(UserWarning, match="squares overflow"):
+        assert evaluate(("nc1",), gather(features * 1e19, target, 4))["nc1"].isnan()
