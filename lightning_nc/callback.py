@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
@@ -166,9 +166,11 @@ class NeuralCollapseCallback(Callback):
             if self.strict:
                 raise
             if not self._warned:
-                rank_zero_warn(
+                # On every rank: the reason may be known to one of them alone.
+                warnings.warn(
                     f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
-                    "raises instead)"
+                    "raises instead)",
+                    stacklevel=2,
                 )
                 self._warned = True
             return {}

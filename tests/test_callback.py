@@ -370,7 +370,10 @@ def test_two_processes_measure_every_sample_once_with_the_buffers_of_the_first(t
     script.write_text(DDP)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     here = os.path.dirname(__file__)
-    subprocess.run([sys.executable, script, tmp_path / "out", here], check=True, timeout=200, env=environment)
+    command = [sys.executable, script, tmp_path / "out", here]
+    run = subprocess.run(command, timeout=200, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "targets must lie in [0, 3)" in run.stderr  # the reason, which the second process alone knows
     history, state = torch.load(tmp_path / "out")
     model = Classifier()
     model.load_state_dict(state)
