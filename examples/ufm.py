@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
+import numpy
 import torch
 from jsonargparse import ArgumentParser
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -30,6 +32,7 @@ from tqdm import tqdm
 from lightning_nc import NeuralCollapseCallback, theory
 from lightning_nc.functional import evaluate
 from lightning_nc.moments import ClassDeviations
+from lightning_nc.plotting import draw
 
 # ---------------------------------------------------------------------------------------------- configurations
 
@@ -123,29 +126,30 @@ class UFM(L.LightningModule):
         # The last step of every block is the optimizer's, the others are taken in closed form by `descend`.
         self.automatic_optimization = False
         c = self.c = configuration
+        K, d, n = c.num_classes, c.num_features, c.samples_per_class
         generator = torch.Generator().manual_seed(seed)
 
-        def normal(scale: float, *shape: int) -> Tensor:
-            return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        def normal(scale: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter(scale * torch.randn(shape, generator=generator, dtype=torch.float64))
 
-        K, d, n = c.num_classes, c.num_features, c.samples_per_class
-        self.features = nn.Parameter(normal(c.scale_h, d, K * n).T.contiguous())
+        # A seed is a start: the tensors are drawn one after the other, in the order of the forward pass.
+        self.features = normal(c.scale_h, K * n, d)
         if c.model != "plain":
             self.hidden = nn.Linear(d, d, bias=False)
-            self.hidden.weight = nn.Parameter(normal(c.scale_w1, d, d))
+            self.hidden.weight = normal(c.scale_w1, d, d)
         self.classifier = nn.Linear(d, K, bias=c.lambda_b < math.inf)
-        self.classifier.weight = nn.Parameter(normal(c.scale_w, K, d))
+        self.classifier.weight = normal(c.scale_w, K, d)
         if self.classifier.bias is not None:
-            self.classifier.bias = nn.Parameter(normal(c.scale_w, K))
+            self.classifier.bias = normal(c.scale_w, K)
         self.register_buffer("labels", torch.arange(c.num_classes).repeat_interleave(c.samples_per_class))
 
     def forward(self, indices: Tensor) -> Tensor:
         """The outputs (B, K) of the samples with these indices (B,)."""
         return self.classifier(self.features[indices])
 
-    def levels(self) -> dict[str, Tensor]:
-        """The (N, d) features of every level by the suffix of its columns; the classifier's input has none."""
-        return {"": self.features}
+    def levels(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of every level the (N, d) features and the (K, d) weight from there to the outputs, by the suffix of its columns."""
+        return {"": (self.features, self.classifier.weight)}
 
     def penalty(self) -> Tensor:
         """The regularisation."""
@@ -193,11 +197,11 @@ class ExtendedUFM(UFM):
         """The outputs (B, K) of the samples with these indices (B,)."""
         return self.classifier(self.activation(self.hidden(self.first(self.features[indices]))))
 
-    def levels(self) -> dict[str, Tensor]:
+    def levels(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The deepest features, those of the first layer, and those before the ReLU where there is one."""
-        pre = self.hidden(self.features)
-        deepest = {"": self.activation(pre), "_h1": self.features}
-        return {**deepest, "_pre": pre} if self.c.model == "relu" else deepest
+        pre, weight = self.hidden(self.features), self.classifier.weight
+        both = {"": (self.activation(pre), weight), "_h1": (self.features, weight @ self.hidden.weight)}
+        return both | {"_pre": (pre, weight)} if self.c.model == "relu" else both
 
     def penalty(self) -> Tensor:
         """The regularisation."""
@@ -355,12 +359,8 @@ MODULES = {"": "", "_h1": "first/", "_pre": "hidden/"}  # suffix of a column -> 
 def measure_now(model: UFM, iteration: int) -> dict[str, float]:
     """One row of the table, from all features at hand."""
     row = {"iteration": iteration, "objective": model.objective().item()}
-    for suffix, features in model.levels().items():
-        deviations = ClassDeviations.of(features, model.labels, model.c.num_classes)
-        names = (
-            MEASURES if suffix == "" else MEASURES[:-1]
-        )  # NC3 compares with the last layer, whose input is the deepest
-        values = evaluate(names, deviations, model.classifier.weight)
+    for suffix, (features, weight) in model.levels().items():
+        values = evaluate(MEASURES, ClassDeviations.of(features, model.labels, model.c.num_classes), weight)
         row |= {name + suffix: value.item() for name, value in values.items()}
     return row
 
@@ -469,7 +469,7 @@ def dead_samples(model: UFM) -> list[int]:
     """How many samples of each class are switched off by the ReLUs, so that no gradient reaches them."""
     if model.c.model != "relu":
         return [0] * model.c.num_classes
-    outputs = model.classifier(model.levels()[""]).norm(dim=1)
+    outputs = model(torch.arange(len(model.labels))).norm(dim=1)
     # A unit that stays on but has lost its outgoing weight passes no gradient either: look at the output, not at the signs.
     return (outputs < 1e-3 * outputs.max()).view(model.c.num_classes, -1).sum(dim=1).tolist()
 
@@ -520,50 +520,41 @@ def write_csv(path: Path, tables: list[list[dict[str, float]]], seeds: list[int]
 
 
 LABELS = {"": "deepest features", "_h1": "first layer", "_pre": "before the ReLU"}
-COLORS = {"": "#0072B2", "_h1": "#D55E00", "_pre": "#009E73"}
+COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 
 def draw_run(
-    path: Path, c: Configuration, tables: list[list[dict[str, float]]], title: str, extra: dict[str, float]
+    path: Path, c: Configuration, tables: list[list[dict[str, float]]], heading: str, named: dict[str, float]
 ) -> None:
     """The paper's four panels: the objective with theory's levels dashed, NC1, NC2, NC3; a band over many seeds."""
-    from matplotlib.figure import Figure
-
     frame = "nc2_etf" if c.loss == "cross-entropy" or c.minimum().frame == "etf" else "nc2_of"
+    titles = {
+        "objective": "objective",
+        "nc1": "NC1, within-class variability",
+        frame: f"NC2, distance to the {frame[4:].upper()}",
+        "nc3": "NC3, weight to means",
+    }
     figure = Figure(figsize=(16, 3.8), layout="constrained")
-    axes = figure.subplots(1, 4)
     iterations = [row["iteration"] for row in tables[0]]
-    for axis, column, name in zip(
-        axes,
-        ("objective", "nc1", frame, "nc3"),
-        (
-            "objective",
-            "NC1, within-class variability",
-            f"NC2, distance to the {frame[4:].upper()}",
-            "NC3, weight to means",
-        ),
-        strict=True,
-    ):
-        for suffix, color in COLORS.items():
-            if column + suffix not in tables[0][0]:
-                continue
-            values = torch.tensor([[row[column + suffix] for row in table] for table in tables], dtype=torch.float64)
-            axis.plot(iterations, values.median(dim=0).values, color=color, label=LABELS[suffix])
-            if len(tables) > 1:
-                low, high = values.min(dim=0).values, values.max(dim=0).values
-                axis.fill_between(iterations, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set_yscale("log")
-        axis.set_title(name)
-        axis.set_xlabel("iteration")
+    for axis, (column, title) in zip(figure.subplots(1, 4), titles.items(), strict=True):
+        curves = {}
+        for (suffix, label), color in zip(LABELS.items(), COLORS, strict=True):
+            if column + suffix in tables[0][0]:
+                values = numpy.array([[row[column + suffix] for row in table] for table in tables])
+                curves[label] = (iterations, numpy.median(values, axis=0))
+                if len(tables) > 1:
+                    low, high = values.min(axis=0), values.max(axis=0)
+                    axis.fill_between(iterations, low, high, color=color, alpha=0.2, linewidth=0)
+        draw(axis, title, "iteration", curves)
         axis.ticklabel_format(axis="x", scilimits=(0, 3))
-        axis.grid(alpha=0.3)
-    axes[0].lines[0].set_label("median" if len(tables) > 1 else "descent")
-    for (level, value), style in zip((levels(c) | extra).items(), ("--", "-.", ":"), strict=False):
-        axes[0].axhline(value, color="black", linestyle=style, linewidth=1, label=f"{level}: {value:.9f}")
-    for axis in axes:
-        if len(axis.get_legend_handles_labels()[0]) > 1:
+        if column == "objective":
+            for (level, value), style in zip(named.items(), ("--", "-.", ":"), strict=False):
+                axis.axhline(value, color="black", linestyle=style, linewidth=1, label=f"{level}: {value:.9f}")
             axis.legend(fontsize=8)
-    figure.suptitle(title)
+            if c.loss == "cross-entropy":  # the levels lie close together: show them, not the way down
+                axis.set_yscale("linear")
+                axis.set_ylim(min(named.values()) * 0.99, max(named.values()) * 1.03)
+    figure.suptitle(heading)
     figure.savefig(path, dpi=110)
 
 
@@ -594,8 +585,8 @@ def draw_and_report(c: Configuration, out: Path, name: str, seed: int, seeds: in
     models, tables = run(c, seed) if seeds == 1 else run_together([c] * seeds, starts)
     stem = name if seeds == 1 else f"{name}-seeds"
     write_csv(out / f"{stem}.csv", tables, starts)
-    which = f"seed {seed}" if seeds == 1 else f"seeds {seed} to {seed + seeds - 1}"
-    draw_run(out / f"{stem}.png", c, tables, f"{name}: {describe(c)}, {which}", dead_levels(models))
+    which = f"seed {seed}" if seeds == 1 else f"seeds {seed} to {seed + seeds - 1}, median and range"
+    draw_run(out / f"{stem}.png", c, tables, f"{name}: {describe(c)}, {which}", levels(c) | dead_levels(models))
     for model, table, start in zip(models, tables, starts, strict=True):
         print(f"{name}, seed {start}: {verdict(model, table[-1])}")
 
@@ -605,8 +596,6 @@ def draw_and_report(c: Configuration, out: Path, name: str, seed: int, seeds: in
 
 def theorem_51(c: Configuration, out: Path, seed: int, sigma: float = 0.1) -> None:
     """Noise of standard deviation sigma on collapsed features: the best weight, eq. (93), shrinks to a multiple of W*."""
-    from matplotlib.figure import Figure
-
     K, d = c.num_classes, c.num_features
     tilde_h = c.samples_per_class * c.lambda_h
     generator = torch.Generator().manual_seed(seed)
@@ -640,10 +629,10 @@ def theorem_51(c: Configuration, out: Path, seed: int, sigma: float = 0.1) -> No
     n = [row["n"] for row in rows]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.semilogx(n, [row["attenuation"] for row in rows], "o-", color=COLORS[""], label="measured")
+    left.semilogx(n, [row["attenuation"] for row in rows], "o-", color=COLORS[0], label="measured")
     left.axhline(factor, color="black", linestyle="--", linewidth=1, label=f"theory: {factor:.6f}")
     left.set_title("attenuation of the best weight")
-    right.loglog(n, [row["relative_error"] for row in rows], "o-", color=COLORS[""], label="|W - theory| / |theory|")
+    right.loglog(n, [row["relative_error"] for row in rows], "o-", color=COLORS[0], label="|W - theory| / |theory|")
     right.loglog(n, [error * math.sqrt(n[-1] / x) for x in n], "k--", linewidth=1, label="slope -1/2")
     right.set_title("convergence")
     for axis in (left, right):
@@ -660,7 +649,6 @@ def theorem_51(c: Configuration, out: Path, seed: int, sigma: float = 0.1) -> No
 
 def sweep_lambda_b(c: Configuration, out: Path, seed: int) -> None:
     """The frame against the regularisation of the bias: measured by descent, and theory."""
-    from matplotlib.figure import Figure
 
     def frames(minimum: theory.Minimum) -> dict[str, Tensor]:
         means = ClassDeviations.of(minimum.class_means(c.num_features), torch.arange(c.num_classes), c.num_classes)
@@ -693,7 +681,7 @@ def sweep_lambda_b(c: Configuration, out: Path, seed: int) -> None:
     axis = figure.subplots()
     fine = [lb for k in range(-150, 251) if (lb := middle * 10 ** (k / 100)) < 1 / c.step]
     curves = [frames(replace(c, lambda_b=lb).minimum()) for lb in fine]
-    for name, color in (("nc2_etf", "#0072B2"), ("nc2_of", "#D55E00")):
+    for name, color in zip(("nc2_etf", "nc2_of"), COLORS, strict=False):
         axis.semilogx(fine, [curve[name] for curve in curves], "--", color=color, linewidth=1, label=f"{name}, theory")
         axis.semilogx(
             [row["lambda_b"] for row in rows], [row[name] for row in rows], "o", color=color, label=f"{name}, descent"
