@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 from typing_extensions import override
 
-from lightning_nc.evaluation import ExactPass, buffers_of_first_rank, is_distributed, measurement_loader, undisturbed
+from lightning_nc.evaluation import Agree, Moved, exact_pass, undisturbed, use_buffers_of_first_rank, values_of
 from lightning_nc.features import Pool
-from lightning_nc.functional import PAPER_MEASURES
+from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures
+from lightning_nc.loaders import is_distributed, measurement_loader
+from lightning_nc.metrics import synchronise
+from lightning_nc.probe import Moments, Probe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NeuralCollapseCallback"]
+__all__ = ["NeuralCollapseCallback", "log_spaced"]
 
+_T = TypeVar("_T")
+_KEYS = {"train": "nc", "validate": "nc/val", "test": "nc/test"}
 _IN_PROGRESS_BAR = ("nc1", "nc2_etf_centered", "nc3_centered")
+
+
+def log_spaced(per_decade: int = 10) -> Callable[[int], bool]:
+    """A schedule for ``every_n_epochs``: about ``per_decade`` measurements while the number of epochs grows tenfold.
+
+    Collapse is slow and is drawn on log axes. After 1, 2, 3, ..., 10, 13, 16, 20, ... epochs with 10 per decade.
+
+    Raises:
+        ValueError: if ``per_decade`` is not a positive integer.
+
+    Example:
+        >>> from lightning_nc import log_spaced
+        >>> [epoch + 1 for epoch in range(100) if log_spaced(4)(epoch)]
+        [1, 2, 4, 6, 10, 18, 32, 57, 100]
+    """
+    if not isinstance(per_decade, int) or per_decade < 1:
+        raise ValueError(f"per_decade must be a positive integer, got {per_decade!r}")
+    return partial(_is_log_spaced, per_decade)
+
+
+def _is_log_spaced(per_decade: int, epoch: int) -> bool:
+    power = math.floor(per_decade * math.log10(epoch + 1) + 1e-9)
+    return math.ceil(10 ** (power / per_decade) - 1e-9) == epoch + 1
 
 
 class NeuralCollapseCallback(Callback):
@@ -40,13 +73,19 @@ class NeuralCollapseCallback(Callback):
         num_classes: K; the classifier's number of outputs where it is not given.
         metrics: names in :data:`lightning_nc.functional.MEASURES`; the paper's six by default. Those that need the
             classifier's weight exist for the classifier's input alone.
-        every_n_epochs: an int, or a callable from epoch to bool. The first and the last epoch are always measured; with
-            an int n also epochs n - 1, 2n - 1 and so on, those at which ``ModelCheckpoint(every_n_epochs=n)`` acts.
-            ``callback_metrics`` keeps the last value in between.
-        dataloader: what to measure on in place of the training data, for example the same images without augmentation.
+        stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured from the batches of their loops, at
+            no extra pass, under ``nc/val/`` and ``nc/test/`` (``nc/val_1/`` for a second data loader).
+        mode: how training data are measured: ``"exact"`` in an extra pass, in eval mode; ``"online"`` from the training
+            batches as they pass, in train mode and with weights that move within the epoch.
+        every_n_epochs: an int, or a callable from epoch to bool such as :func:`log_spaced`. The first and the last epoch
+            are always measured; with an int n also epochs n - 1, 2n - 1 and so on, those at which
+            ``ModelCheckpoint(every_n_epochs=n)`` acts. ``callback_metrics`` keeps the last value in between.
+        dataloader: what the exact pass runs over in place of the training data, for example the same images without
+            augmentation.
         target_fn: batch -> (B,) class indices; by default the second item of a pair, or ``label``, ``labels``, ``target``,
             ``targets`` or ``y`` of a mapping.
-        forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch.
+        forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch, or on the
+            entries of a mapping that its ``forward`` takes.
         pool: features of more than two dimensions: ``"mean"`` over positions, ``"flatten"``, or a callable.
         strict: raise when something cannot be measured; by default it warns once, says why, and training goes on.
 
@@ -64,7 +103,8 @@ class NeuralCollapseCallback(Callback):
         classifier: str | None = None,
         num_classes: int | None = None,
         metrics: Sequence[str] = PAPER_MEASURES,
-        *,
+        stages: Sequence[str] = ("train",),
+        mode: str = "exact",
         every_n_epochs: int | Callable[[int], bool] = 1,
         dataloader: Iterable[Any] | None = None,
         target_fn: Callable[[Any], Tensor] | None = None,
@@ -73,19 +113,40 @@ class NeuralCollapseCallback(Callback):
         strict: bool = False,
     ) -> None:
         try:
-            self._exact = ExactPass(layers, classifier, num_classes, metrics, target_fn, forward_fn, pool)
+            self.metrics = check_measures(metrics)
+            self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         if not callable(every_n_epochs) and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
             raise MisconfigurationException(
                 f"every_n_epochs must be a positive integer or a callable from epoch to bool, got {every_n_epochs!r}"
             )
+        if isinstance(stages, str) or not stages or not set(stages) <= _KEYS.keys():
+            raise MisconfigurationException(
+                f"stages must be a sequence of any of {', '.join(map(repr, _KEYS))}, got {stages!r}"
+            )
+        if mode not in ("exact", "online"):
+            raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
+        if mode == "online" and dataloader is not None:
+            raise MisconfigurationException(
+                "mode='online' measures the training batches as they pass, so there is nothing for dataloader= to do; "
+                "leave one of them out"
+            )
+        self.stages, self.mode = tuple(stages), mode
         self.every_n_epochs = every_n_epochs
         self.dataloader = dataloader
         self.strict = strict
         self.history: list[dict[str, Any]] = []
+        self._streams: dict[tuple[str, int], _Stream] = {}  # by stage and data loader
+        self._active: set[str] = set()  # stages whose batches are measured as they pass, at present
+        self._epoch_began: float | None = None
         self._measured_step: int | None = None
-        self._warned = False
+        self._partial = self._warned = self._told = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(layers=self._probe.layers, stages=self.stages, mode=self.mode)
 
     def plot(self) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
@@ -93,33 +154,36 @@ class NeuralCollapseCallback(Callback):
 
         return plot_history(self.history)
 
+    # ------------------------------------------------------------------------------------------ around the run
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._probe.forget()
+        self._streams, self._active = {}, set()
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if (
+                other is self
+                or not isinstance(other, NeuralCollapseCallback)
+                or not set(self.stages) & set(other.stages)
+            ):
+                continue
+            if self._settings() != other._settings():
+                raise MisconfigurationException(
+                    "two NeuralCollapseCallbacks would log different numbers under the same keys; give them different "
+                    "stages, or measure the second with lightning_nc.measure"
+                )
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_step = None
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # Before the validation loop, so that what monitors a value there sees the one of this epoch.
-        if trainer.is_last_batch and self._is_due(trainer):
-            self._measure_and_log(trainer, pl_module)
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._probe.detach()
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # An epoch that was cut short, by max_steps say, has no last batch.
-        if self._measured_step != trainer.global_step and self._is_due(trainer):
-            self._measure_and_log(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Nobody knew that the epoch was the last one: it was stopped early. Lightning's own logging is closed by now.
-        if self._measured_step == trainer.global_step or not trainer.global_step:
-            return
-        values = self._measure(trainer, pl_module, epoch=max(trainer.current_epoch - 1, 0))
-        trainer.callback_metrics.update(_tensors(values))
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step - 1)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._probe.detach()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -129,76 +193,228 @@ class NeuralCollapseCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [dict(row) for row in state_dict["history"]]
 
-    def _is_due(self, trainer: Trainer) -> bool:
+    # ------------------------------------------------------------------------------------------------ training
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_began = perf_counter()
+        if self.mode == "online":
+            self._begin("train", self._is_due(trainer, ahead=trainer.num_training_batches))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._epoch_began is None:  # resumed in the middle of an epoch
+            self.on_train_epoch_start(trainer, pl_module)
+            self._partial = batch_idx > 0
+        self._open(trainer, pl_module, "train", batch)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._probe.disarm()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._close("train")
+        # Before the validation loop, so that what monitors a value there sees the one of this epoch.
+        if trainer.is_last_batch:
+            self._finish_epoch(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # An epoch that was cut short, by max_steps say, has no last batch.
+        self._finish_epoch(trainer, pl_module)
+        self._epoch_began = None
+        self._partial = False
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Nobody knew that the epoch was the last one: it was stopped early. Lightning's own logging is closed by now.
+        if "train" not in self.stages or self.mode == "online" or not trainer.global_step:
+            return
+        if self._measured_step == trainer.global_step:
+            return
+        values = self._measure(trainer, pl_module, epoch=max(trainer.current_epoch - 1, 0))
+        trainer.callback_metrics.update(_tensors(values))
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step - 1)
+
+    def _is_due(self, trainer: Trainer, ahead: float = 0) -> bool:
         epoch = trainer.current_epoch
-        if (
-            epoch == 0
-            or trainer.should_stop
-            or epoch + 1 == trainer.max_epochs
-            or trainer.global_step == trainer.max_steps
-        ):
+        if epoch == 0 or trainer.should_stop or epoch + 1 == trainer.max_epochs:
+            return True
+        if 0 < trainer.max_steps <= trainer.global_step + ahead:
             return True
         return self.every_n_epochs(epoch) if callable(self.every_n_epochs) else (epoch + 1) % self.every_n_epochs == 0
 
-    def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = self._measure(trainer, pl_module, trainer.current_epoch)
-        for key, value in _tensors(values).items():
-            # The maximum over one value and over equal ranks is the value itself, in its own precision.
-            pl_module.log(
-                key,
-                value,
-                prog_bar=key.removeprefix("nc/") in _IN_PROGRESS_BAR,
-                on_step=False,
-                on_epoch=True,
-                reduce_fx="max",
-                sync_dist=True,
-                batch_size=1,
+    def _finish_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if "train" not in self.stages or self._measured_step == trainer.global_step:
+            return
+        if self.mode == "online":
+            self._measured_step = trainer.global_step
+            self._publish_streams(trainer, pl_module, "train")
+        elif self._is_due(trainer):
+            self._publish(trainer, pl_module, self._measure(trainer, pl_module, trainer.current_epoch))
+
+    # ------------------------------------------------------------------------------------- validation and test
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        due = trainer.state.fn != "fit" or self._is_due(trainer, ahead=trainer.num_training_batches)
+        self._begin("validate", due and not trainer.sanity_checking)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.sanity_checking and self._streaming():
+            # Nothing to measure, but a model that is compiled at its first call must have its hooks before.
+            self._guarded(lambda: self._attach(trainer, pl_module, batch))
+        self._open(trainer, pl_module, "validate", batch, dataloader_idx)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._close("validate", dataloader_idx, _share(trainer, trainer.val_dataloaders, dataloader_idx))
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._publish_streams(trainer, pl_module, "validate")
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("test", True)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._open(trainer, pl_module, "test", batch, dataloader_idx)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._close("test", dataloader_idx, _share(trainer, trainer.test_dataloaders, dataloader_idx))
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._publish_streams(trainer, pl_module, "test")
+
+    # ------------------------------------------------------------------------------- batches measured as they pass
+
+    def _streaming(self) -> bool:
+        return self.mode == "online" or self.stages != ("train",)
+
+    def _begin(self, stage: str, due: bool) -> None:
+        self._streams = {key: stream for key, stream in self._streams.items() if key[0] != stage}
+        self._active.discard(stage)
+        if due and stage in self.stages:
+            self._active.add(stage)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if not self._probe.attached:
+            with undisturbed(pl_module, trainer.strategy.root_device):
+                self._probe.attach(_model(trainer, pl_module), batch, trainer.precision_plugin.forward_context)
+
+    def _open(self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, index: int = 0) -> None:
+        """Before a batch passes."""
+        if stage not in self._active:
+            return
+        stream = self._streams.setdefault((stage, index), _Stream())
+        if stream.error is None:
+            try:
+                self._attach(trainer, pl_module, batch)
+                self._probe.arm(batch)
+            except Exception as error:
+                stream.error = error
+
+    def _close(self, stage: str, index: int = 0, share: int | None = None) -> None:
+        """After a batch has passed; of a loader that is padded, only the first ``share`` samples are this process's own."""
+        stream = self._streams.get((stage, index)) if stage in self._active else None
+        if stream is not None and stream.error is None:
+            try:
+                left = None if share is None else max(share - stream.samples, 0)
+                stream.samples += self._probe.absorb(stream.moments, stream.batches, left)
+                stream.batches += 1
+            except Exception as error:
+                stream.error = error
+
+    def _publish_streams(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for key in sorted(key for key in self._streams if key[0] == stage and stage in self._active):
+            values = self._guarded(partial(self._values_of_stream, trainer, self._streams[key])) or {}
+            prefix = _KEYS[stage] + (f"_{key[1]}" if key[1] else "")
+            marks = {"partial": True} if stage == "train" and self._partial else {}
+            self._publish(
+                trainer, pl_module, self._remember(trainer, stage, prefix, values, trainer.current_epoch, marks)
             )
-        trainer.callback_metrics.update(_tensors(values))
+        self._begin(stage, False)
+
+    def _values_of_stream(self, trainer: Trainer, stream: _Stream) -> dict[str, float]:
+        agree, moments = _agreement(trainer), stream.moments
+        if agree is not None:
+            agree(stream.error)
+            moments = dict(zip(moments, synchronise(list(moments.values())), strict=True))
+        elif stream.error is not None:
+            raise stream.error
+        if any(MEASURES[name].scatter for name in self.metrics) and not all(m.knows_scatter for m in moments.values()):
+            rank_zero_warn(
+                "neural collapse: features too wide for a scatter matrix need a second pass, which only mode='exact' makes on "
+                "the training data; their nc1 is left out here. pool='mean' makes them narrow"
+            )
+        return values_of(moments, self.metrics, self._probe)
+
+    # ------------------------------------------------------------------------------------------- the exact pass
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The values by key, appended to the history too; nothing where they could not be measured."""
-        self._measured_step = trainer.global_step
-        try:
-            with undisturbed(pl_module, trainer.strategy.root_device):
-                values = self._run(trainer, pl_module)
-        except Exception as error:
-            if self.strict:
-                raise
-            if not self._warned:
-                # On every rank: the reason may be known to one of them alone.
-                warnings.warn(
-                    f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
-                    "raises instead)",
-                    stacklevel=2,
-                )
-                self._warned = True
+        self._measured_step, began = trainer.global_step, perf_counter()
+        values = self._guarded(lambda: self._run(trainer, pl_module))
+        if not self._streaming():
+            self._probe.detach()
+        if values is None:
             return {}
-        values = {f"nc/{name}": value for name, value in values.items()}
-        self.history.append({"stage": "train", "epoch": epoch, "step": trainer.global_step, **values})
-        return values
+        took = perf_counter() - began
+        if self._epoch_began is not None and not self._told and took > 1 and took > 0.25 * (began - self._epoch_began):
+            self._told = True
+            rank_zero_info(
+                f"measuring neural collapse took {took:.1f} s, {100 * took / (began - self._epoch_began):.0f} % of the "
+                f"{began - self._epoch_began:.1f} s of the epoch before it; NeuralCollapseCallback(every_n_epochs=...) "
+                "measures less often, mode='online' without an extra pass"
+            )
+        return self._remember(trainer, "train", _KEYS["train"], values, epoch)
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        batches, total = self._batches(trainer)
-        on_device = (_to_device(trainer, pl_module, batch) for batch in _with_progress(trainer, batches, total))
-        context = trainer.precision_plugin.forward_context
-        if trainer.world_size == 1:
-            self._exact.gather(pl_module, on_device, context)
-            return self._exact.values()
-        error: Exception | None = None
-        with buffers_of_first_rank(pl_module):
-            try:
-                self._exact.gather(pl_module, on_device, context)
-            except Exception as caught:
-                error = caught
-        # No rank may wait for one that gave up.
-        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
-            raise error or RuntimeError("another process could not measure its part; its own warning says why")
-        return self._exact.values(synchronised=True)
+        loader, total = self._loader(trainer)
+        bar = _Progress(trainer, loader, total)
+        batches = Moved(bar, lambda batch: _to_device(trainer, pl_module, batch))
+        model, steps = _model(trainer, pl_module), 0
+        if model is not pl_module and total is not None:
+            steps = int(trainer.strategy.reduce(torch.tensor(total, device=pl_module.device), reduce_op="max"))
+        with undisturbed(pl_module, trainer.strategy.root_device):
+            if trainer.world_size > 1:
+                use_buffers_of_first_rank(pl_module)
+            context = trainer.precision_plugin.forward_context
+            return exact_pass(self._probe, self.metrics, model, batches, context, _agreement(trainer), steps)
 
-    def _batches(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
-        """This rank's share of what is measured, and the number of batches where it is known."""
-        rank, world_size = trainer.global_rank, trainer.world_size
+    def _loader(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
+        """This process's share of what is measured, and the number of batches where it is known."""
+        share = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        rank, world_size = share["rank"], share["num_replicas"]
         if isinstance(self.dataloader, DataLoader):
             return measurement_loader(self.dataloader, rank=rank, world_size=world_size)
         if self.dataloader is not None:
@@ -208,9 +424,114 @@ class NeuralCollapseCallback(Callback):
             limit = trainer.fit_loop.batch_idx + 1
         elif isinstance(loader, DataLoader) and trainer.num_training_batches < len(loader):
             limit = int(trainer.num_training_batches)
-        if not is_distributed(loader):  # then every rank trains on all of the data
+        if not is_distributed(loader):  # then every process trains on all of the data
             rank, world_size = 0, 1
         return measurement_loader(loader, limit, rank, world_size)
+
+    # ---------------------------------------------------------------------------------------- what becomes of values
+
+    def _guarded(self, measure: Callable[[], _T]) -> _T | None:
+        """What ``measure`` gives; where it raises, a warning, once, unless the user asked for strictness."""
+        try:
+            return measure()
+        except Exception as error:
+            if self.strict:
+                raise
+            if not self._warned:
+                # On every process: the reason may be known to one of them alone.
+                warnings.warn(
+                    f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
+                    "raises instead)",
+                    stacklevel=2,
+                )
+                self._warned = True
+            return None
+
+    def _remember(
+        self,
+        trainer: Trainer,
+        stage: str,
+        prefix: str,
+        values: dict[str, float],
+        epoch: int,
+        marks: dict[str, Any] | None = None,
+    ) -> dict[str, float]:
+        values = {f"{prefix}/{name}": value for name, value in values.items()}
+        if values:
+            self.history.append(
+                {"stage": stage, "epoch": epoch, "step": trainer.global_step, **(marks or {}), **values}
+            )
+        return values
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
+        tensors = _tensors(values)
+        for key, value in tensors.items():
+            # The maximum of one value is the value itself, in its own precision. All processes have the same, so none needs
+            # to ask the others.
+            pl_module.log(
+                key,
+                value,
+                prog_bar=key.removeprefix("nc/") in _IN_PROGRESS_BAR,
+                on_step=False,
+                on_epoch=True,
+                reduce_fx="max",
+                sync_dist=True,
+                rank_zero_only=True,
+                add_dataloader_idx=False,
+                batch_size=1,
+            )
+        trainer.callback_metrics.update(tensors)
+
+    def _settings(self) -> tuple[Any, ...]:
+        p = self._probe
+        return self.mode, self.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool
+
+
+@dataclass
+class _Stream:
+    """What has been gathered of a data loader whose batches pass."""
+
+    moments: Moments = field(default_factory=dict)
+    batches: int = 0
+    samples: int = 0
+    error: Exception | None = None
+
+
+def _model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
+    """What is called: the wrapper where parameters are sharded, since it gathers them."""
+    # By name: the class exists in both packages, lightning and pytorch_lightning.
+    sharded = type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
+    model = trainer.strategy.model
+    return model if sharded and model is not None else pl_module
+
+
+def _agreement(trainer: Trainer) -> Agree | None:
+    """No process may wait for one that gave up; with one process there is nothing to agree on."""
+    if trainer.world_size == 1:
+        return None
+
+    def agree(error: Exception | None) -> None:
+        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+            raise error or RuntimeError("another process could not measure its part; its own warning says why")
+
+    return agree
+
+
+def _share(trainer: Trainer, loaders: Any, index: int) -> int | None:
+    """How many samples of a loader are this process's own, where its sampler pads with samples of the others."""
+    if trainer.world_size == 1:
+        return None
+    flat = (
+        list(loaders.values())
+        if isinstance(loaders, Mapping)
+        else loaders
+        if isinstance(loaders, Sequence)
+        else [loaders]
+    )
+    sampler = getattr(flat[index], "sampler", None) if index < len(flat) else None
+    if not isinstance(sampler, DistributedSampler) or sampler.shuffle or sampler.drop_last:
+        return None
+    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
 
 
 def _tensors(values: dict[str, float]) -> dict[str, Tensor]:
@@ -223,19 +544,24 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _with_progress(trainer: Trainer, batches: Iterable[Any], total: int | None) -> Iterator[Any]:
-    """The batches, with a bar of their own below the trainer's where it shows one."""
-    bar: Any = trainer.progress_bar_callback
-    if bar is None or not bar.is_enabled:
-        yield from batches
-    elif (progress := getattr(bar, "progress", None)) is not None:  # rich has room for one live display: join it
-        task = progress.add_task("Neural collapse", total=total)
-        try:
-            for batch in batches:
-                yield batch
-                progress.advance(task)
-                progress.refresh()
-        finally:
-            progress.remove_task(task)
-    else:
-        yield from tqdm(batches, desc="Neural collapse", total=total, leave=False, position=1, dynamic_ncols=True)
+class _Progress:
+    """A loader with a bar of its own below the trainer's, where that shows one."""
+
+    def __init__(self, trainer: Trainer, loader: Iterable[Any], total: int | None) -> None:
+        self.trainer, self.loader, self.total = trainer, loader, total
+
+    def __iter__(self) -> Iterator[Any]:
+        bar: Any = self.trainer.progress_bar_callback
+        if bar is None or not bar.is_enabled:
+            yield from self.loader
+        elif (progress := getattr(bar, "progress", None)) is not None:  # rich has room for one live display: join it
+            task = progress.add_task("Neural collapse", total=self.total)
+            try:
+                for batch in self.loader:
+                    yield batch
+                    progress.advance(task)
+                    progress.refresh()
+            finally:
+                progress.remove_task(task)
+        else:
+            yield from tqdm(self.loader, "Neural collapse", self.total, leave=False, position=1, dynamic_ncols=True)

@@ -4,80 +4,136 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["features_of", "find_classifier", "match_layers", "pool_features", "recording", "targets_of"]
+__all__ = [
+    "Recorder",
+    "features_of",
+    "find_classifier",
+    "match_layers",
+    "named_modules",
+    "pool_features",
+    "run_forward",
+    "targets_of",
+]
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 Pool = str | Callable[[Tensor], Tensor]
+Keep = Callable[[nn.Module, Tensor], Tensor]
+
+_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
-@contextmanager
-def recording(
-    modules: Mapping[str, nn.Module], keep: Callable[[nn.Module, Tensor], Tensor], inputs: bool = False
-) -> Iterator[list[tuple[str, Tensor | None]]]:
-    """Record what the named modules give, or with ``inputs`` take, call by call, while the block runs.
+class Recorder:
+    """Records what modules give, or take, call by call, while it is armed; its hooks stay until :meth:`remove`.
 
     Of each call the first floating tensor is kept, None where there is none. ``keep`` makes of it what is recorded, at
-    once: the next layer may work in place.
+    once: the next layer may work in place. Hooks that a copy of the model inherits, an average of the weights say, do
+    nothing.
+
+    Args:
+        outputs: modules whose outputs are recorded, by name.
+        inputs: modules whose inputs are recorded, by name.
     """
-    recorded: list[tuple[str, Tensor | None]] = []
 
-    def record(name: str, module: nn.Module, value: Any) -> None:
-        tensor = next((tensor for tensor in _tensors(value) if tensor.is_floating_point()), None)
-        recorded.append((name, None if tensor is None else keep(module, tensor)))
+    def __init__(self, outputs: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module] | None = None) -> None:
+        self.calls: list[tuple[str, Tensor | None]] = []
+        self.keep: Keep | None = None
+        self._handles = [module.register_forward_hook(_Hook(self, name)) for name, module in outputs.items()]
+        for name, module in (inputs or {}).items():
+            hook = _Hook(self, name, inputs=True)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def before(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: record(name, module, (*args, *kwargs.values()))
+    def arm(self, keep: Keep) -> None:
+        """Record from now on, starting with nothing."""
+        self.calls, self.keep = [], keep
 
-    def after(name: str) -> Callable[..., None]:
-        return lambda module, args, output: record(name, module, output)
+    def disarm(self) -> None:
+        """Record no more; what was recorded stays."""
+        self.keep = None
 
-    handles = []
-    try:
-        for name, module in modules.items():
-            if inputs:
-                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(after(name)))
-        yield recorded
-    finally:
-        for handle in handles:
+    def take(self) -> list[tuple[str, Tensor | None]]:
+        """What was recorded, which is forgotten here."""
+        calls, self.calls, self.keep = self.calls, [], None
+        return calls
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.take()
+        for handle in self._handles:
             handle.remove()
+
+
+class _Hook:
+    """Called with (module, args, kwargs) before a call, or with (module, args, output) after it; a copy does nothing."""
+
+    def __init__(self, recorder: Recorder | None, name: str, inputs: bool = False) -> None:
+        self.recorder, self.name, self.inputs = recorder, name, inputs
+
+    def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
+        if self.recorder is None or self.recorder.keep is None:
+            return
+        value = (*args, *last.values()) if self.inputs else last
+        tensor = next((tensor for tensor in _tensors(value) if tensor.is_floating_point()), None)
+        self.recorder.calls.append((self.name, None if tensor is None else self.recorder.keep(module, tensor)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self.name, self.inputs)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by the names they have without wrappers: those of FSDP, torch.compile and activation checkpointing."""
+    named = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        named[".".join(part for part in name.split(".") if part not in _WRAPPERS)] = (
+            module  # what is inside comes later
+        )
+    return named
 
 
 def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: int | None = None) -> str:
     """Name of the last linear layer of ``model``, found by running ``forward`` once.
 
     Among the linear layers that ran, the one whose output is the model's output; else those with ``num_classes`` outputs;
-    else all. Of these, the last that ran.
+    else all. Of these, the last that ran. Where no linear layer ran, the same among convolutions with a kernel of 1.
 
     Raises:
-        LookupError: if no linear layer ran, if the model returns the outputs of several, or if it returns the output of
+        LookupError: if no such layer ran, if the model returns the outputs of several, or if it returns the output of
             none and one was not called.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not linear:
+    linear, pointwise = {}, {}
+    for name, module in named_modules(model).items():
+        if isinstance(module, nn.Linear):
+            linear[name] = module
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) == {1}:
+            pointwise[name] = module
+    if not linear and not pointwise:
         raise LookupError(
             f"{type(model).__name__} has no torch.nn.Linear layer, so its classifier cannot be found; name a module with "
             "classifier=..., or give num_classes=... and layers=[...] to measure layers alone"
         )
-    with recording(linear, keep=lambda module, output: output) as calls:
+    recorder = Recorder({**linear, **pointwise})
+    recorder.arm(keep=lambda module, output: output)
+    try:
         output = forward()
-    if not calls:
+    finally:
+        calls = recorder.calls
+        recorder.remove()
+    returned = {_memory(tensor) for tensor in _tensors(output)}
+    heads = _unique(name for name, result in calls if result is not None and _memory(result) in returned)
+    names = _unique(name for name, _ in calls if name in linear) or _unique(name for name, _ in calls)
+    if not names or (names[0] in pointwise and linear and not heads):
         raise LookupError(
             f"none of the linear layers ({_listed(linear)}) was called in the forward pass; hooks see only calls of the "
             "module itself: write self.fc(x) instead of F.linear(x, self.fc.weight), or name a layer with layers=[...]"
         )
-    returned = {id(tensor) for tensor in _tensors(output)}
-    names = list(dict.fromkeys(name for name, _ in calls))
-    heads = list(dict.fromkeys(name for name, result in calls if id(result) in returned))
-    fitting = [name for name in heads or names if linear[name].out_features == num_classes]
+    outputs = {name: outputs_of(module) for name, module in (linear | pointwise).items()}
+    fitting = [name for name in heads or names if outputs[name] == num_classes]
     if len(heads) > 1 and len(fitting) != 1:
         raise LookupError(
             f"the model returns the outputs of several linear layers, {_listed(heads)}; name one with classifier=..."
@@ -93,13 +149,19 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
     return (fitting or heads or names)[-1]
 
 
+def outputs_of(module: nn.Module) -> int | None:
+    """The number of outputs of a linear layer or a convolution; None for any other module."""
+    outputs: int | None = getattr(module, "out_features", getattr(module, "out_channels", None))
+    return outputs
+
+
 def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Names of the modules that match the shell patterns, in the order of the model.
 
     Raises:
         LookupError: for a pattern that matches none, with the nearest names.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name in named_modules(model) if name]
     chosen: set[str] = set()
     for pattern in patterns:
         if not (found := fnmatch.filter(names, pattern)):
@@ -131,21 +193,24 @@ def features_of(name: str, recorded: Sequence[tuple[str, Tensor | None]], batch_
     return fitting[-1]
 
 
-def pool_features(features: Tensor, pool: Pool, module: nn.Module | None = None) -> Tensor:
+def pool_features(features: Tensor, pool: Pool, module: nn.Module | None = None, mask: Tensor | None = None) -> Tensor:
     """(B, ...) to (B, d), in memory of its own: ``"mean"`` over positions, ``"flatten"``, or a callable.
 
     Three dimensions are a sequence (B, T, d), or (B, d, T) at a module whose name ends in 1d, such as Conv1d; more are a
-    map (B, d, ...).
+    map (B, d, ...). The mean of a sequence is over the positions where ``mask``, (B, T), is not zero.
     """
     if callable(pool):
-        pooled = pool(features)
-    elif pool == "flatten" or features.dim() <= 2:
-        pooled = features.flatten(start_dim=1) if features.dim() > 1 else features.unsqueeze(1)
-    elif features.dim() == 3 and not type(module).__name__.endswith("1d"):
-        pooled = features.mean(dim=1)
-    else:
-        pooled = features.flatten(start_dim=2).mean(dim=2)
-    return pooled.clone() if pooled.data_ptr() == features.data_ptr() else pooled
+        return pool(features).detach().clone()
+    if pool == "flatten" or features.dim() <= 2:
+        return (
+            features.detach().flatten(start_dim=1).clone() if features.dim() > 1 else features.detach()[:, None].clone()
+        )
+    if features.dim() == 3 and not type(module).__name__.endswith("1d"):
+        if mask is not None and mask.shape == features.shape[:2]:
+            weights = mask.to(features.dtype).unsqueeze(2)
+            return (features.detach() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return features.detach().mean(dim=1)
+    return features.detach().flatten(start_dim=2).mean(dim=2)
 
 
 def targets_of(batch: Any) -> Any:
@@ -171,23 +236,59 @@ def targets_of(batch: Any) -> Any:
 
 
 def run_forward(model: nn.Module, batch: Any) -> Any:
-    """Call the model on the first item of a batch.
+    """Call the model on a batch: on the first item of a sequence, on the entries of a mapping that its forward takes.
+
+    A LightningModule that defines no forward of its own runs its ``validation_step``.
 
     Raises:
-        LookupError: if the batch is no sequence, or the model cannot be called so.
+        LookupError: if the model cannot be called so.
     """
-    if isinstance(batch, Mapping) or not isinstance(batch, Sequence):
+    module = getattr(model, "module", model)  # FSDP's wrapper takes anything
+    if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented" or _is_lightnings(
+        type(module), "forward"
+    ):
+        if not hasattr(module, "validation_step") or _is_lightnings(type(module), "validation_step"):
+            raise LookupError(
+                f"{type(module).__name__} has neither a forward nor a validation_step to run; define one, or pass forward_fn, "
+                "a function of the module and the batch"
+            )
+        return module.validation_step(batch, 0)  # type: ignore[operator]
+    if isinstance(batch, Mapping):
+        return model(*_entries(module, batch)[0], **_entries(module, batch)[1])
+    if not isinstance(batch, Sequence):
         raise LookupError(
             f"a batch of type {type(batch).__name__} has no first item to call the model on; pass forward_fn, a "
             "function of the module and the batch"
         )
-    try:
-        return model(batch[0])
-    except NotImplementedError as error:
-        raise LookupError(
-            f"{type(model).__name__} cannot be called: define its forward, or pass forward_fn, a function of "
-            "the module and the batch"
-        ) from error
+    return model(batch[0])
+
+
+def _entries(module: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The positional and the named arguments that a mapping gives to the forward of a module."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return [], dict(batch)
+    required = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind != parameter.VAR_POSITIONAL
+    }
+    taken = {name: value for name, value in batch.items() if name in parameters}
+    if taken and required <= taken.keys():
+        return [], taken
+    inputs = [value for name, value in batch.items() if name not in LABEL_KEYS]
+    if len(inputs) == 1 and len(required) == 1:
+        return inputs, {}
+    raise LookupError(
+        f"a batch has the keys {_listed(batch)}, and the forward of {type(module).__name__} takes {_listed(parameters)}; "
+        "pass forward_fn, a function of the module and the batch"
+    )
+
+
+def _is_lightnings(kind: type, method: str) -> bool:
+    """Whether the method is that of LightningModule, of either package, and so not the user's."""
+    owner = next((base for base in kind.__mro__ if method in vars(base)), kind)
+    return owner.__module__.startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -204,3 +305,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _listed(names: Any) -> str:
     names = list(names)
     return ", ".join(repr(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Tells a tensor, or a view of another shape of it, from all others that are alive."""
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -252,14 +252,15 @@ def _distance_of_directions(weight: Tensor, means: Tensor) -> Tensor:
 
 
 class Measure(NamedTuple):
-    """A formula and which parts of the classifier it needs besides the features: none, ``weight``, ``bias``."""
+    """A formula, which parts of the classifier it needs (``weight``, ``bias``), and whether it needs the scatter."""
 
     formula: Callable[[Summary], Tensor]
     needs: tuple[str, ...] = ()
+    scatter: bool = False
 
 
 MEASURES: Mapping[str, Measure] = {
-    "nc1": Measure(_nc1),
+    "nc1": Measure(_nc1, scatter=True),
     "nc1_trace": Measure(_nc1_trace),
     "nc1_cdnv": Measure(_nc1_cdnv),
     "nc2_etf": Measure(lambda s: _frame_distance(s.means, "etf")),

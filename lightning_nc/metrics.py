@@ -92,7 +92,8 @@ class NeuralCollapse(Metric):
         self._classifier = (weight, bias)  # a tuple: a Parameter must not become a parameter of the metric
         empty = ClassMoments.zeros(num_classes, num_features)
         for field in fields(ClassMoments):
-            self.add_state(field.name, getattr(empty, field.name))
+            if (state := getattr(empty, field.name)) is not None:
+                self.add_state(field.name, state)
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch: ``features`` (B, d), ``target`` (B,)."""
@@ -241,7 +242,7 @@ def synchronise(moments: Sequence[ClassMoments], group: ProcessGroup | None = No
         weighted = moved * m.counts.unsqueeze(1)
         spread = m.spread + (weighted * moved).sum(dim=1)
         totals.append((counts, means))
-        second += [spread, m.scatter + m.recent + weighted.T @ moved]
+        second += [spread, m.scatter + m.recent + weighted.T @ moved if m.knows_scatter else m.scatter]
     summed = _all_reduce(second, group)
     return [
         ClassMoments(counts, means, spread, scatter, torch.zeros_like(m.recent), *tally.to(torch.long).unbind())

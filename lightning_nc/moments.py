@@ -40,11 +40,13 @@ class ClassMoments:
         counts: samples per class, (K,).
         means: class means, (K, d); zero for a class without a sample.
         spread: sum of squared distances to the class mean, per class, (K,).
-        scatter: pooled within-class scatter, the sum over all samples of the outer product of the deviation, (d, d).
+        scatter: pooled within-class scatter, the sum over all samples of the outer product of the deviation, (d, d); of
+            shape (0, 0) where it is not kept, and (r, r) in the coordinates of ``basis`` where there is one.
         recent: the part of the scatter that came from the last few batches, in their own precision, (d, d). Adding
             d x d float64 numbers after every batch would cost as much as the product itself.
         mislabelled: how many labels were outside [0, K), ().
         nonfinite: how many samples held an infinity or a nan, ().
+        basis: orthonormal columns that span the class means, (d, r), where the scatter is known in that span alone.
     """
 
     counts: Tensor
@@ -54,10 +56,14 @@ class ClassMoments:
     recent: Tensor
     mislabelled: Tensor
     nonfinite: Tensor
+    basis: Tensor | None = None
 
     @classmethod
-    def zeros(cls, num_classes: int, num_features: int, device: torch.device | str | None = None) -> ClassMoments:
-        """The moments of no samples at all."""
+    def zeros(
+        cls, num_classes: int, num_features: int, device: torch.device | str | None = None, scatter: bool = True
+    ) -> ClassMoments:
+        """The moments of no samples at all; without ``scatter`` they take O(K d) memory instead of O(K d + d^2)."""
+        side = num_features if scatter else 0
         device = torch.get_default_device() if device is None else device
 
         def zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -68,8 +74,8 @@ class ClassMoments:
             counts=zeros(num_classes),
             means=zeros(num_classes, num_features),
             spread=zeros(num_classes),
-            scatter=zeros(num_features, num_features),
-            recent=zeros(num_features, num_features, dtype=torch.float32),
+            scatter=zeros(side, side),
+            recent=zeros(side, side, dtype=torch.float32),
             mislabelled=zeros(dtype=torch.long),
             nonfinite=zeros(dtype=torch.long),
         )
@@ -113,8 +119,9 @@ class ClassMoments:
             before = torch.where(known.unsqueeze(1), before.to(product_dtype), after)
 
             self.spread.index_add_(0, target, (before * after).sum(dim=1, dtype=self.spread.dtype))
-            sink = self.scatter if product_dtype == self.scatter.dtype else self.recent
-            sink.addmm_(before.T, after)
+            if len(self.scatter):
+                sink = self.scatter if product_dtype == self.scatter.dtype else self.recent
+                sink.addmm_(before.T, after)
 
     def fold(self) -> None:
         """Add what the last batches gathered to ``scatter``, in place."""
@@ -141,11 +148,28 @@ class ClassMoments:
         """Without the classes that have no sample; ``classes`` is a mask, (K,)."""
         return replace(self, counts=self.counts[classes], means=self.means[classes], spread=self.spread[classes])
 
+    @property
+    def knows_scatter(self) -> bool:
+        """Whether the scatter was kept, so that :meth:`within` can be had."""
+        return len(self.scatter) > 0
+
+    def span(self) -> Tensor:
+        """Orthonormal columns that span the class means, (d, r), r at most K."""
+        basis: Tensor = torch.linalg.qr(self.means.T).Q
+        return basis
+
+    def with_scatter_of(self, projected: ClassMoments, basis: Tensor) -> ClassMoments:
+        """These moments with the scatter that ``projected``, those of the features times ``basis``, have gathered."""
+        return replace(self, scatter=projected.scatter, recent=projected.recent, basis=basis)
+
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared projection of the deviation on ``directions`` (d, r): (), never negative.
 
-        The d x d scatter carries rounding of the size of its largest entries, which is where this number's floor is.
+        The d x d scatter carries rounding of the size of its largest entries, which is where this number's floor is. Where
+        there is a ``basis``, the directions must lie in its span.
         """
+        if self.basis is not None:
+            directions = self.basis.T @ directions
         return (directions * ((self.scatter + self.recent) @ directions)).sum().clamp(min=0)
 
 

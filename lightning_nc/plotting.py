@@ -31,7 +31,7 @@ def plot_history(
         objective: curves for a first panel, as the paper has it: label -> values, one per row of the history.
     """
     rows = list(history)
-    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("stage", "epoch", "step")))
+    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("stage", "epoch", "step", "partial")))
     panels: dict[str, list[str]] = {family: [] for family in ("nc1", "nc2", "nc3", "other")}
     for key in keys:
         family = key.split("/")[-1][:3]

@@ -18,7 +18,8 @@ from torch.utils.data import (
 )
 
 from lightning_nc import measure
-from lightning_nc.evaluation import measurement_loader, undisturbed
+from lightning_nc.evaluation import undisturbed
+from lightning_nc.loaders import measurement_loader
 
 DATA = TensorDataset(torch.arange(51.0).unsqueeze(1), torch.arange(51) % 3)
 
@@ -136,7 +137,7 @@ def test_a_model_without_a_linear_classifier_can_still_be_measured_at_its_layers
         (nn.Linear(6, 3), (torch.randn(4, 6), torch.rand(4, 3)), {}, ValueError, r"float32 \(4, 3\).*pass target_fn"),
         (nn.Linear(6, 3), (torch.randn(4, 6), [0, 1, 2, 0]), {}, ValueError, "got list"),
         (nn.Linear(6, 3), torch.randn(4, 6), {}, LookupError, "pass target_fn"),
-        (nn.Linear(6, 3), {"x": torch.randn(4, 6), "y": torch.arange(4)}, {}, LookupError, "pass forward_fn"),
+        (nn.Linear(6, 3), {"x": torch.randn(4, 6), "z": 1, "y": torch.arange(3)}, {}, LookupError, "pass forward_fn"),
         (
             nn.Linear(6, 1),
             (torch.randn(4, 6), torch.tensor([0, 1, 1, 0])),
@@ -144,7 +145,7 @@ def test_a_model_without_a_linear_classifier_can_still_be_measured_at_its_layers
             LookupError,
             "one output.*num_classes=2",
         ),
-        (nn.Conv1d(1, 1, 1), (torch.randn(4, 1, 6), torch.arange(4)), {}, LookupError, "no torch.nn.Linear"),
+        (nn.Conv1d(1, 1, 3), (torch.randn(4, 1, 6), torch.arange(4)), {}, LookupError, "no torch.nn.Linear"),
         (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"layers": ["fc"]}, LookupError, "is named 'fc'"),
         (
             nn.Linear(6, 3),

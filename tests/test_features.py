@@ -1,8 +1,11 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_nc.features import features_of, find_classifier, match_layers, pool_features, recording, targets_of
+from lightning_nc.features import Recorder, features_of, find_classifier, match_layers, pool_features, targets_of
 
 
 class Net(nn.Module):
@@ -62,7 +65,7 @@ def test_several_heads_are_named_in_the_error():
 
 def test_a_model_without_linear_layer_and_one_that_calls_it_functionally_get_a_remedy():
     with pytest.raises(LookupError, match="name a module with classifier"):
-        find_classifier(nn.Conv2d(1, 1, 1), lambda: None)
+        find_classifier(nn.Conv2d(1, 1, 3), lambda: None)
     model = nn.Sequential(nn.Linear(6, 3))
     with pytest.raises(LookupError, match=r"write self.fc\(x\) instead of F.linear"):
         find_classifier(model, lambda: nn.functional.linear(torch.randn(4, 6), model[0].weight))
@@ -89,15 +92,20 @@ def test_layers_match_by_shell_pattern_and_near_names_are_offered():
         match_layers(model, ["heat"])
 
 
-def test_recording_sees_keyword_arguments_and_leaves_no_hook_behind():
+def test_a_recorder_sees_keyword_arguments_leaves_no_hook_behind_and_sleeps_in_copies():
     layer = nn.Linear(6, 3)
     x = torch.randn(4, 6)
-    with recording({"fc": layer}, keep=lambda module, tensor: tensor, inputs=True) as inputs:
-        layer(input=x)
-    assert torch.equal(inputs[0][1], x)
-    with pytest.raises(RuntimeError, match="boom"), recording({"fc": layer}, keep=lambda module, tensor: tensor):
-        raise RuntimeError("boom")
-    assert not layer._forward_hooks
+    recorder = Recorder({}, inputs={"fc": layer})
+    layer(x)
+    assert recorder.take() == []
+    recorder.arm(lambda module, tensor: tensor)
+    layer(input=x)
+    copy.deepcopy(layer)(x)
+    pickle.loads(pickle.dumps(layer))(x)
+    ((name, seen),) = recorder.take()
+    assert name == "fc"
+    assert torch.equal(seen, x)
+    recorder.remove()
     assert not layer._forward_pre_hooks
 
 

@@ -44,7 +44,7 @@ def test_every_measure_agrees_with_an_independent_computation(classes, features)
     weight, bias = torch.randn(classes, features).double(), torch.randn(classes).double()
     expected = reference.all_measures(rows.numpy(), target.numpy(), weight.numpy(), bias.numpy())
     assert set(expected) == set(MEASURES)
-    for name, (_, needs) in MEASURES.items():
+    for name, (_, needs, _) in MEASURES.items():
         parts = [{"weight": weight, "bias": bias}[need] for need in needs]
         value = functional._measure(name, rows, target, classes, *parts)
         assert value.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-13), name

@@ -1,0 +1,88 @@
+"""The samples of a training loader, each once and in order, without touching the loader itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+__all__ = ["is_distributed", "measurement_loader"]
+
+
+def measurement_loader(
+    loader: Any, max_batches: int | None = None, rank: int = 0, world_size: int = 1
+) -> tuple[Iterable[Any], int | None]:
+    """A loader over the samples of a training loader, each once and in order, and its number of batches if known.
+
+    The training loader itself is never iterated: with persistent workers, or a generator of its own, that would change
+    the training. ``max_batches`` takes a fixed random choice of samples, since the first ones of sorted data would miss
+    classes; the first ones where training itself sees no others.
+
+    Raises:
+        LookupError: for a loader that cannot be copied.
+    """
+    if not isinstance(loader, DataLoader):
+        raise LookupError(
+            f"the training data come from a {type(loader).__name__}, and which of its samples to measure is not clear; pass "
+            "dataloader=, a DataLoader to measure on"
+        )
+    copied: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": torch.Generator().manual_seed(0),
+    }
+    if loader.num_workers:
+        copied["prefetch_factor"] = loader.prefetch_factor
+    if isinstance(loader.dataset, IterableDataset):
+        batches: Iterable[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, **copied)
+        return islice(batches, max_batches), max_batches
+    indices, batch_size = _indices(loader)
+    size = (max_batches or 0) * (batch_size or 1) * world_size
+    if max_batches is not None and size < len(indices):
+        order = torch.arange(len(indices))
+        if not isinstance(loader.sampler, SequentialSampler):  # that one trains on the first samples, no others
+            order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+        indices = [indices[i] for i in order[:size].tolist()]
+    indices = indices[rank::world_size]
+    clone: DataLoader[Any] = DataLoader(loader.dataset, batch_size=batch_size, sampler=indices, **copied)
+    return clone, len(clone)
+
+
+def is_distributed(loader: Any) -> bool:
+    """Whether the loader gives each process a part of the data."""
+    return isinstance(getattr(loader, "sampler", None), DistributedSampler)
+
+
+def _indices(loader: DataLoader[Any]) -> tuple[Sequence[Any], int | None]:
+    """The samples that the training loader can visit, each once, and the batch size."""
+    sampler: Any = loader.sampler
+    batches: Any = loader.batch_sampler
+    if isinstance(sampler, DistributedSampler):  # Lightning wraps a sampler that is not the default as the "dataset"
+        inner = getattr(sampler.dataset, "_sampler", None)
+        sampler = inner if inner is not None else SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    shared = {id(loader.dataset): loader.dataset}  # a copy of a sampler must not copy the data
+    if batches is not None and type(batches) is not BatchSampler:
+        visited = set(chain.from_iterable(deepcopy(batches, shared)))
+        return sorted(visited), getattr(batches, "batch_size", None) or len(next(iter(deepcopy(batches, shared))))
+    batch_size = loader.batch_size if batches is None else batches.batch_size
+    if isinstance(sampler, WeightedRandomSampler):
+        return sampler.weights.nonzero().flatten().tolist(), batch_size
+    if isinstance(sampler, SequentialSampler | RandomSampler):
+        return range(len(loader.dataset)), batch_size  # type: ignore[arg-type]
+    return sorted(set(deepcopy(sampler, shared))), batch_size

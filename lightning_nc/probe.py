@@ -1,0 +1,245 @@
+"""A probe: which layers of a model are measured, and the labelled features they give, batch by batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_nc.features import (
+    Pool,
+    Recorder,
+    features_of,
+    find_classifier,
+    match_layers,
+    named_modules,
+    outputs_of,
+    pool_features,
+    run_forward,
+    targets_of,
+)
+from lightning_nc.moments import FOLD_EVERY, ClassMoments, check_batch, check_labels, check_target
+
+__all__ = ["Moments", "Probe"]
+
+SCATTER_LIMIT = 2**30
+"""Bytes that the scatter of one layer may take; beyond, it is gathered in the span of the class means alone."""
+
+Moments = dict[str, ClassMoments]
+"""Moments by prefix: ``""`` is the classifier's input, ``"layer3/"`` a layer's output."""
+
+
+@dataclass
+class Probe:
+    """What to measure of a model; the arguments are those of :func:`lightning_nc.measure`, checked on construction.
+
+    Between :meth:`arm` and :meth:`absorb` somebody runs the model on a batch, the probe's :meth:`forward` or a training
+    step.
+    """
+
+    layers: Sequence[str] | None = None
+    classifier: str | None = None
+    num_classes: int | None = None
+    target_fn: Callable[[Any], Tensor] | None = None
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    pool: Pool = "mean"
+    classes: int = field(init=False, repr=False, default=0)
+    _recorder: Recorder | None = field(init=False, repr=False, default=None)
+    _head: tuple[str, nn.Module] | None = field(init=False, repr=False, default=None)
+    _names: list[str] = field(init=False, repr=False, default_factory=list)
+    _sharded: list[str] = field(init=False, repr=False, default_factory=list)
+    _whole: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    _target: Tensor | None = field(init=False, repr=False, default=None)
+    _said: bool = field(init=False, repr=False, default=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            raise ValueError(
+                f"layers must be a sequence of names, got the string {self.layers!r}; write [{self.layers!r}]"
+            )
+        if self.num_classes is not None and (not isinstance(self.num_classes, int) or self.num_classes < 2):
+            raise ValueError(f"num_classes must be an integer of at least 2, got {self.num_classes!r}")
+        if not callable(self.pool) and self.pool not in ("mean", "flatten"):
+            raise ValueError(f"pool must be 'mean', 'flatten' or a callable, got {self.pool!r}")
+        for name in ("target_fn", "forward_fn"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ValueError(f"{name} must be a callable, got {getattr(self, name)!r}")
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return self._recorder is not None
+
+    def attach(self, model: nn.Module, batch: Any, forward_context: Any = nullcontext) -> None:
+        """Find the classifier, running the model once on ``batch`` where it is not known yet, and put the hooks in place.
+
+        Raises:
+            LookupError: if classifier or layers cannot be found.
+            ValueError: for labels that do not fit.
+        """
+        self.detach()
+        self._names = match_layers(model, self.layers or ())
+        target = self._targets(batch)
+        if self._head is None or self._head[0] not in named_modules(model):
+            with forward_context():
+                self._head, self.classes = self._find(model, lambda: self.forward(model, batch))
+        modules = named_modules(model)
+        head = {}
+        if self._head is not None:
+            name = self._head[0]
+            head = {name: modules[name]}
+            self._head = (name, modules[name])
+            self._sharded = [part for part in ("weight", "bias") if _part(modules[name], part) is None]
+        check_labels(target, self.classes)  # once, since reading labels makes the host wait for the device
+        self._recorder = Recorder({name: modules[name] for name in self._names}, head)
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        if self._recorder is not None:
+            self._recorder.remove()
+        self._recorder = None
+
+    def forget(self) -> None:
+        """Be ready for another model."""
+        self.detach()
+        self._head = None
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model on a batch."""
+        return (self.forward_fn or run_forward)(model, batch)
+
+    def arm(self, batch: Any) -> None:
+        """Record the features of the calls that come, which are on ``batch``."""
+        assert self._recorder is not None
+        self._target = self._targets(batch)
+        size, mask = len(self._target), batch.get("attention_mask") if hasattr(batch, "get") else None
+
+        def keep(module: nn.Module, tensor: Tensor) -> Tensor:
+            if self._head is not None and module is self._head[1]:
+                self._see(module, tensor)
+            fits = tensor.dim() and len(tensor) == size
+            return pool_features(tensor, self.pool, module, mask) if fits else tensor
+
+        self._recorder.arm(keep)
+
+    def disarm(self) -> None:
+        """Record no more of this batch: what comes is the backward pass, which may run layers again."""
+        if self._recorder is not None:
+            self._recorder.disarm()
+
+    def absorb(self, moments: Moments, index: int, rows: int | None = None) -> int:
+        """Add the features that were recorded, of the first ``rows`` samples, to ``moments``; ``index`` counts batches.
+
+        Returns:
+            How many samples these were.
+
+        Raises:
+            LookupError: if a layer was not called on the batch.
+            ValueError: for features that do not fit.
+        """
+        assert self._recorder is not None
+        assert self._target is not None
+        target = self._target[:rows]
+        for prefix, features in self._features(self._recorder.take(), len(self._target)):
+            features = features[:rows]
+            check_batch(features, target)
+            width = features.shape[1]
+            if prefix not in moments:
+                small = 12 * width**2 <= SCATTER_LIMIT  # bytes, in float64 and float32
+                moments[prefix] = ClassMoments.zeros(self.classes, width, features.device, scatter=small)
+            expected = moments[prefix].means.shape[1]
+            if width != expected:
+                raise ValueError(
+                    f"features must have {expected} columns as in the first batch, got {width}; inputs of varying size need "
+                    "pool='mean' or a callable"
+                )
+            moments[prefix].update(features, target)
+            if index % FOLD_EVERY == FOLD_EVERY - 1:
+                moments[prefix].fold()
+        return len(target)
+
+    def project(self, moments: Moments, bases: dict[str, Tensor]) -> None:
+        """As :meth:`absorb`, with the features of the layers in ``bases`` alone, multiplied by their basis (d, r)."""
+        assert self._recorder is not None
+        assert self._target is not None
+        for prefix, features in self._features(self._recorder.take(), len(self._target)):
+            if prefix in bases:
+                projected = features.to(bases[prefix].dtype) @ bases[prefix]
+                if prefix not in moments:
+                    moments[prefix] = ClassMoments.zeros(self.classes, projected.shape[1], projected.device)
+                moments[prefix].update(projected, self._target)
+
+    def classifier_parts(self) -> dict[str, Tensor]:
+        """Weight (K, d) and bias (K,) of the classifier as they are now; the first rows where it has more outputs."""
+        if self._head is None:
+            return {}
+        parts = {}
+        for name in ("weight", "bias"):
+            part = _part(self._head[1], name)
+            part = self._whole.get(name) if part is None else part
+            if part is not None:
+                parts[name] = part[: self.classes].flatten(start_dim=1) if name == "weight" else part[: self.classes]
+        return parts
+
+    def _features(self, calls: list[tuple[str, Tensor | None]], size: int) -> Iterator[tuple[str, Tensor]]:
+        for name in self._names:
+            yield f"{name}/", features_of(name, calls, size)
+        if self._head is not None:
+            yield "", features_of(self._head[0], calls, size)
+
+    def _see(self, module: nn.Module, features: Tensor) -> None:
+        """The classifier at work: where its parameters are sharded, this is the time when they are whole."""
+        for name in self._sharded:
+            if (part := _part(module, name)) is not None:
+                self._whole[name] = part.clone()
+        if features.dim() == 3 and self.pool == "mean" and not self._said:
+            self._said = True
+            warnings.warn(
+                f"the classifier {self._head[0] if self._head else ''!r} is called on a sequence of shape "
+                f"{tuple(features.shape)}; the mean over its positions is measured. If the model takes one of them, the last "
+                "token say, pass pool=, a function from (B, T, d) to (B, d)",
+                stacklevel=2,
+            )
+
+    def _targets(self, batch: Any) -> Tensor:
+        target: Tensor = (self.target_fn or targets_of)(batch)
+        check_target(target)
+        return target
+
+    def _find(self, model: nn.Module, forward: Callable[[], Any]) -> tuple[tuple[str, nn.Module] | None, int]:
+        """The classifier, None where only layers are measured and there is none, and the number of classes."""
+        modules = named_modules(model)
+        if self.classifier is not None:
+            name = self.classifier
+            if name not in modules:
+                match_layers(model, [name.replace("*", "[*]")])  # raises, with the nearest names
+        else:
+            try:
+                name = find_classifier(model, forward, self.num_classes)
+            except LookupError:
+                if self.layers and self.num_classes:
+                    return None, self.num_classes
+                raise
+        outputs = outputs_of(modules[name])
+        if self.num_classes is None and outputs is None:
+            raise LookupError(f"{name!r} is no linear layer, so the number of classes is unknown; pass num_classes=...")
+        if self.num_classes is None and outputs == 1:
+            raise LookupError(
+                f"the classifier {name!r} has one output, a binary head: neural collapse compares one row of weights per "
+                "class; use two outputs with cross-entropy, or pass num_classes=2 and metrics that need no weight, such "
+                "as metrics=('nc1', 'nc2_etf_centered')"
+            )
+        return (name, modules[name]), self.num_classes or int(outputs or 0)
+
+
+def _part(module: nn.Module, name: str) -> Tensor | None:
+    """The weight or the bias of a layer with outputs, None where there is none or only a shard of it."""
+    part = getattr(module, name, None)
+    sides = 2 if name == "weight" else 1
+    if not isinstance(part, Tensor) or hasattr(part, "full_tensor") or part.dim() < sides:
+        return None
+    return part.detach() if len(part) == outputs_of(module) else None
