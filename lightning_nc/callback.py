@@ -341,6 +341,8 @@ class NeuralCollapseCallback(Callback):
                 self._attach(trainer, pl_module, batch)
                 self._probe.arm(batch)
             except Exception as error:
+                if self.strict:
+                    raise
                 stream.error = error
 
     def _close(self, stage: str, index: int = 0, share: int | None = None) -> None:
@@ -352,6 +354,8 @@ class NeuralCollapseCallback(Callback):
                 stream.samples += self._probe.absorb(stream.moments, stream.batches, left)
                 stream.batches += 1
             except Exception as error:
+                if self.strict:
+                    raise
                 stream.error = error
 
     def _publish_streams(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -399,13 +403,13 @@ class NeuralCollapseCallback(Callback):
         return self._remember(trainer, "train", _KEYS["train"], values, epoch)
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        loader, total = self._loader(trainer)
-        bar = _Progress(trainer, loader, total)
-        batches = Moved(bar, lambda batch: _to_device(trainer, pl_module, batch))
-        model, steps = _model(trainer, pl_module), 0
-        if model is not pl_module and total is not None:
-            steps = int(trainer.strategy.reduce(torch.tensor(total, device=pl_module.device), reduce_op="max"))
         with undisturbed(pl_module, trainer.strategy.root_device):
+            loader, total = self._loader(trainer)
+            bar = _Progress(trainer, loader, total)
+            batches = Moved(bar, lambda batch: _to_device(trainer, pl_module, batch))
+            model, steps = _model(trainer, pl_module), 0
+            if model is not pl_module and total is not None:
+                steps = int(trainer.strategy.reduce(torch.tensor(total, device=pl_module.device), reduce_op="max"))
             if trainer.world_size > 1:
                 use_buffers_of_first_rank(pl_module)
             context = trainer.precision_plugin.forward_context

@@ -29,6 +29,8 @@ __all__ = ["Moments", "Probe"]
 SCATTER_LIMIT = 2**30
 """Bytes that the scatter of one layer may take; beyond, it is gathered in the span of the class means alone."""
 
+_INPUT = "input of the classifier"  # whose output may be measured too, under its own name
+
 Moments = dict[str, ClassMoments]
 """Moments by prefix: ``""`` is the classifier's input, ``"layer3/"`` a layer's output."""
 
@@ -91,7 +93,7 @@ class Probe:
         head = {}
         if self._head is not None:
             name = self._head[0]
-            head = {name: modules[name]}
+            head = {_INPUT: modules[name]}
             self._head = (name, modules[name])
             self._sharded = [part for part in ("weight", "bias") if _part(modules[name], part) is None]
         check_labels(target, self.classes)  # once, since reading labels makes the host wait for the device
@@ -189,7 +191,8 @@ class Probe:
         for name in self._names:
             yield f"{name}/", features_of(name, calls, size)
         if self._head is not None:
-            yield "", features_of(self._head[0], calls, size)
+            own = [(self._head[0], tensor) for name, tensor in calls if name == _INPUT]
+            yield "", features_of(self._head[0], own, size)
 
     def _see(self, module: nn.Module, features: Tensor) -> None:
         """The classifier at work: where its parameters are sharded, this is the time when they are whole."""
