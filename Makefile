@@ -9,7 +9,7 @@ INSTALLED = $(VENV)/installed
 .PHONY: demo test lint types docs figures benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/resnet18.py fit $(ARGS)
+	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
