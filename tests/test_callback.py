@@ -65,7 +65,7 @@ def fit(tmp_path, callbacks, data=None, model=None, ckpt_path=None, val=None, **
         "default_root_dir": tmp_path,
     }
     runner = Trainer(callbacks=callbacks, **{**defaults, **trainer})
-    model = model or Classifier()
+    model = Classifier() if model is None else model
     runner.fit(model, data if data is not None else loader(), val, ckpt_path=ckpt_path)
     return runner, model
 
