@@ -23,7 +23,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,6 +52,9 @@ Frame = Literal["etf", "of"]
 
 PAPER_MEASURES = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")
 """The measures of Tirer & Bruna (2022), equations (26) to (28), and the centred ones of their figures 5 and 10."""
+
+_BLOCK = 2**22
+"""Pairs of classes that are looked at together: with 50,000 classes a matrix of all pairs would take 20 GB."""
 
 
 def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
@@ -198,7 +201,10 @@ def _nc1(s: Summary) -> Tensor:
     contrasts = _contrasts(s.means)
     eps = torch.finfo(contrasts.dtype).eps
     # Directions as weak as the rounding of the means are none; with T = U diag(s) V', this is V diag(1/s) U'.
-    whitening = torch.linalg.pinv(contrasts, atol=10 * eps * _norm(s.means.detach()), rtol=eps * max(contrasts.shape))
+    cut = {"atol": 10 * eps * _norm(s.means.detach()), "rtol": eps * max(contrasts.shape)}
+    if len(contrasts) > contrasts.shape[1] and not contrasts.requires_grad:
+        contrasts = torch.linalg.qr(contrasts, mode="r").R  # T = QR, and U is all that Q would change
+    whitening = torch.linalg.pinv(contrasts, **cut)
     return s.moments.within(whitening) / s.moments.samples if whitening.any() else whitening.new_full((), math.nan)
 
 
@@ -208,14 +214,25 @@ def _nc1_trace(s: Summary) -> Tensor:
 
 def _nc1_cdnv(s: Summary) -> Tensor:
     variance = s.moments.spread / s.moments.counts
-    i, j = _pairs(s.means)
-    distance: Tensor = torch.cdist(s.means, s.means, compute_mode="donot_use_mm_for_euclid_dist")[i, j]
-    ratios: Tensor = (variance[i] + variance[j]) / (2 * distance.square())
-    return ratios.mean()
+
+    def ratios(some: slice, i: Tensor, j: Tensor) -> Tensor:
+        distance = torch.cdist(s.means[some], s.means, compute_mode="donot_use_mm_for_euclid_dist")[i, j]
+        return (variance[some][i] + variance[j]) / (2 * distance.square())
+
+    return _mean_over_pairs(ratios, s.means)
 
 
-def _pairs(rows: Tensor) -> Tensor:
-    return torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
+def _pairs(rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each pair of rows once, in blocks: some of the rows, and the pairs (i, j) of the i-th of them and the j-th of all."""
+    size = max(1, _BLOCK // len(rows))
+    for start in range(0, len(rows), size):
+        some = slice(start, min(start + size, len(rows)))
+        yield some, *torch.triu_indices(some.stop - start, len(rows), offset=start + 1, device=rows.device)
+
+
+def _mean_over_pairs(values: Callable[[slice, Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
+    total = torch.stack([values(*block).sum() for block in _pairs(rows)]).sum()
+    return total / math.comb(len(rows), 2)
 
 
 def _norm(matrix: Tensor) -> Tensor:
@@ -233,15 +250,36 @@ def _unit(rows: Tensor) -> Tensor:
     return unit
 
 
-def _pair_cosines(rows: Tensor) -> Tensor:
+def _equiangular(rows: Tensor) -> Tensor:
+    cosines = _cosines(rows)
+    mean = _mean_over_pairs(cosines, rows)
+    distances = torch.stack([_norm(cosines(*block) - mean) for block in _pairs(rows)])
+    return _norm(distances) / math.sqrt(math.comb(len(rows), 2))
+
+
+def _maxangle(rows: Tensor) -> Tensor:
+    cosines = _cosines(rows)
+    return _mean_over_pairs(lambda *block: (cosines(*block) + 1 / (len(rows) - 1)).abs(), rows)
+
+
+def _cosines(rows: Tensor) -> Callable[[slice, Tensor, Tensor], Tensor]:
+    """The cosines of a block of pairs."""
     unit = _unit(rows)
-    i, j = _pairs(rows)
-    return (unit @ unit.T)[i, j]
+    return lambda some, i, j: (unit[some] @ unit.T)[i, j]
 
 
 def _frame_distance(rows: Tensor, frame: Frame, other: Tensor | None = None) -> Tensor:
-    gram = rows @ (rows if other is None else other).T
-    classes = len(gram)
+    """Distance of the direction of AB' from that of I or of I - 11'/K, with A the ``rows`` and B the ``other`` ones, or A."""
+    other = rows if other is None else other
+    classes, features = rows.shape
+    if classes > features + 1:
+        # The K x K matrix may be too large, and is not needed. AB' has rank d at most, so its cosine c with the frame, of
+        # rank K - 1 at least, is at most sqrt(d / (K - 1)): 2 - 2c cancels no more than log10(2d) digits.
+        size = ((rows.T @ rows) * (other.T @ other)).sum().sqrt()
+        paired = rows if frame == "of" else rows - rows.mean(dim=0)
+        cosine = (paired * other).sum() / size / math.sqrt(classes if frame == "of" else classes - 1)
+        return (2 - 2 * cosine).sqrt()
+    gram = rows @ other.T
     identity = torch.eye(classes, dtype=gram.dtype, device=gram.device)
     target = identity / math.sqrt(classes) if frame == "of" else (identity - 1 / classes) / math.sqrt(classes - 1)
     return _norm(gram / _norm(gram) - target)
@@ -268,8 +306,8 @@ MEASURES: Mapping[str, Measure] = {
     "nc2_of": Measure(lambda s: _frame_distance(s.means, "of")),
     "nc2_of_centered": Measure(lambda s: _frame_distance(s.centered, "of")),
     "nc2_equinorm": Measure(lambda s: _equinorm(s.centered)),
-    "nc2_equiangular": Measure(lambda s: _pair_cosines(s.centered).std(correction=0)),
-    "nc2_maxangle": Measure(lambda s: (_pair_cosines(s.centered) + 1 / (len(s.means) - 1)).abs().mean()),
+    "nc2_equiangular": Measure(lambda s: _equiangular(s.centered)),
+    "nc2_maxangle": Measure(lambda s: _maxangle(s.centered)),
     "nc2_weight": Measure(lambda s: _frame_distance(s.weight, "etf"), ("weight",)),
     "nc3": Measure(lambda s: _distance_of_directions(s.weight, s.means), ("weight",)),
     "nc3_centered": Measure(lambda s: _distance_of_directions(s.weight, s.centered), ("weight",)),

@@ -50,6 +50,31 @@ def test_every_measure_agrees_with_an_independent_computation(classes, features)
         assert value.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-13), name
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in divide")  # the reference, of the dead unit
+@pytest.mark.parametrize(("classes", "features"), [(5, 3), (40, 6), (50, 60)])
+def test_many_classes_are_compared_in_blocks_with_the_same_result(classes, features, monkeypatch):
+    monkeypatch.setattr(functional, "_BLOCK", 3 * classes)
+    rows, target = clusters(classes, 5, features, 0.3, dtype=torch.float64)
+    rows = torch.cat([rows.relu(), torch.zeros(len(rows), 1)], dim=1)  # a unit that is dead
+    weight, bias = torch.randn(classes, features + 1).double(), torch.randn(classes).double()
+    expected = reference.all_measures(rows.numpy(), target.numpy(), weight.numpy(), bias.numpy())
+    expected["nc1"] = reference.nc1_by_axes(rows.numpy(), target.numpy())
+    for name, (_, needs, _) in MEASURES.items():
+        parts = [{"weight": weight, "bias": bias}[need] for need in needs]
+        value = functional._measure(name, rows, target, classes, *parts)
+        assert value.item() == pytest.approx(expected[name], rel=1e-9), name
+
+
+@pytest.mark.parametrize("features", [1, 20, 998])
+def test_a_tight_frame_of_more_classes_than_dimensions_has_the_smallest_distance_there_is(features):
+    # Its Gram matrix is a projection P of rank d onto a part of where the ETF lives: <P / sqrt d, E> = sqrt(d / (K - 1)).
+    classes = 1000
+    axes = torch.linalg.qr(torch.randn(classes, features + 1).double().index_fill(1, torch.tensor(0), 1)).Q[:, 1:]
+    smallest = math.sqrt(2 / (1 + math.sqrt(features / (classes - 1))) * (1 - features / (classes - 1)))
+    assert nc2(axes, torch.arange(classes)).item() == pytest.approx(smallest, rel=1e-10)
+    assert nc2(axes, torch.arange(classes), center=True).item() == pytest.approx(smallest, rel=1e-10)
+
+
 def test_the_public_functions_are_the_measures_of_their_name():
     rows, target = clusters(4, 9, 6, 0.3, dtype=torch.float64)
     weight, bias = torch.randn(4, 6).double(), torch.randn(4).double()
@@ -103,6 +128,15 @@ def test_formulas_are_differentiable_at_random_points_and_nearly_collapsed_ones(
         assert torch.autograd.gradcheck(lambda f, center=center: nc2(f, target, center=center), rows)
         assert torch.autograd.gradcheck(lambda f, center=center: nc2(f, target, frame="of", center=center), rows)
         assert torch.autograd.gradcheck(lambda f, w, center=center: nc3(f, target, w, center=center), (rows, weight))
+    rows, target = clusters(7, 2, 4, 0.3, dtype=torch.float64)  # more classes than dimensions
+    weight = torch.randn(7, 4, dtype=torch.float64)
+    rows.requires_grad_()
+    for name, measure in MEASURES.items():
+        if "bias" not in measure.needs:
+            parts = [weight] * len(measure.needs)
+            assert torch.autograd.gradcheck(
+                lambda f, name=name, parts=parts: functional._measure(name, f, target, 7, *parts), rows
+            ), name
     collapsed = (simplex_etf(4).repeat(5, 1) + 1e-8 * torch.randn(20, 4).double()).requires_grad_()
     nc1(collapsed, torch.arange(4).repeat(5)).backward()  # equal singular values, where the gradient of an SVD is nan
     assert collapsed.grad.isfinite().all()
