@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -97,17 +98,24 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: int | None = None) -> str:
-    """Name of the last linear layer of ``model``, found by running ``forward`` once.
+    """Name of the last linear layer of ``model``, found by running ``forward``.
 
     Among the linear layers that ran, the one whose output is the model's output; else those with ``num_classes`` outputs;
-    else all. Of these, the last that ran. Where no linear layer ran, the same among convolutions with a kernel of 1.
+    else all. Of these, the last that ran. A convolution with a kernel of 1 is a linear layer too.
+
+    Where no layer gives the model's output it may be made from several, their average say: so a layer with as many outputs
+    as the last must feed it, or it is a second head. That takes one more run, and one for each such layer.
 
     Raises:
-        LookupError: if no such layer ran, if the model returns the outputs of several, or if it returns the output of
-            none and one was not called.
+        LookupError: if no such layer ran, if the model has several heads, or if it returns the output of no linear layer
+            and one was not called.
     """
     linear, pointwise = {}, {}
-    for name, module in named_modules(model).items():
+    first: dict[nn.Module, str] = {}  # a module may be registered under several names
+    modules = named_modules(model)
+    for name, module in modules.items():
+        first.setdefault(module, name)
+    for module, name in first.items():
         if isinstance(module, nn.Linear):
             linear[name] = module
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) == {1}:
@@ -126,8 +134,8 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
         recorder.remove()
     returned = {_memory(tensor) for tensor in _tensors(output)}
     heads = _unique(name for name, result in calls if result is not None and _memory(result) in returned)
-    names = _unique(name for name, _ in calls if name in linear) or _unique(name for name, _ in calls)
-    if not names or (names[0] in pointwise and linear and not heads):
+    names = _unique(name for name, _ in calls)
+    if not names or (linear and not heads and linear.keys().isdisjoint(names)):
         raise LookupError(
             f"none of the linear layers ({_listed(linear)}) was called in the forward pass; hooks see only calls of the "
             "module itself: write self.fc(x) instead of F.linear(x, self.fc.weight), or name a layer with layers=[...]"
@@ -146,7 +154,37 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
             f"no linear layer gives the model's output, and {_listed(uncalled)} was not called: hooks see only calls of the "
             "module itself, self.fc(x) instead of F.linear(x, self.fc.weight); name the classifier with classifier=..."
         )
-    return (fitting or heads or names)[-1]
+    last = (fitting or heads or names)[-1]
+    others = [] if heads else [name for name in names if outputs[name] == outputs[last] and name != last]
+    if beside := _without_way_to(last, others, modules, forward):
+        raise LookupError(
+            f"several layers with {outputs[last]} outputs could be the classifier, {_listed([*beside, last])}: the model "
+            "returns the output of none of them, and none feeds the last; name one with classifier=..."
+        )
+    return last
+
+
+def _without_way_to(
+    last: str, others: Sequence[str], modules: Mapping[str, nn.Module], forward: Callable[[], Any]
+) -> list[str]:
+    """Those of the other layers whose output does not reach the layer ``last``: its input is the same without them."""
+
+    def inputs_of_last(disturbed: str | None = None) -> list[Tensor]:
+        recorder = Recorder({}, {last: modules[last]})
+        recorder.arm(keep=lambda module, tensor: tensor.clone())
+        # Not a shift or a scale, which a normalisation would take away, and nothing random.
+        handle = modules[disturbed].register_forward_hook(lambda module, args, y: y.cos()) if disturbed else None
+        try:
+            forward()
+        finally:
+            tensors = [tensor for _, tensor in recorder.take() if tensor is not None]
+            recorder.remove()
+            if handle is not None:
+                handle.remove()
+        return tensors
+
+    before = inputs_of_last() if others else []
+    return [name for name in others if all(map(torch.equal, before, inputs_of_last(name)))]
 
 
 def outputs_of(module: nn.Module) -> int | None:
@@ -243,7 +281,7 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
     Raises:
         LookupError: if the model cannot be called so.
     """
-    module = getattr(model, "module", model)  # FSDP's wrapper takes anything
+    module = _unwrapped(model)
     if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented" or _is_lightnings(
         type(module), "forward"
     ):
@@ -261,6 +299,14 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
             "function of the module and the batch"
         )
     return model(batch[0])
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without the wrapper of torch.compile, and those whose forward takes anything: of FSDP, DDP and Fabric."""
+    model = getattr(model, "_orig_mod", model)
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    takes_anything = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return getattr(model, "module", model) if takes_anything and not _is_lightnings(type(model), "forward") else model
 
 
 def _entries(module: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

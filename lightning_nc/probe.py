@@ -77,7 +77,7 @@ class Probe:
         return self._recorder is not None
 
     def attach(self, model: nn.Module, batch: Any, forward_context: Any = nullcontext) -> None:
-        """Find the classifier, running the model once on ``batch`` where it is not known yet, and put the hooks in place.
+        """Find the classifier, running the model on ``batch`` where it is not known yet, and put the hooks in place.
 
         Raises:
             LookupError: if classifier or layers cannot be found.
@@ -199,7 +199,7 @@ class Probe:
         for name in self._sharded:
             if (part := _part(module, name)) is not None:
                 self._whole[name] = part.clone()
-        if features.dim() == 3 and self.pool == "mean" and not self._said:
+        if features.dim() == 3 and isinstance(module, nn.Linear) and self.pool == "mean" and not self._said:
             self._said = True
             warnings.warn(
                 f"the classifier {self._head[0] if self._head else ''!r} is called on a sequence of shape "

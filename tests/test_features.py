@@ -1,10 +1,16 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
+import reference
 import torch
+from conftest import clusters
+from lightning.pytorch import LightningModule
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_nc import measure
 from lightning_nc.features import Recorder, features_of, find_classifier, match_layers, pool_features, targets_of
 
 
@@ -46,6 +52,139 @@ def test_the_projection_inside_attention_does_not_stand_in_the_way():
 
     model = Attends()
     assert find_classifier(model, lambda: model(torch.randn(4, 5, 6))) == "head"
+
+
+@pytest.mark.parametrize(
+    "normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hooks", "parametrization"]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_head_with_normed_weight_is_found_and_measured_with_the_weight_it_applies(normed):
+    rows, target = clusters(3, 10, 6, 0.3)
+    head = normed(nn.Linear(6, 3, bias=False))
+    length, direction = sorted(head.parameters(), key=torch.numel)
+    with torch.no_grad():
+        length.copy_(torch.tensor([[1.0], [2.0], [3.0]]))
+        weight = (length * direction / direction.norm(dim=1, keepdim=True)).double().numpy()
+    values = measure(nn.Sequential(nn.Identity(), head), [(rows, target)], progress=False)
+    assert values["nc3"] == pytest.approx(reference.direction(weight, reference.moments(rows, target)[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("head", "after"),
+    [
+        (nn.Linear(8, 3, bias=False), nn.Identity()),
+        (nn.Linear(8, 3), nn.Unflatten(1, (3, 1))),
+        (nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 3, 1)), nn.Flatten()),
+        (nn.Sequential(nn.Unflatten(1, (8, 1)), nn.Conv1d(8, 3, 1)), nn.LogSoftmax(dim=1)),
+    ],
+    ids=["without bias", "then a view", "convolution, then a view", "convolution, then a softmax"],
+)
+def test_other_last_layers_are_found_too(head, after):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), head, after)
+    name = find_classifier(model, lambda: model(torch.randn(4, 6)))
+    assert name == ("2" if isinstance(head, nn.Linear) else "2.1")
+    rows, target = clusters(3, 10, 6, 0.3)
+    values = measure(model, [(rows, target)], progress=False)
+    with torch.no_grad():
+        features = model[:2](rows).numpy()
+    weight = model.get_submodule(name).weight.detach().double().flatten(1).numpy()
+    expected = reference.all_measures(features, target.numpy(), weight, np.zeros(3))
+    assert values["nc1"] == pytest.approx(expected["nc1"], rel=1e-4)
+    assert values["nc3"] == pytest.approx(expected["nc3"], rel=1e-5)
+
+
+class Averaged(nn.Module):
+    """Two heads side by side, behind hidden layers as wide; their average is the output."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(heads))
+
+    def forward(self, x):
+        features = self.body(x)
+        return sum(head(features) for head in self.heads) / 2
+
+
+def test_heads_whose_average_is_the_output_are_not_taken_for_one():
+    model, x = Averaged(), torch.randn(8, 6)
+    with pytest.raises(LookupError, match=r"could be the classifier, 'heads.0', 'heads.1':.*name one with classifier"):
+        find_classifier(model, lambda: model(x))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_hidden_layers_as_wide_as_the_output_are_not_taken_for_heads():
+    model, x = Averaged(heads=1), torch.randn(8, 6)
+    assert find_classifier(model, lambda: model(x)) == "heads.0"
+
+
+def test_a_head_that_goes_by_two_names_is_one():
+    model, x = Averaged(heads=1), torch.randn(8, 6)
+    model.last = model.heads[0]
+    assert find_classifier(model, lambda: model(x)) == "heads.0"
+
+
+def test_a_convolution_that_runs_after_linear_layers_is_the_last_layer():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.last = nn.Linear(6, 6), nn.Conv2d(6, 3, 1)
+
+        def forward(self, x):
+            gate = self.gate(x.mean(dim=(2, 3))).sigmoid()
+            return self.last(x * gate[:, :, None, None]).mean(dim=(2, 3))
+
+    model = Gated()
+    assert find_classifier(model, lambda: model(torch.randn(4, 6, 5, 5))) == "last"
+
+
+def test_a_module_that_keeps_its_network_under_the_name_of_a_wrapper_is_called_itself():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(6, 3)
+
+        def forward(self, pixels, scale):
+            return self.module(pixels * scale)
+
+    rows, target = clusters(3, 10, 6, 0.3)
+    model = Holder()
+    values = measure(model, [{"pixels": rows, "scale": torch.tensor(2.0), "labels": target}], progress=False)
+    assert values == measure(model.module, [(2 * rows, target)], progress=False)
+
+
+def test_a_lightning_module_without_forward_runs_its_validation_step_which_logs_and_counts_nothing():
+    class Steps(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.accuracy = nn.Linear(6, 3), MulticlassAccuracy(3)
+
+        def validation_step(self, batch, batch_idx):
+            logits = self.net(batch["x"])
+            self.accuracy.update(logits, batch["y"])
+            self.log("accuracy", self.accuracy)
+            return nn.functional.cross_entropy(logits, batch["y"])
+
+    rows, target = clusters(3, 10, 6, 0.3)
+    model = Steps()
+    model.accuracy.update(torch.eye(3), torch.tensor([0, 1, 1]))
+    before = {name: value.clone() for name, value in model.accuracy.metric_state.items()}
+    values = measure(model, [{"x": rows, "y": target}] * 2, progress=False)
+    assert values == measure(model.net, [(rows, target)] * 2, progress=False)
+    assert all(torch.equal(model.accuracy.metric_state[name], value) for name, value in before.items())
+    assert model.accuracy._update_count == 1
+    assert "log" not in vars(model)
+
+
+def test_the_one_input_of_a_mapping_may_have_any_name_and_the_model_may_be_compiled():
+    rows, target = clusters(3, 10, 6, 0.3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    expected = measure(model, [(rows, target)], layers=["0"], progress=False)
+    batch = {"pixels": rows, "labels": target}
+    assert measure(model, [batch], layers=["0"], progress=False) == expected
+    compiled = torch.compile(model, backend="eager")
+    compiled(rows)
+    assert measure(compiled, [batch], layers=["0"], progress=False) == expected
 
 
 def test_several_heads_are_named_in_the_error():
