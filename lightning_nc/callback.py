@@ -23,6 +23,7 @@ from lightning_nc.evaluation import Agree, Moved, exact_pass, undisturbed, use_b
 from lightning_nc.features import Pool
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures
 from lightning_nc.loaders import is_distributed, measurement_loader
+from lightning_nc.loggers import publish_figures
 from lightning_nc.metrics import synchronise
 from lightning_nc.probe import Moments, Probe
 
@@ -95,6 +96,10 @@ class NeuralCollapseCallback(Callback):
     Example::
 
         trainer = Trainer(callbacks=[NeuralCollapseCallback()])
+
+    Attributes:
+        history: a dict per measurement: ``stage``, ``epoch``, ``step``, and every logged key with its float.
+        class_means: the class means of the classifier's input at the last measurement, (K, d), float64.
     """
 
     def __init__(
@@ -137,6 +142,7 @@ class NeuralCollapseCallback(Callback):
         self.dataloader = dataloader
         self.strict = strict
         self.history: list[dict[str, Any]] = []
+        self.class_means: Tensor | None = None
         self._streams: dict[tuple[str, int], _Stream] = {}  # by stage and data loader
         self._active: set[str] = set()  # stages whose batches are measured as they pass, at present
         self._epoch_began: float | None = None
@@ -176,6 +182,25 @@ class NeuralCollapseCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_step = None
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            experiment: Any = getattr(logger, "experiment", None)
+            if hasattr(experiment, "define_metric"):  # W&B: epochs, not steps, along the x axis
+                experiment.define_metric("epoch", hidden=True)
+                experiment.define_metric("nc/*", step_metric="epoch")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self.history:
+            return
+        try:
+            publish_figures(trainer.loggers, self.history, self.class_means)
+        except Exception as error:  # a full disk, a server that is gone: the run itself is done and saved
+            rank_zero_warn(
+                f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"
+            )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -360,7 +385,7 @@ class NeuralCollapseCallback(Callback):
 
     def _publish_streams(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for key in sorted(key for key in self._streams if key[0] == stage and stage in self._active):
-            values = self._guarded(partial(self._values_of_stream, trainer, self._streams[key])) or {}
+            values = self._guarded(partial(self._values_of_stream, trainer, stage, self._streams[key])) or {}
             prefix = _KEYS[stage] + (f"_{key[1]}" if key[1] else "")
             marks = {"partial": True} if stage == "train" and self._partial else {}
             self._publish(
@@ -368,7 +393,7 @@ class NeuralCollapseCallback(Callback):
             )
         self._begin(stage, False)
 
-    def _values_of_stream(self, trainer: Trainer, stream: _Stream) -> dict[str, float]:
+    def _values_of_stream(self, trainer: Trainer, stage: str, stream: _Stream) -> dict[str, float]:
         agree, moments = _agreement(trainer), stream.moments
         if agree is not None:
             agree(stream.error)
@@ -380,7 +405,7 @@ class NeuralCollapseCallback(Callback):
                 "neural collapse: features too wide for a scatter matrix need a second pass, which only mode='exact' makes on "
                 "the training data; their nc1 is left out here. pool='mean' makes them narrow"
             )
-        return values_of(moments, self.metrics, self._probe)
+        return self._values(moments, stage)
 
     # ------------------------------------------------------------------------------------------- the exact pass
 
@@ -413,7 +438,8 @@ class NeuralCollapseCallback(Callback):
             if trainer.world_size > 1:
                 use_buffers_of_first_rank(pl_module)
             context = trainer.precision_plugin.forward_context
-            return exact_pass(self._probe, self.metrics, model, batches, context, _agreement(trainer), steps)
+            moments = exact_pass(self._probe, self.metrics, model, batches, context, _agreement(trainer), steps)
+            return self._values(moments, "train")
 
     def _loader(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
         """This process's share of what is measured, and the number of batches where it is known."""
@@ -450,6 +476,12 @@ class NeuralCollapseCallback(Callback):
                 )
                 self._warned = True
             return None
+
+    def _values(self, moments: Moments, stage: str) -> dict[str, float]:
+        values = values_of(moments, self.metrics, self._probe)
+        if "" in moments and (stage == "train" or "train" not in self.stages):
+            self.class_means = moments[""].means.cpu()
+        return values
 
     def _remember(
         self,
@@ -515,7 +547,10 @@ def _agreement(trainer: Trainer) -> Agree | None:
         return None
 
     def agree(error: Exception | None) -> None:
-        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+        # One collective; trainer.strategy.reduce_boolean_decision takes a barrier too.
+        failed = torch.tensor(int(error is not None), device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(failed)
+        if failed:
             raise error or RuntimeError("another process could not measure its part; its own warning says why")
 
     return agree
@@ -533,7 +568,7 @@ def _share(trainer: Trainer, loaders: Any, index: int) -> int | None:
         else [loaders]
     )
     sampler = getattr(flat[index], "sampler", None) if index < len(flat) else None
-    if not isinstance(sampler, DistributedSampler) or sampler.shuffle or sampler.drop_last:
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return None
     return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
 

@@ -79,7 +79,8 @@ def measure(
     stream = None if generator is None else generator.get_state()
     try:
         with undisturbed(model, on):
-            return exact_pass(probe, metrics, model, Moved(bar, lambda batch: move_data_to_device(batch, on)))
+            batches = Moved(bar, lambda batch: move_data_to_device(batch, on))
+            return values_of(exact_pass(probe, metrics, model, batches), metrics, probe)
     finally:
         probe.detach()
         if generator is not None:
@@ -104,8 +105,8 @@ def exact_pass(
     forward_context: Any = nullcontext,
     agree: Agree | None = None,
     steps: int = 0,
-) -> dict[str, float]:
-    """Measure ``model`` on ``batches``, which come on its device, in one pass, or in two where a scatter would be too large.
+) -> Moments:
+    """The moments of ``model`` on ``batches``, in one pass, or in two where a scatter would be too large.
 
     Args:
         probe: what to measure; attached on the first batch where it is not yet.
@@ -151,16 +152,18 @@ def exact_pass(
     wide = {prefix: m for prefix, m in moments.items() if not m.knows_scatter}
     if wide and any(MEASURES[name].scatter for name in metrics):
         sizes = ", ".join(f"{prefix[:-1] or 'classifier input'} {m.means.shape[1]}" for prefix, m in wide.items())
-        rank_zero_info(
-            f"neural collapse: features too wide for a scatter matrix ({sizes}) take a second pass over the data"
-        )
+        if not probe.told:
+            rank_zero_info(
+                f"neural collapse: features too wide for a scatter matrix ({sizes}) take a second pass over the data"
+            )
+            probe.told = True
         bases = {prefix: m.span() for prefix, m in wide.items()}
         if agree is not None:
             for basis in bases.values():
                 torch.distributed.broadcast(basis, src=0)
         projected = gather(lambda target, index: probe.project(target, bases))
         moments |= {prefix: m.with_scatter_of(projected[prefix], bases[prefix]) for prefix, m in wide.items()}
-    return values_of(moments, metrics, probe)
+    return moments
 
 
 def values_of(moments: Moments, metrics: Sequence[str], probe: Probe) -> dict[str, float]:

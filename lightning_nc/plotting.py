@@ -1,79 +1,197 @@
-"""Figures from a history of measurements, in the layout of Tirer & Bruna (2022)."""
+"""Figures from measurements, in the layout of Tirer & Bruna (2022)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-__all__ = ["draw", "plot_history"]
+__all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
 
 # Okabe and Ito's colours: distinct for every kind of colour vision.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _TITLES = {
     "nc1": "NC1, within-class variability",
     "nc2": "NC2, class means to frame",
+    "nc2_etf": "NC2, class means to ETF",
+    "nc2_etf_centered": "NC2, centred means to ETF",
+    "nc2_of": "NC2, class means to OF",
     "nc3": "NC3, weight to class means",
+    "nc3_centered": "NC3, weight to centred means",
 }
+_STYLES = {"train": "-", "validate": "--", "test": ":"}
+
+Run = Sequence[Mapping[str, Any]]
 
 
 def plot_history(
     history: Iterable[Mapping[str, Any]], objective: Mapping[str, Sequence[float]] | None = None
 ) -> Figure:
-    """Draw NC1, NC2 and NC3 over the epochs, on log axes; what is no measure of the three gets a panel of its own.
+    """Draw the measures over the epochs, on log axes that show zeros at their lower edge.
+
+    NC1, NC2 and NC3 have a panel each. Where layers were measured every measure has one, and the layers are a scale of
+    colours, from light to dark with depth. Training data are drawn solid, validation dashed, test dotted.
 
     Args:
-        history: rows with ``epoch`` and values by key, as in ``NeuralCollapseCallback.history``. A key's last part names
-            the measure: ``nc/layer3/nc1``.
-        objective: curves for a first panel, as the paper has it: label -> values, one per row of the history.
+        history: rows with ``stage``, ``epoch`` and values by key, as in ``NeuralCollapseCallback.history``.
+        objective: curves for a first panel, as the paper has it: label -> values, one per row of the training data.
     """
-    rows = list(history)
-    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("stage", "epoch", "step", "partial")))
-    panels: dict[str, list[str]] = {family: [] for family in ("nc1", "nc2", "nc3", "other")}
-    for key in keys:
-        family = key.split("/")[-1][:3]
-        panels[family if family in panels else "other"].append(key)
-    shown = [family for family, members in panels.items() if members] or ["nc1"]
+    return plot_runs({"": list(history)}, objective)
+
+
+def plot_runs(runs: Mapping[str, Run], objective: Mapping[str, Sequence[float]] | None = None) -> Figure:
+    """Draw several runs below each other, panels as in :func:`plot_history` and with the same axes.
+
+    Args:
+        runs: history by name.
+        objective: see :func:`plot_history`; of a single run.
+    """
+    curves = {name: _curves(rows) for name, rows in runs.items()}
+    layers = list(dict.fromkeys(layer for run in curves.values() for _, layer, _ in run if layer))
+    measures = list(dict.fromkeys(measure for run in curves.values() for _, _, measure in run)) or ["nc1"]
+    if layers:
+        measures.sort(key=lambda measure: _order(measure))
+        panels = [([measure], _TITLES.get(measure, measure)) for measure in measures]
+    else:
+        families = {family: [m for m in measures if m[:3] == family] for family in ("nc1", "nc2", "nc3")}
+        families["other measures"] = [m for m in measures if m[:3] not in families]
+        panels = [(found, _TITLES.get(family, family)) for family, found in families.items() if found]
     first = 1 if objective else 0
-    figure = Figure(figsize=(3.6 * (len(shown) + first), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(shown) + first, squeeze=False)[0]
-    epochs = [row["epoch"] for row in rows]
-    if objective:
-        draw(axes[0], "Training objective", "epoch", {name: (epochs, list(v)) for name, v in objective.items()})
-    for axis, family in zip(axes[first:], shown, strict=True):
-        curves = {
-            key.removeprefix("nc/"): (
-                [row["epoch"] for row in rows if key in row],
-                [row[key] for row in rows if key in row],
+    columns = 3 if len(panels) + first > 4 else len(panels) + first
+    lines = -(-(len(panels) + first) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.1 * lines * len(runs)), layout="constrained")
+    # Constrained layout knows no groups, so each run is a sub-figure of its own.
+    for (name, run), part in zip(curves.items(), figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
+        axes = part.subplots(lines, columns, squeeze=False).ravel()
+        for axis in axes[len(panels) + first :]:
+            axis.remove()
+        if objective:
+            epochs = [row["epoch"] for row in runs[name] if row.get("stage", "train") == "train"]
+            draw(axes[0], "Training objective", "epoch", {k: (epochs, list(v)) for k, v in objective.items()})
+        for axis, (members, title) in zip(axes[first:], panels, strict=False):
+            chosen = {key: curve for key, curve in run.items() if key[2] in members}
+            colors = [_color(layer, layers, members.index(measure)) for _, layer, measure in chosen]
+            draw(
+                axis,
+                title,
+                "epoch",
+                {_label(key, bool(layers)): curve for key, curve in chosen.items()},
+                colors,
+                [_STYLES[stage] for stage, _, _ in chosen],
+                legend=not layers,
             )
-            for key in panels[family]
-        }
-        draw(axis, _TITLES.get(family, "other measures"), "epoch", curves)
+        if layers:  # the same in every panel
+            lines_by_label = {
+                line.get_label(): line for axis in axes[first:] for line in axis.lines if line.get_label()[0] != "_"
+            }
+            part.legend(lines_by_label.values(), lines_by_label.keys(), loc="outside right upper", fontsize=8)
+        if name:
+            part.suptitle(name, fontsize=10)
+    _share_scales(figure)
     return figure
 
 
-def draw(axis: Axes, title: str, xlabel: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+def plot_gram(gram: Any) -> Figure:
+    """Draw a Gram matrix of unit class means, (K, K): the cosines of all pairs of classes, 1 on the diagonal."""
+    figure = Figure(figsize=(4.2, 3.6), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(numpy.asarray(gram), cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.set_title("cosines of the centred class means", fontsize=10)
+    axis.set_xlabel("class")
+    axis.set_ylabel("class")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image)
+    return figure
+
+
+def draw(
+    axis: Axes,
+    title: str,
+    xlabel: str,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    colors: Sequence[Any] = _COLORS,
+    styles: Sequence[str] = (),
+    legend: bool = True,
+) -> None:
     """One panel: curves by label, each a pair of x and y, on a log axis; values of zero are marked at the lower edge."""
     positive = [y for _, ys in curves.values() for y in ys if y > 0 and numpy.isfinite(y)]
     floor = min(positive, default=1.0) / 3
-    for (label, (xs, ys)), color in zip(curves.items(), _cycle(_COLORS), strict=False):
+    for index, (label, (xs, ys)) in enumerate(curves.items()):
+        color, style = colors[index % len(colors)], styles[index] if styles else "-"
         y = numpy.asarray(ys, dtype=float)
         zero = y == 0
-        marker = "o" if len(y) < 2 else None
-        axis.plot(xs, numpy.where(zero, floor, y), color=color, label=label, linewidth=1.6, marker=marker, markersize=4)
+        axis.plot(
+            xs,
+            numpy.where(zero, floor, y),
+            style,
+            color=color,
+            label=label,
+            linewidth=1.6,
+            marker="o" if len(y) < 2 else None,
+            markersize=4,
+        )
         if zero.any():
             axis.plot(numpy.asarray(xs)[zero], y[zero] + floor, "v", color=color, markersize=5)
     axis.set_yscale("log")
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(xlabel)
     axis.grid(True, which="major", alpha=0.3)
-    if len(curves) > 1:
+    if legend and len(curves) > 1:
         axis.legend(fontsize=8, framealpha=0.8)
 
 
-def _cycle(colors: Sequence[str]) -> Iterable[str]:
-    while True:
-        yield from colors
+def _curves(rows: Run) -> dict[tuple[str, str, str], tuple[list[float], list[float]]]:
+    """Epochs and values by stage, layer ("" is the classifier's input) and measure."""
+    curves: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("nc/"):
+                stage, layer, measure = split_key(key)
+                xs, ys = curves.setdefault((stage, layer, measure), ([], []))
+                xs.append(row["epoch"])
+                ys.append(value)
+    return curves
+
+
+def split_key(key: str) -> tuple[str, str, str]:
+    """Stage, layer and measure of a logged key such as ``nc/val/layer3/nc1``."""
+    _, *middle, measure = key.split("/")
+    stage = {"val": "validate", "test": "test"}.get(middle[0].split("_")[0], "train") if middle else "train"
+    return stage, "/".join(middle if stage == "train" else middle[1:]), measure
+
+
+def _order(measure: str) -> int:
+    return list(_TITLES).index(measure) if measure in _TITLES else len(_TITLES)
+
+
+def _label(key: tuple[str, str, str], layered: bool) -> str:
+    stage, layer, measure = key
+    name = (layer or "features") if layered else measure
+    return name if stage == "train" else f"{name}, {stage}"
+
+
+def _color(layer: str, layers: Sequence[str], member: int) -> Any:
+    """The scale of layers, light to dark with depth, or a colour for each measure where there are none."""
+    if not layers:
+        return _COLORS[member % len(_COLORS)]
+    depth = layers.index(layer) if layer else len(layers)
+    return matplotlib.colormaps["viridis_r"](0.1 + 0.9 * depth / len(layers))
+
+
+def _share_scales(figure: Figure) -> None:
+    """The same limits for panels of the same title, so that runs can be compared by eye."""
+    by_title: dict[str, list[Axes]] = {}
+    for axis in figure.axes:
+        by_title.setdefault(axis.get_title(), []).append(axis)
+    for axes in by_title.values():
+        if len(axes) > 1:
+            for which in ("xlim", "ylim"):
+                limits = [getattr(axis, f"get_{which}")() for axis in axes]
+                for axis in axes:
+                    getattr(axis, f"set_{which}")(min(low for low, _ in limits), max(high for _, high in limits))

@@ -1,0 +1,41 @@
+"""The command: ``lightning-nc plot RUN...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw what loggers have written of one run or several; the exit status."""
+    parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    plot = commands.add_parser("plot", help="draw runs from the files of their loggers, in the layout of the paper")
+    plot.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="a CSV file, or a directory of CSVLogger, TensorBoard or W&B (offline)",
+    )
+    plot.add_argument(
+        "-o", "--out", type=Path, default=Path("neural_collapse.png"), help="PNG, PDF or SVG (%(default)s)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        from lightning_nc.plotting import plot_runs
+        from lightning_nc.runs import read_run
+
+        runs = {str(path): read_run(path) for path in given.runs}
+        plot_runs(runs if len(runs) > 1 else {"": next(iter(runs.values()))}).savefig(given.out, dpi=150)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"lightning-nc: {error}", file=sys.stderr)
+        return 1
+    print(f"{given.out}: {sum(map(len, runs.values()))} measurements of {len(runs)} run{'s' * (len(runs) > 1)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

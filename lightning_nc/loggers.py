@@ -1,0 +1,66 @@
+"""Figures and a table of the final values, for whatever logger a run has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["publish_figures"]
+
+
+def publish_figures(loggers: Sequence[Any], history: Sequence[Mapping[str, Any]], class_means: Tensor | None) -> None:
+    """Give each logger the panels of :func:`~lightning_nc.plotting.plot_history` and the Gram matrix of the class means.
+
+    W&B takes images and a table of the final values, TensorBoard and MLflow figures; a logger that takes none, but has a
+    directory, gets PNG files beside what else it writes. Without matplotlib nothing is drawn.
+    """
+    if not loggers or find_spec("matplotlib") is None:
+        return
+    from lightning_nc.plotting import plot_gram, plot_history
+
+    figures = {"neural_collapse": plot_history(history)}
+    if class_means is not None:
+        rows = class_means - class_means.mean(dim=0)
+        unit = torch.nn.functional.normalize(rows, dim=1)
+        figures["class_means"] = plot_gram(unit @ unit.T)
+    last: dict[str, float] = {}
+    for row in history:
+        last |= {key: value for key, value in row.items() if key.startswith("nc/")}
+    for logger in loggers:
+        for name, figure in figures.items():
+            _publish(logger, name, figure, step=history[-1]["step"])
+        if hasattr(logger, "log_table"):
+            logger.log_table(
+                "figures/final_values", columns=["measure", "value"], data=[list(item) for item in last.items()]
+            )
+
+
+def _publish(logger: Any, name: str, figure: Figure, step: int) -> None:
+    experiment = logger.experiment
+    if hasattr(logger, "log_image"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from PIL import Image
+
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        logger.log_image(f"figures/{name}", [Image.fromarray(numpy.array(canvas.buffer_rgba()))])
+    elif hasattr(experiment, "add_figure"):
+        experiment.add_figure(f"figures/{name}", figure, global_step=step)
+    elif hasattr(experiment, "log_figure"):
+        # MLflow's client wants to know of which run; Comet's experiment is the run.
+        if hasattr(logger, "run_id"):
+            experiment.log_figure(logger.run_id, figure, f"{name}.png")
+        else:
+            experiment.log_figure(f"figures/{name}", figure, step=step)
+    elif getattr(logger, "log_dir", None):
+        Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
+        figure.savefig(Path(logger.log_dir) / f"{name}.png", dpi=150)
