@@ -238,7 +238,12 @@ class Images(LightningDataModule):
             return DataLoader(data, self.hparams.batch_size, collate_fn=as_it_is, **options)
         workers = self.hparams.num_workers
         return DataLoader(
-            data, self.hparams.batch_size, num_workers=workers, persistent_workers=workers > 0, pin_memory=True, **options
+            data,
+            self.hparams.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=True,
+            **options,
         )
 
 
@@ -295,7 +300,7 @@ def npz(path: str) -> Parts:
 def channels_first(images: object, target: object) -> tuple[Tensor, Tensor]:
     """Images (N, H, W) or (N, H, W, C) as (N, C, H, W), with their labels."""
     images = torch.as_tensor(images)
-    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, torch.as_tensor(target).long().flatten()
 
 
@@ -371,8 +376,8 @@ class CLI(LightningCLI):
 
 
 def figure5(row: dict) -> dict:
-    """Of a measurement, what the paper's figure shows: NC1 and NC2 of every depth, NC3 of the features."""
-    shown = ("epoch", "nc1", "nc2_etf_centered", "nc3", "nc3_centered")
+    """Of a measurement, what the paper's figure shows: NC1 and NC2 at every depth and NC3, of centred means."""
+    shown = ("epoch", "nc1", "nc2_etf_centered", "nc3_centered")
     return {key.replace("network.", ""): value for key, value in row.items() if key.split("/")[-1] in shown}
 
 
