@@ -29,8 +29,8 @@ def images(count: int) -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(count, 3, 32, 32), torch.arange(count) % 10), 128)
 
 
-def cost(count: int = 256, repeats: int = 9) -> None:
-    """Time of ``measure`` and of the bare forward pass, taking turns."""
+def cost(layers: list[str] | None = None, count: int = 256, repeats: int = 9) -> None:
+    """Time of ``measure``, with layers or without, and of the bare forward pass, taking turns."""
     model, loader = resnet18(), images(count)
 
     def bare() -> None:
@@ -39,7 +39,7 @@ def cost(count: int = 256, repeats: int = 9) -> None:
                 model(rows)
 
     def ours() -> None:
-        measure(model, loader, progress=False, classifier="fc")
+        measure(model, loader, progress=False, classifier="fc", layers=layers)
 
     ratios, times = [], []
     bare()
@@ -52,7 +52,7 @@ def cost(count: int = 256, repeats: int = 9) -> None:
         ratios.append((end - middle) / (middle - start))
         times.append(middle - start)
     print(
-        f"exact pass of ResNet18 over {count} images of 32x32: {sorted(ratios)[repeats // 2]:.3f} times the bare forward pass "
+        f"exact pass of ResNet18 with {len(layers or [])} layers over {count} images of 32x32: {sorted(ratios)[repeats // 2]:.3f} times the bare forward pass "
         f"({sorted(times)[repeats // 2]:.2f} s); between {min(ratios):.3f} and {max(ratios):.3f}"
     )
 
@@ -75,3 +75,4 @@ if __name__ == "__main__":
     few, many = peak(20), peak(2000)
     print(f"peak memory over 5,120 and 512,000 samples: {few} and {many} MiB: {many / few:.2f}")
     cost()
+    cost(["layer1", "layer2", "layer3", "layer4"])
