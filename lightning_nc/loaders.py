@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from itertools import chain, islice
 from typing import Any
@@ -51,7 +51,7 @@ def measurement_loader(
         copied["prefetch_factor"] = loader.prefetch_factor
     if isinstance(loader.dataset, IterableDataset):
         batches: Iterable[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, **copied)
-        return islice(batches, max_batches), max_batches
+        return _First(batches, max_batches), max_batches
     indices, batch_size = _indices(loader)
     size = (max_batches or 0) * (batch_size or 1) * world_size
     if max_batches is not None and size < len(indices):
@@ -62,6 +62,16 @@ def measurement_loader(
     indices = indices[rank::world_size]
     clone: DataLoader[Any] = DataLoader(loader.dataset, batch_size=batch_size, sampler=indices, **copied)
     return clone, len(clone)
+
+
+class _First:
+    """The first batches of a loader, as often as it is iterated."""
+
+    def __init__(self, loader: Iterable[Any], count: int | None) -> None:
+        self.loader, self.count = loader, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, self.count)
 
 
 def is_distributed(loader: Any) -> bool:

@@ -49,6 +49,7 @@ class Probe:
     target_fn: Callable[[Any], Tensor] | None = None
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     pool: Pool = "mean"
+    told: bool = field(init=False, repr=False, default=False)  # that features are too wide, which is said once
     classes: int = field(init=False, repr=False, default=0)
     _recorder: Recorder | None = field(init=False, repr=False, default=None)
     _head: tuple[str, nn.Module] | None = field(init=False, repr=False, default=None)
@@ -244,5 +245,7 @@ def _part(module: nn.Module, name: str) -> Tensor | None:
     part = getattr(module, name, None)
     sides = 2 if name == "weight" else 1
     if not isinstance(part, Tensor) or hasattr(part, "full_tensor") or part.dim() < sides:
+        return None
+    if part.untyped_storage().size() == 0:  # FSDP keeps the view of a flat parameter and frees what it shows
         return None
     return part.detach() if len(part) == outputs_of(module) else None

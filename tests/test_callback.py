@@ -1,8 +1,5 @@
 import csv
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -356,43 +353,3 @@ def test_the_progress_bar_shows_the_pass_and_the_values(tmp_path, capsys, rich):
 def test_bad_arguments_are_refused_in_the_constructor(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         NeuralCollapseCallback(**arguments)
-
-
-DDP = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[2])
-from test_callback import Classifier, NeuralCollapseCallback, loader, seed_everything, Trainer
-if __name__ == "__main__":
-    seed_everything(3, verbose=False)
-    callback = NeuralCollapseCallback(strict=True)
-    trainer = Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[callback],
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    model = Classifier()
-    trainer.fit(model, loader())
-    one_gives_up = NeuralCollapseCallback(target_fn=lambda batch: batch[1] + 9 * trainer.global_rank)
-    again = Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[one_gives_up],
-                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    again.fit(model, loader())
-    assert one_gives_up.history == [] and again.global_step == 3
-    if trainer.is_global_zero:
-        torch.save((callback.history, state), sys.argv[1])
-"""
-
-
-def test_two_processes_measure_every_sample_once_with_the_buffers_of_the_first(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(DDP)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    here = os.path.dirname(__file__)
-    command = [sys.executable, script, tmp_path / "out", here]
-    run = subprocess.run(command, timeout=200, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "targets must lie in [0, 3)" in run.stderr  # the reason, which the second process alone knows
-    history, state = torch.load(tmp_path / "out")
-    model = Classifier()
-    model.load_state_dict(state)
-    model.eval()
-    with torch.no_grad():
-        features = model.net[:4](ROWS).numpy()
-    assert history[-1]["nc/nc1"] == pytest.approx(reference.nc1_by_axes(features, TARGET.numpy()), rel=1e-6)

@@ -1,0 +1,220 @@
+"""Run in two processes by test_distributed.py: each part trains or measures, and each rank saves what it saw.
+
+python distributed.py {ddp,nodes,sharded} FOLDER
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from conftest import clusters
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_nc import NeuralCollapseCallback, probe
+from lightning_nc.evaluation import exact_pass, undisturbed, values_of
+from lightning_nc.functional import PAPER_MEASURES
+from lightning_nc.probe import Probe
+
+TRAIN = TensorDataset(*clusters(3, 17, 6, 0.5))  # 51 samples, which two ranks cannot share evenly
+OTHER = TensorDataset(*clusters(3, 7, 6, 0.7, seed=1))
+LAYERS = ["net.0", "net.1", "net.2", "net.4"]
+COLLECTIVES = ("all_reduce", "broadcast", "barrier", "reduce", "gather", "scatter", "reduce_scatter", "all_to_all")
+COLLECTIVES += ("all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast_object_list", "gather_object")
+
+
+class Classifier(LightningModule):
+    def __init__(self, norm=True):
+        super().__init__()
+        layers = nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(0.2)
+        self.net = nn.Sequential(*layers, nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Features(Callback):
+    """Independently, by a hook of its own: what the classifier is given in the training steps of an epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.rows, self.target = [], []
+        hook = lambda module, args: self.rows.append(args[0].detach())  # noqa: E731
+        self.handle = pl_module.net[4].register_forward_pre_hook(hook)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.target.append(batch[1])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.handle.remove()
+
+
+def fit(callbacks, model=None, val=False, **kwargs):
+    defaults = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 2, "num_sanity_val_steps": 0}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(callbacks=callbacks, **{**defaults, **quiet, **kwargs})
+    seed_everything(3, verbose=False)
+    model = model or Classifier()
+    trainer.fit(model, DataLoader(TRAIN, 8, shuffle=True), DataLoader(OTHER, 4) if val else None)
+    return trainer, model
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def every_stage():
+    callback = NeuralCollapseCallback(LAYERS, stages=("train", "validate", "test"), strict=True)
+    trainer, model = fit([callback], val=True)
+    state = state_of(model)
+    first = [[tensor.clone() for tensor in model.state_dict().values()]]
+    torch.distributed.broadcast_object_list(first, src=0)
+    model.load_state_dict(dict(zip(state, first[0], strict=True)))  # as from a checkpoint
+    sampler = DistributedSampler(OTHER, 2, torch.distributed.get_rank(), shuffle=True)
+    trainer.test(model, DataLoader(OTHER, 4, sampler=sampler), verbose=False)
+    return {"history": callback.history, "state": state}
+
+
+def exact():
+    callback = NeuralCollapseCallback(LAYERS, strict=True)
+    _, model = fit([callback])
+    return {"history": callback.history, "state": state_of(model)}
+
+
+def online():
+    callback, independent = NeuralCollapseCallback(mode="online", strict=True), Features()
+    _, model = fit([callback, independent])
+    features = torch.cat(independent.rows), torch.cat(independent.target)
+    return {"history": callback.history, "features": features, "state": state_of(model)}
+
+
+def one_gives_up():
+    rank = torch.distributed.get_rank()
+    callback = NeuralCollapseCallback(target_fn=lambda batch: batch[1] + 9 * rank)
+    trainer, _ = fit([callback])
+    return {"history": callback.history, "steps": trainer.global_step}
+
+
+def collectives():
+    """How many there are in a training of two epochs."""
+    calls = Counter()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    original = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
+    counts = {}
+    for norm in (True, False):
+        for layers in (None, [], LAYERS):
+            for name, function in original.items():
+                setattr(torch.distributed, name, counted(name, function))
+            calls.clear()
+            fit([] if layers is None else [NeuralCollapseCallback(layers, strict=True)], Classifier(norm))
+            counts[norm, -1 if layers is None else len(layers)] = Counter(calls)
+            vars(torch.distributed).update(original)
+    return counts
+
+
+def wide():
+    limit, probe.SCATTER_LIMIT = probe.SCATTER_LIMIT, 0
+    callback = NeuralCollapseCallback(LAYERS, strict=True)
+    _, model = fit([callback])
+    probe.SCATTER_LIMIT = limit
+    return {"history": callback.history, "state": state_of(model)}
+
+
+class Sharded(Classifier):
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        for module in (self.net[0], self.net[4], self.net):
+            fully_shard(module, mesh=mesh)
+
+
+def model_parallel():
+    callback = NeuralCollapseCallback(LAYERS, strict=True)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    _, model = fit([callback], Sharded(), strategy=strategy)
+    cut = [name for name, part in model.named_parameters() if hasattr(part, "full_tensor")]
+    whole = {name: getattr(part, "full_tensor", lambda part=part: part)() for name, part in model.state_dict().items()}
+    return {"history": callback.history, "state": whole, "cut": cut}
+
+
+def agree(error):
+    assert error is None, error
+
+
+def plain():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 9), nn.ReLU())
+    return nn.Sequential(body, nn.Sequential(nn.Linear(9, 7), nn.ReLU()), nn.Linear(7, 3))
+
+
+def sharded(wrap):
+    """The values of a model whose parameters are sharded; the ranks have 6 and 3 batches."""
+    rank = torch.distributed.get_rank()
+    rows, target = TRAIN.tensors
+    share = slice(0, 35) if rank == 0 else slice(35, None)
+    batches = list(zip(rows[share].split(6), target[share].split(6), strict=True))
+    model, measured = wrap(plain()), Probe(layers=["0", "1.0"])
+    with undisturbed(model, torch.device("cpu")):
+        moments = exact_pass(measured, PAPER_MEASURES, model, batches, agree=agree, steps=6)
+        values = values_of(moments, PAPER_MEASURES, measured)
+    measured.detach()
+    return values
+
+
+def fsdp(model, use_orig_params):
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+
+
+def fsdp2(model):
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def main(part, folder):
+    results = {}
+    if part == "ddp":
+        for function in (exact, every_stage, online, one_gives_up, collectives, wide, model_parallel):
+            results[function.__name__] = function()
+    if part == "nodes":
+        callback = NeuralCollapseCallback(LAYERS, strict=True)
+        trainer, model = fit([callback], num_nodes=2, devices=1)
+        assert (trainer.num_nodes, trainer.world_size) == (2, 2)
+        results = {"history": callback.history, "state": state_of(model)}
+    if part == "sharded":
+        torch.distributed.init_process_group("gloo")
+        results["FSDP, flat parameters"] = sharded(lambda model: fsdp(model, False))
+        results["FSDP, original parameters"] = sharded(lambda model: fsdp(model, True))
+        results["FSDP2"] = sharded(fsdp2)
+    torch.save(results, Path(folder) / f"{part}{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

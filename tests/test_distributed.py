@@ -1,0 +1,140 @@
+"""Two processes measure what one measures: DDP, several nodes, sharded parameters, and what it costs to agree.
+
+The processes run tests/distributed.py; each of its parts once, for all tests here.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import distributed
+import pytest
+import reference
+import torch
+from distributed import LAYERS, OTHER, TRAIN, Classifier
+from test_metrics import free_port
+from torch.utils.data import DataLoader
+
+from lightning_nc import measure
+
+SCRIPT = Path(distributed.__file__)
+
+
+@functools.cache
+def run(part):
+    """What each of the two ranks saved, and what they wrote to stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launchers = {
+        "ddp": [[sys.executable]],  # Lightning itself starts the second process
+        "sharded": [[*launcher, "--nproc-per-node=2", "--master-port", str(free_port())]],
+        "nodes": [],
+    }
+    endpoint = f"127.0.0.1:{free_port()}"
+    for node in range(2):
+        where = [f"--node-rank={node}", "--rdzv-endpoint", endpoint]
+        launchers["nodes"].append([*launcher, "--nnodes=2", "--nproc-per-node=1", *where])
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen([*start, SCRIPT, part, folder], env=environment, stderr=subprocess.PIPE, text=True)
+            for start in launchers[part]
+        ]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        assert not any(process.returncode for process in processes), errors
+        ranks = [torch.load(Path(folder, f"{part}{rank}.pt"), weights_only=False) for rank in range(2)]
+    return ranks, "".join(errors)
+
+
+def model_with(state):
+    model = Classifier()
+    model.load_state_dict(state)
+    return model
+
+
+def check_as_one_process(row, state, data=TRAIN, prefix="nc", rel=1e-6):
+    """One process, one batch, the weights of the first rank."""
+    values = measure(model_with(state), DataLoader(data, len(data)), layers=LAYERS, progress=False)
+    assert len(values) == 6 + 4 * len(LAYERS)
+    assert {f"{prefix}/{name}": row[f"{prefix}/{name}"] for name in values} == pytest.approx(
+        {f"{prefix}/{name}": value for name, value in values.items()}, rel=rel
+    )
+
+
+@pytest.mark.parametrize("part", ["exact", "every_stage", "online", "wide", "model_parallel"])
+def test_both_ranks_have_the_same_history(part):
+    first, second = run("ddp")[0]
+    assert first[part]["history"] == second[part]["history"]
+
+
+@pytest.mark.parametrize("part", ["exact", "wide"])
+def test_every_sample_is_measured_once_with_the_buffers_of_the_first_rank(part):
+    first, second = (rank[part] for rank in run("ddp")[0])
+    assert not torch.allclose(first["state"]["net.1.running_mean"], second["state"]["net.1.running_mean"], rtol=1e-3)
+    check_as_one_process(first["history"][-1], first["state"])
+
+
+def test_features_too_wide_take_a_second_pass_which_is_said_once():
+    assert run("ddp")[1].count("take a second pass") == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "prefix", "data"), [("train", "nc", TRAIN), ("validate", "nc/val", OTHER), ("test", "nc/test", OTHER)]
+)
+def test_a_stage_is_measured_without_the_samples_that_pad_a_rank(stage, prefix, data):
+    part = run("ddp")[0][0]["every_stage"]
+    row = [row for row in part["history"] if row["stage"] == stage][-1]
+    check_as_one_process(row, part["state"], data, prefix)
+
+
+def test_online_mode_measures_what_both_ranks_were_trained_on():
+    parts = [rank["online"] for rank in run("ddp")[0]]
+    rows, target = (torch.cat([part["features"][i] for part in parts]) for i in range(2))
+    assert len(rows) == 52  # the sampler repeats one of the 51
+    head = model_with(parts[0]["state"]).net[4]
+    weight, bias = (part.detach().double().numpy() for part in (head.weight, head.bias))
+    expected = reference.all_measures(rows.double().numpy(), target.numpy(), weight, bias)
+    for key, value in parts[0]["history"][-1].items():
+        if key.startswith("nc/"):
+            assert value == pytest.approx(expected[key.removeprefix("nc/")], rel=1e-6)
+
+
+def test_no_rank_waits_for_one_that_cannot_measure():
+    (first, _), errors = run("ddp")
+    assert first["one_gives_up"] == {"history": [], "steps": 8}
+    assert "targets must lie in [0, 3)" in errors  # the reason, which the second rank alone knows
+
+
+@pytest.mark.parametrize("layers", [[], LAYERS])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_measurement_takes_three_collectives_and_one_for_the_buffers_however_many_the_layers(layers, norm):
+    for rank in run("ddp")[0]:
+        counts = rank["collectives"]
+        added = {name: count - counts[norm, -1][name] for name, count in counts[norm, len(layers)].items()}
+        epochs = 2
+        assert {name: count / epochs for name, count in added.items() if count} == {
+            "all_reduce": 3,
+            **({"broadcast": 1} if norm else {}),
+        }
+
+
+def test_lightnings_sharded_models_are_measured_too():
+    part = run("ddp")[0][0]["model_parallel"]
+    assert {"net.0.weight", "net.4.weight"} <= set(part["cut"])
+    check_as_one_process(part["history"][-1], part["state"], rel=1e-5)
+
+
+def test_two_nodes_measure_what_one_process_measures():
+    first, second = run("nodes")[0]
+    assert first["history"] == second["history"]
+    check_as_one_process(first["history"][-1], first["state"])
+
+
+@pytest.mark.parametrize("kind", ["FSDP, flat parameters", "FSDP, original parameters", "FSDP2"])
+def test_a_model_whose_parameters_are_sharded_gives_the_values_of_the_whole_one(kind):
+    first, second = (rank[kind] for rank in run("sharded")[0])
+    values = measure(distributed.plain(), DataLoader(TRAIN, 51), layers=["0", "1.0"], progress=False)
+    assert {"nc1", "nc3", "0/nc1", "1.0/nc2_of"} < values.keys()
+    assert first == second == pytest.approx(values, rel=1e-5)
