@@ -96,10 +96,6 @@ class NeuralCollapseCallback(Callback):
     Example::
 
         trainer = Trainer(callbacks=[NeuralCollapseCallback()])
-
-    Attributes:
-        history: a dict per measurement: ``stage``, ``epoch``, ``step``, and every logged key with its float.
-        class_means: the class means of the classifier's input at the last measurement, (K, d), float64.
     """
 
     def __init__(

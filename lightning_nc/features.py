@@ -333,8 +333,8 @@ def _entries(module: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], di
 
 def _is_lightnings(kind: type, method: str) -> bool:
     """Whether the method is that of LightningModule, of either package, and so not the user's."""
-    owner = next((base for base in kind.__mro__ if method in vars(base)), kind)
-    return owner.__module__.startswith(("lightning.pytorch.", "pytorch_lightning."))
+    module: str = getattr(kind, method).__module__
+    return module.startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
