@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def plot_runs(runs: Mapping[str, Run], objective: Mapping[str, Sequence[float]] 
                 "epoch",
                 {_label(key, bool(layers)): curve for key, curve in chosen.items()},
                 colors,
-                [_STYLES[stage] for stage, _, _ in chosen],
+                [_STYLES[stage.split("_")[0]] for stage, _, _ in chosen],
                 legend=not layers,
             )
         if layers:  # the same in every panel
@@ -160,10 +161,12 @@ def _curves(rows: Run) -> dict[tuple[str, str, str], tuple[list[float], list[flo
 
 
 def split_key(key: str) -> tuple[str, str, str]:
-    """Stage, layer and measure of a logged key such as ``nc/val/layer3/nc1``."""
+    """Stage, layer and measure of a logged key such as ``nc/val/layer3/nc1``; ``validate_1`` is of the second loader."""
     _, *middle, measure = key.split("/")
-    stage = {"val": "validate", "test": "test"}.get(middle[0].split("_")[0], "train") if middle else "train"
-    return stage, "/".join(middle if stage == "train" else middle[1:]), measure
+    found = re.fullmatch(r"(val|test)(_\d+)?", middle[0]) if middle else None
+    if found is None:
+        return "train", "/".join(middle), measure
+    return ("validate" if found[1] == "val" else "test") + (found[2] or ""), "/".join(middle[1:]), measure
 
 
 def _order(measure: str) -> int:

@@ -12,7 +12,7 @@ from test_callback import fit, loader
 
 from lightning_nc import NeuralCollapseCallback
 from lightning_nc.__main__ import main
-from lightning_nc.plotting import plot_gram, plot_history, plot_runs
+from lightning_nc.plotting import plot_gram, plot_history, plot_runs, split_key
 from lightning_nc.runs import _records, read_run
 
 
@@ -138,6 +138,13 @@ def test_layers_are_a_scale_of_colours_from_light_to_dark():
     brightness = [sum(lines[name].get_color()[:3]) for name in ("layer1", "layer2", "features")]
     assert brightness == sorted(brightness, reverse=True)
     assert list(lines["layer2"].get_ydata()) == [0.5 ** (epoch + 2) for epoch in range(5)]
+
+
+def test_keys_fall_into_stage_layer_and_measure():
+    assert split_key("nc/nc1") == ("train", "", "nc1")
+    assert split_key("nc/val/net.2/nc1") == ("validate", "net.2", "nc1")
+    assert split_key("nc/val_1/nc1") == ("validate_1", "", "nc1")
+    assert split_key("nc/test_block/nc1") == ("train", "test_block", "nc1")
 
 
 def test_stages_differ_by_style_and_measures_without_layers_share_their_familys_panel():
