@@ -162,18 +162,13 @@ class NeuralCollapseCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._probe.forget()
         self._streams, self._active = {}, set()
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if (
-                other is self
-                or not isinstance(other, NeuralCollapseCallback)
-                or not set(self.stages) & set(other.stages)
-            ):
-                continue
-            if self._settings() != other._settings():
-                raise MisconfigurationException(
-                    "two NeuralCollapseCallbacks would log different numbers under the same keys; give them different "
-                    "stages, or measure the second with lightning_nc.measure"
-                )
+        self._epoch_began, self._partial = None, False
+        others = [c for c in trainer.callbacks if isinstance(c, NeuralCollapseCallback) and c is not self]  # type: ignore[attr-defined]
+        if any(set(self.stages) & set(other.stages) and self._settings() != other._settings() for other in others):
+            raise MisconfigurationException(
+                "two NeuralCollapseCallbacks would log different numbers under the same keys; give them different stages, or "
+                "measure the second with lightning_nc.measure"
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,19 +179,17 @@ class NeuralCollapseCallback(Callback):
         for logger in trainer.loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "define_metric"):  # W&B: epochs, not steps, along the x axis
-                experiment.define_metric("epoch", hidden=True)
                 experiment.define_metric("nc/*", step_metric="epoch")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not self.history:
-            return
-        try:
-            publish_figures(trainer.loggers, self.history, self.class_means)
-        except Exception as error:  # a full disk, a server that is gone: the run itself is done and saved
-            rank_zero_warn(
-                f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"
-            )
+        for logger in trainer.loggers if trainer.is_global_zero and self.history else ():
+            try:
+                publish_figures(logger, self.history, self.class_means)
+            except Exception as error:  # a full disk, a server that is gone: the run itself is done and saved
+                rank_zero_warn(
+                    f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"
+                )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -16,32 +16,29 @@ if TYPE_CHECKING:
 
 __all__ = ["publish_figures"]
 
+MOST_CLASSES = 1000  # of which a Gram matrix is drawn: one pixel a pair
 
-def publish_figures(loggers: Sequence[Any], history: Sequence[Mapping[str, Any]], class_means: Tensor | None) -> None:
-    """Give each logger the panels of :func:`~lightning_nc.plotting.plot_history` and the Gram matrix of the class means.
+
+def publish_figures(logger: Any, history: Sequence[Mapping[str, Any]], class_means: Tensor | None) -> None:
+    """Give a logger the panels of :func:`~lightning_nc.plotting.plot_history` and the Gram matrix of the class means.
 
     W&B takes images and a table of the final values, TensorBoard and MLflow figures; a logger that takes none, but has a
     directory, gets PNG files beside what else it writes. Without matplotlib nothing is drawn.
     """
-    if not loggers or find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is None:
         return
     from lightning_nc.plotting import plot_gram, plot_history
 
     figures = {"neural_collapse": plot_history(history)}
-    if class_means is not None:
-        rows = class_means - class_means.mean(dim=0)
-        unit = torch.nn.functional.normalize(rows, dim=1)
+    if class_means is not None and len(class_means) <= MOST_CLASSES:
+        unit = torch.nn.functional.normalize(class_means - class_means.mean(dim=0), dim=1)
         figures["class_means"] = plot_gram(unit @ unit.T)
-    last: dict[str, float] = {}
-    for row in history:
-        last |= {key: value for key, value in row.items() if key.startswith("nc/")}
-    for logger in loggers:
-        for name, figure in figures.items():
-            _publish(logger, name, figure, step=history[-1]["step"])
-        if hasattr(logger, "log_table"):
-            logger.log_table(
-                "figures/final_values", columns=["measure", "value"], data=[list(item) for item in last.items()]
-            )
+    for name, figure in figures.items():
+        _publish(logger, name, figure, step=history[-1]["step"])
+    if hasattr(logger, "log_table"):
+        last = {key: value for row in history for key, value in row.items() if key.startswith("nc/")}
+        rows = [list(item) for item in last.items()]
+        logger.log_table("figures/final_values", columns=["measure", "value"], data=rows)
 
 
 def _publish(logger: Any, name: str, figure: Figure, step: int) -> None:
