@@ -75,7 +75,7 @@ def test_options_of_the_trainer(tmp_path, trainer, arguments):
 
 
 @pytest.mark.parametrize("arguments", MODES)
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
 def test_precisions(tmp_path, precision, arguments):
     callback = NeuralCollapseCallback(strict=True, **arguments)
     seed_everything(3, verbose=False)

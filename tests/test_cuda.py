@@ -1,0 +1,66 @@
+"""What only a GPU can show: no waiting for the device inside a step, and the same numbers and trainings there."""
+
+import pytest
+import torch
+from conftest import clusters
+from lightning.pytorch import Trainer, seed_everything
+from test_callback import Classifier, loader
+
+from lightning_nc import NeuralCollapse, NeuralCollapseCallback
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def no_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_update_does_not_wait_for_the_device(no_waiting):
+    metric = NeuralCollapse(3, 8).cuda()
+    torch.cuda.set_sync_debug_mode("default")
+    rows, target = (tensor.cuda() for tensor in clusters(3, 40, 8, 0.3))
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(40):
+        metric.update(rows, target)
+
+
+def test_values_on_the_gpu_are_those_of_the_cpu():
+    rows, target = clusters(3, 200, 32, 0.3)
+    here, there = NeuralCollapse(3, 32), NeuralCollapse(3, 32).cuda()
+    for part, labels in zip(rows.split(50), target.split(50), strict=True):
+        here.update(part, labels)
+        there.update(part.cuda(), labels.cuda())
+    assert {name: float(value) for name, value in there.compute().items()} == pytest.approx(
+        {name: float(value) for name, value in here.compute().items()}, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("arguments", [{}, {"mode": "online"}, {"stages": ("train", "validate")}])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_on_the_gpu_is_bit_identical_with_and_without_the_callback(tmp_path, precision, arguments, compiled):
+    def train(callbacks):
+        torch._dynamo.reset()
+        seed_everything(3, verbose=False)
+        model = Classifier()
+        if compiled:
+            model.net = torch.compile(model.net)
+        Trainer(
+            max_epochs=2,
+            accelerator="gpu",
+            devices=1,
+            precision=precision,
+            deterministic=True,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            default_root_dir=tmp_path,
+        ).fit(model, loader(), loader(shuffle=False))
+        return [*model.state_dict().values(), torch.cuda.get_rng_state()]
+
+    measured = train([NeuralCollapseCallback(strict=True, **arguments)])
+    assert all(torch.equal(a, b) for a, b in zip(train([]), measured, strict=True))
