@@ -107,7 +107,7 @@ FIGURES = {
     1: Configuration(**unit),
     2: Configuration(**unit, lambda_b=0.0),
     3: Configuration(model="linear"),
-    4: Configuration(model="relu", iterations=1_000_000, every=10_000),
+    4: Configuration(model="relu", iterations=500_000, every=10_000),
     6: Configuration(**unit, **larger, iterations=160_000),
     7: Configuration(**unit, **larger, iterations=160_000, lambda_b=0.0),
     8: Configuration(model="linear", **larger, lambda_w1=0.0025, iterations=140_000),

@@ -25,6 +25,7 @@ from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures
 from lightning_nc.loaders import is_distributed, measurement_loader
 from lightning_nc.loggers import publish_figures
 from lightning_nc.metrics import synchronise
+from lightning_nc.moments import state_dtype
 from lightning_nc.probe import Moments, Probe
 
 if TYPE_CHECKING:
@@ -142,13 +143,15 @@ class NeuralCollapseCallback(Callback):
         self._streams: dict[tuple[str, int], _Stream] = {}  # by stage and data loader
         self._active: set[str] = set()  # stages whose batches are measured as they pass, at present
         self._epoch_began: float | None = None
-        self._measured_step: int | None = None
+        self._measured: tuple[int, int] | None = None  # epoch and step
         self._partial = self._warned = self._told = False
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(layers=self._probe.layers, stages=self.stages, mode=self.mode)
+        return self._generate_state_key(
+            layers=self._probe.layers, stages=self.stages, mode=self.mode, metrics=self.metrics
+        )
 
     def plot(self) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
@@ -162,7 +165,7 @@ class NeuralCollapseCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._probe.forget()
         self._streams, self._active = {}, set()
-        self._epoch_began, self._partial = None, False
+        self._epoch_began, self._partial, self._warned = None, False, False
         others = [c for c in trainer.callbacks if isinstance(c, NeuralCollapseCallback) and c is not self]  # type: ignore[attr-defined]
         if any(set(self.stages) & set(other.stages) and self._settings() != other._settings() for other in others):
             raise MisconfigurationException(
@@ -172,7 +175,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measured_step = None
+        self._measured = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,7 +216,7 @@ class NeuralCollapseCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_began = perf_counter()
         if self.mode == "online":
-            self._begin("train", self._is_due(trainer, ahead=trainer.num_training_batches))
+            self._begin("train", self._is_due(trainer, ahead=_steps_of_epoch(trainer)))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -247,12 +250,13 @@ class NeuralCollapseCallback(Callback):
         # Nobody knew that the epoch was the last one: it was stopped early. Lightning's own logging is closed by now.
         if "train" not in self.stages or self.mode == "online" or not trainer.global_step:
             return
-        if self._measured_step == trainer.global_step:
+        if self._measured is not None and self._measured[1] == trainer.global_step:
             return
-        values = self._measure(trainer, pl_module, epoch=max(trainer.current_epoch - 1, 0))
-        trainer.callback_metrics.update(_tensors(values))
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step - 1)
+        epoch = max(trainer.current_epoch - 1, 0)
+        values = self._measure(trainer, pl_module, epoch)
+        trainer.callback_metrics.update(_tensors(values, pl_module.device))
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics({**values, "epoch": epoch}, step=trainer.global_step - 1)
 
     def _is_due(self, trainer: Trainer, ahead: float = 0) -> bool:
         epoch = trainer.current_epoch
@@ -263,10 +267,10 @@ class NeuralCollapseCallback(Callback):
         return self.every_n_epochs(epoch) if callable(self.every_n_epochs) else (epoch + 1) % self.every_n_epochs == 0
 
     def _finish_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "train" not in self.stages or self._measured_step == trainer.global_step:
+        if "train" not in self.stages or self._measured == (trainer.current_epoch, trainer.global_step):
             return
         if self.mode == "online":
-            self._measured_step = trainer.global_step
+            self._measured = trainer.current_epoch, trainer.global_step
             self._publish_streams(trainer, pl_module, "train")
         elif self._is_due(trainer):
             self._publish(trainer, pl_module, self._measure(trainer, pl_module, trainer.current_epoch))
@@ -275,7 +279,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = trainer.state.fn != "fit" or self._is_due(trainer, ahead=trainer.num_training_batches)
+        due = trainer.state.fn != "fit" or self._is_due(trainer, ahead=_steps_of_epoch(trainer))
         self._begin("validate", due and not trainer.sanity_checking)
 
     @override
@@ -400,7 +404,7 @@ class NeuralCollapseCallback(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The values by key, appended to the history too; nothing where they could not be measured."""
-        self._measured_step, began = trainer.global_step, perf_counter()
+        self._measured, began = (trainer.current_epoch, trainer.global_step), perf_counter()
         values = self._guarded(lambda: self._run(trainer, pl_module))
         if not self._streaming():
             self._probe.detach()
@@ -418,12 +422,15 @@ class NeuralCollapseCallback(Callback):
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         with undisturbed(pl_module, trainer.strategy.root_device):
-            loader, total = self._loader(trainer)
+            try:
+                loader, total = self._loader(trainer)
+            except Exception as error:  # which the pass tells the other processes
+                loader, total = _raising(error), None
             bar = _Progress(trainer, loader, total)
             batches = Moved(bar, lambda batch: _to_device(trainer, pl_module, batch))
             model, steps = _model(trainer, pl_module), 0
-            if model is not pl_module and total is not None:
-                steps = int(trainer.strategy.reduce(torch.tensor(total, device=pl_module.device), reduce_op="max"))
+            if model is not pl_module:
+                steps = int(trainer.strategy.reduce(torch.tensor(total or 0, device=pl_module.device), reduce_op="max"))
             if trainer.world_size > 1:
                 use_buffers_of_first_rank(pl_module)
             context = trainer.precision_plugin.forward_context
@@ -469,7 +476,7 @@ class NeuralCollapseCallback(Callback):
     def _values(self, moments: Moments, stage: str) -> dict[str, float]:
         values = values_of(moments, self.metrics, self._probe)
         if "" in moments and (stage == "train" or "train" not in self.stages):
-            self.class_means = moments[""].means.cpu()
+            self.class_means = moments[""].means[moments[""].counts > 0].cpu()
         return values
 
     def _remember(
@@ -489,7 +496,7 @@ class NeuralCollapseCallback(Callback):
         return values
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
-        tensors = _tensors(values)
+        tensors = _tensors(values, pl_module.device)
         for key, value in tensors.items():
             # The maximum of one value is the value itself, in its own precision. All processes have the same, so none needs
             # to ask the others.
@@ -545,6 +552,11 @@ def _agreement(trainer: Trainer) -> Agree | None:
     return agree
 
 
+def _raising(error: Exception) -> Iterator[Any]:
+    raise error
+    yield
+
+
 def _share(trainer: Trainer, loaders: Any, index: int) -> int | None:
     """How many samples of a loader are this process's own, where its sampler pads with samples of the others."""
     if trainer.world_size == 1:
@@ -562,8 +574,13 @@ def _share(trainer: Trainer, loaders: Any, index: int) -> int | None:
     return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
 
 
-def _tensors(values: dict[str, float]) -> dict[str, Tensor]:
-    return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+def _steps_of_epoch(trainer: Trainer) -> float:
+    """The most steps that an epoch takes: one per batch and optimizer."""
+    return trainer.num_training_batches * max(len(trainer.optimizers), 1)
+
+
+def _tensors(values: dict[str, float], device: torch.device) -> dict[str, Tensor]:
+    return {key: torch.tensor(value, dtype=state_dtype(device)) for key, value in values.items()}
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

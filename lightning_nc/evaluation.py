@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from copy import copy
 from typing import Any
 
 import numpy
@@ -75,15 +75,16 @@ def measure(
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     on = torch.device(device)
     bar = tqdm(dataloader, desc="Neural collapse", leave=False, disable=not progress)
-    generator = getattr(dataloader, "generator", None)
-    stream = None if generator is None else generator.get_state()
+    sources = (dataloader, getattr(dataloader, "sampler", None))
+    generators = [g for source in sources if isinstance(g := getattr(source, "generator", None), torch.Generator)]
+    streams = [generator.get_state() for generator in generators]
     try:
         with undisturbed(model, on):
             batches = Moved(bar, lambda batch: move_data_to_device(batch, on))
             return values_of(exact_pass(probe, metrics, model, batches), metrics, probe)
     finally:
         probe.detach()
-        if generator is not None:
+        for generator, stream in zip(generators, streams, strict=True):
             generator.set_state(stream)
 
 
@@ -193,9 +194,12 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modules = list(model.modules())
     training = {module: module.training for module in modules}
-    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    buffers = [_Buffer(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
     states = [(m, _state_of(m)) for m in modules if isinstance(m, Metric)]
-    loggers = [module for module in modules if hasattr(module, "log_dict") and hasattr(module, "log")]
+    attributes = [
+        (m, name, value, copy(value)) for m in modules for name, value in vars(m).items() if _is_plain(name, value)
+    ]
+    loggers = [module for module in modules if hasattr(type(module), "log_dict")]
     python, numpys = random.getstate(), numpy.random.get_state()
     devices = [device] if device.type == "cuda" else []
     try:
@@ -206,17 +210,39 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             model.eval()
             yield
     finally:
-        for module in loggers:
-            del vars(module)["log"], vars(module)["log_dict"]
-        for module, flag in training.items():
-            module.training = flag
-        with torch.no_grad():
-            for module, name, buffer, kept in buffers:
-                module._buffers[name] = buffer.copy_(kept)
-        for metric, state in states:
-            vars(metric).update(state)
         random.setstate(python)
         numpy.random.set_state(numpys)
+        for module in loggers:
+            vars(module).pop("log", None)
+            vars(module).pop("log_dict", None)
+        for owner, name, value, kept in attributes:
+            if isinstance(value, list):
+                value[:] = kept
+            vars(owner)[name] = value
+        for module, flag in training.items():
+            module.training = flag
+        for metric, state in states:
+            vars(metric).update(state)
+        for buffer in buffers:
+            buffer.restore()
+
+
+class _Buffer:
+    """A buffer as it was; put back only where it has changed, since some cannot be written to."""
+
+    def __init__(self, module: nn.Module, name: str, buffer: Tensor) -> None:
+        self.module, self.name, self.buffer, self.kept = module, name, buffer, buffer.clone()
+
+    def restore(self) -> None:
+        self.module._buffers[self.name] = self.buffer
+        if not torch.equal(self.buffer, self.kept):
+            with torch.inference_mode(self.buffer.is_inference()), torch.no_grad():
+                self.buffer.copy_(self.kept)
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is a number or a list of the user's: a counter, the outputs of an epoch."""
+    return not name.startswith("_") and name != "training" and type(value) in (int, float, bool, list)
 
 
 def _drop(*args: Any, **kwargs: Any) -> None:
@@ -225,8 +251,16 @@ def _drop(*args: Any, **kwargs: Any) -> None:
 
 def _state_of(metric: Metric) -> dict[str, Any]:
     """What an update or a compute changes."""
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-    return {name: deepcopy(vars(metric)[name]) for name in names if name in vars(metric)}
+    kept = {}
+    for name in [*metric._defaults, "_update_count", "_computed", "_forward_cache"]:
+        if name in vars(metric):
+            value = vars(metric)[name]
+            # An update works in place on states alone; the cache of a loss may hold a graph, which cannot be copied.
+            in_place = name in metric._defaults
+            kept[name] = (
+                value.detach().clone() if in_place and isinstance(value, Tensor) else copy(value) if in_place else value
+            )
+    return kept
 
 
 def use_buffers_of_first_rank(model: nn.Module) -> None:

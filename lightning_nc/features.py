@@ -45,6 +45,7 @@ class Recorder:
     def __init__(self, outputs: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module] | None = None) -> None:
         self.calls: list[tuple[str, Tensor | None]] = []
         self.keep: Keep | None = None
+        self.error: Exception | None = None
         self._handles = [module.register_forward_hook(_Hook(self, name)) for name, module in outputs.items()]
         for name, module in (inputs or {}).items():
             hook = _Hook(self, name, inputs=True)
@@ -52,20 +53,23 @@ class Recorder:
 
     def arm(self, keep: Keep) -> None:
         """Record from now on, starting with nothing."""
-        self.calls, self.keep = [], keep
+        self.calls, self.keep, self.error = [], keep, None
 
     def disarm(self) -> None:
         """Record no more; what was recorded stays."""
         self.keep = None
 
     def take(self) -> list[tuple[str, Tensor | None]]:
-        """What was recorded, which is forgotten here."""
-        calls, self.calls, self.keep = self.calls, [], None
+        """What was recorded, which is forgotten here; raises what went wrong in recording it."""
+        calls, error = self.calls, self.error
+        self.calls, self.keep, self.error = [], None, None
+        if error is not None:
+            raise error
         return calls
 
     def remove(self) -> None:
         """Take the hooks off."""
-        self.take()
+        self.calls, self.keep, self.error = [], None, None
         for handle in self._handles:
             handle.remove()
 
@@ -79,6 +83,14 @@ class _Hook:
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         if self.recorder is None or self.recorder.keep is None:
             return
+        try:
+            self._record(module, args, last)
+        except Exception as error:  # of a measurement, not of the model, whose step goes on
+            self.recorder.error = error
+
+    def _record(self, module: nn.Module, args: Any, last: Any) -> None:
+        assert self.recorder is not None
+        assert self.recorder.keep is not None
         value = (*args, *last.values()) if self.inputs else last
         tensor = next((tensor for tensor in _tensors(value) if tensor.is_floating_point()), None)
         self.recorder.calls.append((self.name, None if tensor is None else self.recorder.keep(module, tensor)))
@@ -245,7 +257,9 @@ def pool_features(features: Tensor, pool: Pool, module: nn.Module | None = None,
         )
     if features.dim() == 3 and not type(module).__name__.endswith("1d"):
         if mask is not None and mask.shape == features.shape[:2]:
-            weights = mask.to(features.dtype).unsqueeze(2)
+            weights = mask.to(torch.promote_types(features.dtype, torch.float32)).unsqueeze(
+                2
+            )  # a sum may leave float16
             return (features.detach() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         return features.detach().mean(dim=1)
     return features.detach().flatten(start_dim=2).mean(dim=2)

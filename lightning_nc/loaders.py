@@ -94,5 +94,11 @@ def _indices(loader: DataLoader[Any]) -> tuple[Sequence[Any], int | None]:
     if isinstance(sampler, WeightedRandomSampler):
         return sampler.weights.nonzero().flatten().tolist(), batch_size
     if isinstance(sampler, SequentialSampler | RandomSampler):
-        return range(len(loader.dataset)), batch_size  # type: ignore[arg-type]
-    return sorted(set(deepcopy(sampler, shared))), batch_size
+        return range(len(sampler.data_source)), batch_size
+    drawn = list(deepcopy(sampler, shared))
+    if drawn and isinstance(drawn[0], list):
+        raise LookupError(
+            "the sampler of the training data gives lists of samples (batch_size=None), and which are measured in one batch is "
+            "not clear; pass batch_sampler= to the DataLoader instead of sampler=, or dataloader= to the callback"
+        )
+    return sorted(set(drawn)), batch_size

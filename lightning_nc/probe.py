@@ -87,7 +87,7 @@ class Probe:
         self.detach()
         self._names = match_layers(model, self.layers or ())
         target = self._targets(batch)
-        if self._head is None or self._head[0] not in named_modules(model):
+        if self._head is None or named_modules(model).get(self._head[0]) is not self._head[1]:
             with forward_context():
                 self._head, self.classes = self._find(model, lambda: self.forward(model, batch))
         modules = named_modules(model)
@@ -131,7 +131,7 @@ class Probe:
 
     def disarm(self) -> None:
         """Record no more of this batch: what comes is the backward pass, which may run layers again."""
-        if self._recorder is not None:
+        if self._recorder is not None and self._recorder.calls:
             self._recorder.disarm()
 
     def absorb(self, moments: Moments, index: int, rows: int | None = None) -> int:

@@ -14,7 +14,7 @@ __all__ = ["read_run"]
 
 
 def read_run(path: str | Path) -> Run:
-    """The rows of a run that hold measurements, each with ``stage``, ``epoch`` and values by key.
+    """The rows of a run that hold measurements, each with ``epoch`` and values by key.
 
     Args:
         path: a CSV file, or a directory that holds, at any depth, ``metrics.csv``, TensorBoard's ``events.out.tfevents*`` or
@@ -26,7 +26,11 @@ def read_run(path: str | Path) -> Run:
         ImportError: if the package that wrote it is not installed.
     """
     path = Path(path)
-    readers = {"*.csv": _csv, "events.out.tfevents*": _tensorboard, "run-*.wandb": _wandb}
+    readers = {
+        "*.csv" if path.is_file() else "metrics.csv": _csv,
+        "events.out.tfevents*": _tensorboard,
+        "run-*.wandb": _wandb,
+    }
     found = [
         (file, read)
         for pattern, read in readers.items()
@@ -47,15 +51,18 @@ def read_run(path: str | Path) -> Run:
 def _csv(file: Path) -> Iterator[dict[str, Any]]:
     with file.open(newline="") as lines:
         for row in csv.DictReader(lines):
-            values = {key: float(value) for key, value in row.items() if key.startswith("nc/") and value}
-            if values:
-                yield {"epoch": int(float(row["epoch"])), **values}
+            try:
+                values = {key: float(value) for key, value in row.items() if str(key).startswith("nc/") and value}
+                if values:
+                    yield {"epoch": int(float(row["epoch"])), **values}
+            except (KeyError, ValueError):  # a row that is half written, or of another table
+                continue
 
 
 def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
     tags = events.Tags()["scalars"]
     epochs = {event.step: int(event.value) for event in events.Scalars("epoch")} if "epoch" in tags else {}
     rows: dict[int, dict[str, Any]] = {}
@@ -94,6 +101,8 @@ def _records(data: bytes) -> Iterator[bytes]:
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
         part = data[position + header : position + header + length]
         position += header + length
+        if position > len(data):  # the run is going on, or was killed
+            return
         parts = part if kind in (1, 2) else parts + part  # whole, first, middle, last
         if kind in (1, 4):
             yield parts

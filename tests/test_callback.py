@@ -1,4 +1,5 @@
 import csv
+import itertools
 import random
 
 import numpy as np
@@ -203,12 +204,11 @@ class RaiseInPass(Classifier):
 
     def __init__(self, error):
         super().__init__()
-        self.error, self.calls = error, 0
+        self.error, self.calls = error, itertools.count(1)  # a number would be put back
 
     def forward(self, x):
         if not self.training:
-            self.calls += 1
-            if self.calls == 3:
+            if next(self.calls) == 3:
                 raise self.error
         return super().forward(x)
 

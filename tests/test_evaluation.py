@@ -11,6 +11,7 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -55,6 +56,13 @@ def test_samples_outside_of_a_subset_are_not_visited():
     assert visited(DataLoader(Subset(DATA, [5, 4]), 8, shuffle=True)) == [5, 4]
     half = torch.arange(51) % 2
     assert visited(DataLoader(DATA, 8, sampler=WeightedRandomSampler(half.double(), 20))) == list(range(1, 51, 2))
+
+
+def test_a_sampler_over_a_part_of_the_data_gives_that_part():
+    assert visited(DataLoader(DATA, 8, sampler=SequentialSampler(range(20)))) == list(range(20))
+    assert visited(DataLoader(DATA, 8, sampler=RandomSampler(range(20)))) == list(range(20))
+    with pytest.raises(LookupError, match="pass batch_sampler="):
+        visited(DataLoader(DATA, batch_size=None, sampler=BatchSampler(RandomSampler(DATA), 8, False)))
 
 
 def test_ranks_share_the_samples_without_padding():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
-from test_callback import fit, loader
+from test_callback import StopAfter, fit, loader
 
 from lightning_nc import NeuralCollapseCallback
 from lightning_nc.__main__ import main
@@ -84,6 +84,23 @@ def test_tensorboard_gets_scalars_and_figures(tmp_path):
     assert values(read_run(tmp_path)) == values(callback.history)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert set(events.Tags()["images"]) == {"figures/neural_collapse", "figures/class_means"}
+
+
+def test_a_run_that_is_stopped_early_a_file_that_is_cut_and_other_files_are_read(tmp_path, offline):
+    callback = NeuralCollapseCallback(every_n_epochs=3, strict=True)
+    loggers = [CSVLogger(tmp_path / "csv", name="", version=""), WandbLogger(save_dir=tmp_path / "wandb", offline=True)]
+    fit(tmp_path, [callback, StopAfter()], max_epochs=50, logger=loggers)
+    loggers[1].experiment.finish()
+    assert values(read_run(tmp_path / "csv")) == values(callback.history)
+    assert values(read_run(tmp_path / "wandb")) == values(callback.history)
+    (tmp_path / "csv" / "predictions.csv").write_text("sample,class\n0,1\n")
+    with (tmp_path / "csv" / "metrics.csv").open("a") as file:
+        file.write("half")
+    assert values(read_run(tmp_path / "csv")) == values(callback.history)
+    (file,) = tmp_path.rglob("run-*.wandb")
+    for cut in (10, 100, 1000):
+        file.write_bytes(file.read_bytes()[:-cut])
+        assert values(read_run(file))[:6] == values(callback.history)[:6]
 
 
 def test_mlflow_gets_scalars_and_figures(tmp_path, monkeypatch):
@@ -190,7 +207,7 @@ def test_the_command_draws_runs_and_says_what_is_wrong(tmp_path, capsys):
     assert "12 measurements of 2 runs" in capsys.readouterr().out
     assert is_picture(out)
     assert main(["plot", str(tmp_path / "none")]) == 1
-    assert "none of *.csv, events.out.tfevents*, run-*.wandb" in capsys.readouterr().err
+    assert "none of metrics.csv, events.out.tfevents*, run-*.wandb" in capsys.readouterr().err
     with (tmp_path / "other.csv").open("w") as file:
         csv.writer(file).writerows([["epoch", "loss"], [0, 1.0]])
     assert main(["plot", str(tmp_path / "other.csv")]) == 1

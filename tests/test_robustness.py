@@ -8,9 +8,11 @@ import time
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import Classifier, fit, hooks_of, loader
+from torch import nn
+from torchmetrics import MeanMetric
 
 from lightning_nc import NeuralCollapseCallback
 
@@ -98,3 +100,46 @@ def test_a_measurement_that_fails_in_its_middle_leaves_training_as_it_was(tmp_pa
     with pytest.warns(UserWarning, match="in the middle"):
         measured = run([NeuralCollapseCallback(forward_fn=fails_later)])
     assert all(torch.equal(a, b) for a, b in zip(run([]), measured, strict=True))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mode": "online"}, {"stages": ("validate",)}])
+def test_a_pool_that_fails_in_a_hook_is_an_error_of_the_measurement_not_of_the_step(tmp_path, arguments):
+    callback = NeuralCollapseCallback(pool=lambda features: features[:, 0, :], **arguments)
+    with pytest.warns(UserWarning, match="training goes on: too many indices"):
+        trainer, _ = fit(tmp_path, [callback], val=loader(False))
+    assert trainer.global_step == 18
+    assert callback.history == []
+
+
+def test_what_a_forward_changes_in_the_module_is_put_back(tmp_path):
+    class Stateful(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Classifier().net
+            self.loss, self.outputs, self.steps, self.losses = MeanMetric(), [], 0, []
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("grid", torch.arange(5.0).expand(4, 5))  # cannot be written to
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))  # whose cache holds a graph
+
+        def validation_step(self, batch, batch_idx):
+            self.outputs.append(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+            self.steps += 1
+            self.calls += 1
+
+        def on_validation_epoch_end(self):
+            self.losses.append(torch.stack(self.outputs).mean().item())
+            self.outputs.clear()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def run(callbacks):
+        seed_everything(3, verbose=False)
+        _, model = fit(tmp_path, callbacks, model=Stateful(), val=loader(False))
+        return model.losses, model.steps, model.calls.item(), model.outputs
+
+    callback = NeuralCollapseCallback(strict=True)
+    assert run([callback]) == run([])
+    assert len(callback.history) == 3

@@ -229,6 +229,27 @@ def test_manual_optimization(tmp_path):
             assert last(callback) == pytest.approx(exact(model), rel=1e-5)
 
 
+def test_manual_optimization_that_lightning_does_not_count_is_measured_in_every_epoch(tmp_path):
+    class Uncounted(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.auxiliary = nn.Linear(6, 1)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(self.auxiliary(batch[0]).square().mean())  # before the classifier has run
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    for arguments in MODES:
+        callback = NeuralCollapseCallback(strict=True, **arguments)
+        trainer, _ = fit(tmp_path, [callback], model=Uncounted(), val=loader(False))
+        assert trainer.global_step == 0
+        assert [row["epoch"] for row in callback.history if row["stage"] == "train"] == [0, 1, 2]
+
+
 def test_a_module_without_forward_is_run_through_its_validation_step_and_logs_once(tmp_path):
     class Silent(LightningModule):
         def __init__(self):
