@@ -541,7 +541,7 @@ def draw_run(
         for (suffix, label), color in zip(LABELS.items(), COLORS, strict=True):
             if column + suffix in tables[0][0]:
                 values = numpy.array([[row[column + suffix] for row in table] for table in tables])
-                curves[label] = (iterations, numpy.median(values, axis=0))
+                curves["descent" if column == "objective" else label] = (iterations, numpy.median(values, axis=0))
                 if len(tables) > 1:
                     low, high = values.min(axis=0), values.max(axis=0)
                     axis.fill_between(iterations, low, high, color=color, alpha=0.2, linewidth=0)
