@@ -41,7 +41,8 @@ _IN_PROGRESS_BAR = ("nc1", "nc2_etf_centered", "nc3_centered")
 def log_spaced(per_decade: int = 10) -> Callable[[int], bool]:
     """A schedule for ``every_n_epochs``: about ``per_decade`` measurements while the number of epochs grows tenfold.
 
-    Collapse is slow and is drawn on log axes. After 1, 2, 3, ..., 10, 13, 16, 20, ... epochs with 10 per decade.
+    Collapse is slow and is drawn on log axes. After 1, 2, 3, 4, 6, 7, 8, 10, 13, 16, 20, ... epochs with 10 per
+    decade.
 
     Raises:
         ValueError: if ``per_decade`` is not a positive integer.
@@ -123,6 +124,8 @@ class NeuralCollapseCallback(Callback):
             raise MisconfigurationException(
                 f"every_n_epochs must be a positive integer or a callable from epoch to bool, got {every_n_epochs!r}"
             )
+        if getattr(every_n_epochs, "__name__", "") == log_spaced.__name__:
+            raise MisconfigurationException("every_n_epochs=log_spaced lacks its parentheses; write log_spaced()")
         if isinstance(stages, str) or not stages or not set(stages) <= _KEYS.keys():
             raise MisconfigurationException(
                 f"stages must be a sequence of any of {', '.join(map(repr, _KEYS))}, got {stages!r}"
@@ -144,6 +147,7 @@ class NeuralCollapseCallback(Callback):
         self._active: set[str] = set()  # stages whose batches are measured as they pass, at present
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step
+        self._fitting = True
         self._partial = self._warned = self._told = False
 
     @property
@@ -164,6 +168,7 @@ class NeuralCollapseCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._probe.forget()
+        self._fitting = stage == "fit"
         self._streams, self._active = {}, set()
         self._epoch_began, self._partial, self._warned = None, False, False
         others = [c for c in trainer.callbacks if isinstance(c, NeuralCollapseCallback) and c is not self]  # type: ignore[attr-defined]
@@ -208,7 +213,9 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [dict(row) for row in state_dict["history"]]
+        # A checkpoint that is tested, the best one say, may be older than the history.
+        if self._fitting or not self.history:
+            self.history = [dict(row) for row in state_dict["history"]]
 
     # ------------------------------------------------------------------------------------------------ training
 

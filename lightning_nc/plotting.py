@@ -157,7 +157,9 @@ def _curves(rows: Run) -> dict[tuple[str, str, str], tuple[list[float], list[flo
                 xs, ys = curves.setdefault((stage, layer, measure), ([], []))
                 xs.append(row["epoch"])
                 ys.append(value)
-    return curves
+    # By stage, and the classifier's input last and on top, in whatever order a logger has its columns.
+    order = sorted(curves, key=lambda key: (list(_STYLES).index(key[0].split("_")[0]), key[1] == ""))
+    return {key: curves[key] for key in order}
 
 
 def split_key(key: str) -> tuple[str, str, str]:

@@ -235,7 +235,7 @@ class Probe:
             raise LookupError(
                 f"the classifier {name!r} has one output, a binary head: neural collapse compares one row of weights per "
                 "class; use two outputs with cross-entropy, or pass num_classes=2 and metrics that need no weight, such "
-                "as metrics=('nc1', 'nc2_etf_centered')"
+                "as metrics=('nc1', 'nc1_cdnv') (two centred means are always an ETF)"
             )
         return (name, modules[name]), self.num_classes or int(outputs or 0)
 

@@ -151,7 +151,7 @@ def test_layers_are_a_scale_of_colours_from_light_to_dark():
     figure = plot_history(history())
     assert [axis.get_title().split(",")[0] for axis in figure.axes] == ["NC1", "NC2", "NC3"]
     lines = {line.get_label(): line for line in figure.axes[0].lines}
-    assert list(lines) == ["features", "layer1", "layer2"]
+    assert list(lines) == ["layer1", "layer2", "features"]
     brightness = [sum(lines[name].get_color()[:3]) for name in ("layer1", "layer2", "features")]
     assert brightness == sorted(brightness, reverse=True)
     assert list(lines["layer2"].get_ydata()) == [0.5 ** (epoch + 2) for epoch in range(5)]

@@ -70,6 +70,15 @@ def test_test_data_and_validation_alone_return_the_values(tmp_path):
     assert hooks_of(model) == []
 
 
+def test_testing_an_older_checkpoint_keeps_the_history(tmp_path):
+    callback = NeuralCollapseCallback(stages=("train", "test"), strict=True)
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    trainer, model = fit(tmp_path, [callback, keep], model=Tested())
+    trainer.test(model, DataLoader(OTHER, 8), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert [(row["stage"], row["epoch"]) for row in callback.history[:3]] == [("train", 0), ("train", 1), ("train", 2)]
+    assert callback.history[3]["stage"] == "test"
+
+
 def test_a_callback_for_training_alone_leaves_validate_test_and_predict_in_peace(tmp_path):
     callback = NeuralCollapseCallback(strict=True)
     trainer = Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False)
@@ -213,6 +222,7 @@ def test_a_pass_that_takes_more_than_a_quarter_of_the_epoch_is_said_once(tmp_pat
         ({"stages": ("train", "val")}, "any of 'train', 'validate', 'test', got"),
         ({"stages": "train"}, "must be a sequence"),
         ({"stages": ()}, "must be a sequence"),
+        ({"every_n_epochs": log_spaced}, r"write log_spaced\(\)"),
         ({"mode": "offline"}, "'exact' or 'online'"),
         ({"mode": "online", "dataloader": []}, "leave one of them out"),
     ],
