@@ -89,7 +89,7 @@ def median(values: list[float]) -> float:
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    epochs = 20  # the first and the last are always measured
+    epochs = 14  # the first and the last are always measured
     callback = NeuralCollapseCallback(mode="online", stages=("train", "validate"), every_n_epochs=2, strict=True)
     print(f"{torch.get_num_threads()} threads, ResNet18, 32x32, batch 128")
     measured = run([callback], epochs)
