@@ -2,6 +2,7 @@
 
 import csv
 import math
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +47,20 @@ def offline(monkeypatch, tmp_path):
     wandb.finish()
 
 
+def finished(logger, tmp_path):
+    """The records of a run that W&B has finished; its service closes the file some time after ``finish`` returns."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    logger.experiment.finish()
+    (file,) = tmp_path.rglob("run-*.wandb")
+    for _ in range(600):
+        records = [Record.FromString(payload) for payload in _records(file.read_bytes())]
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{file} was not closed within a minute")
+
+
 def test_csv_and_pictures_beside_it_where_the_logger_takes_none(tmp_path):
     callback = train(tmp_path, CSVLogger(tmp_path, name="", version=""))
     assert values(read_run(tmp_path)) == values(callback.history)
@@ -60,17 +75,13 @@ def test_wandb_gets_scalars_over_epochs_images_and_a_table(tmp_path, offline):
     assert summary["nc/nc1"] == pytest.approx(
         [row for row in callback.history if row["stage"] == "train"][-1]["nc/nc1"]
     )
-    logger.experiment.finish()
+    records = finished(logger, tmp_path)
     assert values(read_run(tmp_path)) == values(callback.history)
     pictures = list(tmp_path.rglob("media/images/figures/*.png"))
     assert {picture.name.split("_")[0] for picture in pictures} == {"neural", "class"}
     assert all(is_picture(picture) for picture in pictures)
     (table,) = tmp_path.rglob("media/table/figures/final_values*.table.json")
     assert "nc/val/net.2/nc1" in table.read_text()
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = tmp_path.rglob("run-*.wandb")
-    records = [wandb_internal_pb2.Record.FromString(payload) for payload in _records(file.read_bytes())]
     axes = {
         record.metric.glob_name or record.metric.name: record.metric for record in records if record.HasField("metric")
     }
@@ -90,7 +101,7 @@ def test_a_run_that_is_stopped_early_a_file_that_is_cut_and_other_files_are_read
     callback = NeuralCollapseCallback(every_n_epochs=3, strict=True)
     loggers = [CSVLogger(tmp_path / "csv", name="", version=""), WandbLogger(save_dir=tmp_path / "wandb", offline=True)]
     fit(tmp_path, [callback, StopAfter()], max_epochs=50, logger=loggers)
-    loggers[1].experiment.finish()
+    finished(loggers[1], tmp_path)
     assert values(read_run(tmp_path / "csv")) == values(callback.history)
     assert values(read_run(tmp_path / "wandb")) == values(callback.history)
     (tmp_path / "csv" / "predictions.csv").write_text("sample,class\n0,1\n")
