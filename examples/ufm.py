@@ -107,7 +107,7 @@ FIGURES = {
     1: Configuration(**unit),
     2: Configuration(**unit, lambda_b=0.0),
     3: Configuration(model="linear"),
-    4: Configuration(model="relu", iterations=500_000, every=10_000),
+    4: Configuration(model="relu", iterations=600_000, every=10_000),
     6: Configuration(**unit, **larger, iterations=160_000),
     7: Configuration(**unit, **larger, iterations=160_000, lambda_b=0.0),
     8: Configuration(model="linear", **larger, lambda_w1=0.0025, iterations=140_000),
@@ -229,15 +229,7 @@ def descend(models: list[UFM], steps: int) -> None:
     W1 = None if c.model == "plain" else torch.stack([m.hidden.weight for m in models])
     b = None if c.lambda_b == math.inf else torch.stack([m.classifier.bias[:, None] for m in models])
     decay_b = 1 - c.step * torch.tensor([m.c.lambda_b for m in models], dtype=torch.float64)[:, None, None]
-    means = H @ Y.mT / c.samples_per_class
-    collapsed = (H - means @ Y).abs().max() < 1e-14 * means.abs().max()
-    if c.model == "relu" and c.loss == "mse" and collapsed:
-        # Samples that agree to rounding move as one: each class is its mean, of weight n. A ReLU commutes with the root.
-        root = math.sqrt(c.samples_per_class)
-        merged = root * means
-        descend_relu(c, W2, W1, merged, root * torch.eye(c.num_classes).to(Y).expand(len(Y), -1, -1), steps)
-        H = merged @ Y / root
-    elif c.model == "relu":
+    if c.model == "relu":
         descend_relu(c, W2, W1, H, Y, steps)
     elif c.loss == "mse":
         samples = Compressed(H, Y)
@@ -474,6 +466,16 @@ def dead_samples(model: UFM) -> list[int]:
     return (outputs < 1e-3 * outputs.max()).view(model.c.num_classes, -1).sum(dim=1).tolist()
 
 
+@torch.no_grad()
+def shared_units(model: UFM) -> int:
+    """How many hidden units two classes share still: one answers at least a tenth as strongly as the other."""
+    if model.c.model != "relu":
+        return 0
+    means = model.levels()[""][0].view(model.c.num_classes, model.c.samples_per_class, -1).mean(dim=1)
+    second, first = means.sort(dim=0).values[-2:]
+    return int(((second > 0.1 * first) & (first > 1e-3 * means.max())).sum())
+
+
 def verdict(model: UFM, row: dict[str, float]) -> str:
     """What descent reached, in numbers and in words."""
     c, value = model.c, row["objective"]
@@ -496,6 +498,9 @@ def verdict(model: UFM, row: dict[str, float]) -> str:
         if abs(value / level - 1) < 1e-6:
             return text + f"stuck at the level of {off}, {100 * (level / lowest - 1):.6f} % above the minimum"
         return text + f"not converged, with {off}, whose level is {level:.12f}"
+    if (shared := shared_units(model)) and value / lowest - 1 < 1e-4:
+        units = f"{shared} hidden unit{'s' * (shared > 1)}"
+        return text + f"nearing the global minimum, {frame}, slowly: two classes share each of {units} still"
     if c.model != "plain":
         for rank in range(c.num_classes):
             if abs(value / c.minimum().level([0.0] * rank + [1.0] * (c.num_classes - rank)) - 1) < 1e-6:
