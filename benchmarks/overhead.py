@@ -1,21 +1,26 @@
-"""Cost of measuring batches as they pass, as a ratio to the same epochs of the same run that are not measured.
+"""Cost of measuring batches as they pass, as a ratio to the same batches of the same run without the callback.
 
-python benchmarks/overhead.py
+    python benchmarks/overhead.py [--rounds 40]
 
-Every other epoch is measured, so both kinds see the same machine. A run without the callback comes between, for the hooks that
-stay in place on epochs that are not measured.
+In every round of three batches one is measured, one passes the hooks on an epoch that is not measured, and one passes a network
+without hooks, in an order that changes from round to round: what else the machine does falls on all three alike.
 """
 
+import argparse
 import logging
+import statistics
 import time
 import warnings
 
 import torch
 from exact_pass import images, resnet18
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_nc import NeuralCollapseCallback
+
+BARE, IDLE, MEASURED = KINDS = ("without the callback", "hooked and not measured", "measured")
+STAGES = {"train": "online mode", "validate": "validation stage"}
 
 
 class Classifier(LightningModule):
@@ -42,63 +47,70 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-class Clock(Callback):
-    """Seconds of each training epoch and of each validation loop."""
+class TakingTurns(NeuralCollapseCallback):
+    """The callback, which leaves out two batches of three and takes its hooks off for one of them."""
 
-    def __init__(self) -> None:
-        self.times = {"train": [], "validate": []}
+    def kind(self, index: int) -> str:
+        """What is done with a batch."""
+        return KINDS[(index + index // 3) % 3]
 
-    def on_train_epoch_start(self, trainer, pl_module):
-        """Training begins."""
-        self.start = time.perf_counter()
+    def _open(self, trainer, pl_module, stage, batch, index=0):
+        self.turn = self.kind(self.seen[stage])
+        self.seen[stage] += 1
+        if self.turn == BARE:
+            self._probe.detach()
+        else:
+            self._attach(trainer, pl_module, batch)  # for nothing where the hooks are in place
+        self.began = time.perf_counter()
+        if self.turn == MEASURED:
+            super()._open(trainer, pl_module, stage, batch, index)
 
-    def on_validation_start(self, trainer, pl_module):
-        """Training ends, before the callback closes its epoch; validation begins."""
-        now = time.perf_counter()
-        if not trainer.sanity_checking:
-            self.times["train"].append(now - self.start)
-        self.start = now
+    def _close(self, stage, index=0, share=None):
+        if self.turn == MEASURED:
+            super()._close(stage, index, share)
+        self.times[stage][self.turn].append(time.perf_counter() - self.began)
 
-    def on_validation_end(self, trainer, pl_module):
-        """Validation ends."""
-        if not trainer.sanity_checking:
-            self.times["validate"].append(time.perf_counter() - self.start)
+    def _publish_streams(self, trainer, pl_module, stage):
+        began = time.perf_counter()
+        super()._publish_streams(trainer, pl_module, stage)
+        self.ends[stage] = time.perf_counter() - began
+
+    def on_fit_start(self, trainer, pl_module):
+        """Begin to count."""
+        self.seen, self.ends = dict.fromkeys(STAGES, 0), {}
+        self.times = {stage: {kind: [] for kind in KINDS} for stage in STAGES}
 
 
-def run(callbacks: list[Callback], epochs: int) -> dict[str, list[float]]:
-    """Times of the epochs, without the first, which warms up."""
-    clock = Clock()
+def main() -> None:
+    """Print a line per stage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40, help="of three batches each, in training and in validation")
+    rounds = parser.parse_args().rounds
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    callback = TakingTurns(mode="online", stages=("train", "validate"), strict=True)
     Trainer(
-        max_epochs=epochs,
+        max_epochs=1,
         accelerator="cpu",
-        callbacks=[*callbacks, clock],
+        callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-    ).fit(Classifier(), images(256), images(512))
-    return {stage: times[1:] for stage, times in clock.times.items()}
-
-
-def median(values: list[float]) -> float:
-    """The middle one."""
-    return sorted(values)[len(values) // 2]
+    ).fit(Classifier(), images(128 * 3 * (rounds + 1)), images(128 * 3 * (rounds + 1)))
+    print(f"{torch.get_num_threads()} threads, ResNet18, 32x32, batch 128, medians of {rounds} rounds of three batches")
+    for stage, name in STAGES.items():
+        times = {kind: values[1:] for kind, values in callback.times[stage].items()}  # the first round warms up
+        for kind in (MEASURED, IDLE):
+            pairs = [one / bare for one, bare in zip(times[kind], times[BARE], strict=True)]
+            low, _, high = statistics.quantiles(pairs, n=4)
+            print(
+                f"{name}, {kind}: {statistics.median(pairs):.4f} times the batch {BARE} "
+                f"({statistics.median(times[BARE]):.3f} s); half of the rounds between {low:.3f} and {high:.3f}"
+            )
+        share = callback.ends[stage] / sum(map(sum, times.values()))
+        print(f"{name}, values at the end of the epoch: {callback.ends[stage]:.3f} s, {share:.5f} of the epoch")
 
 
 if __name__ == "__main__":
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    epochs = 14  # the first and the last are always measured
-    callback = NeuralCollapseCallback(mode="online", stages=("train", "validate"), every_n_epochs=2, strict=True)
-    print(f"{torch.get_num_threads()} threads, ResNet18, 32x32, batch 128")
-    measured = run([callback], epochs)
-    plain = run([], epochs)
-    for stage, name in (("train", "online mode"), ("validate", "validation stage")):
-        # Epochs 1, 3, 5, ... are measured.
-        pairs = [on / off for on, off in zip(measured[stage][::2], measured[stage][1::2], strict=False)]
-        idle = median(measured[stage][1::2]) / median(plain[stage])
-        print(
-            f"{name}: {median(pairs):.3f} times an epoch that is not measured (pairs between {min(pairs):.3f} and "
-            f"{max(pairs):.3f}, wanted 1.02); one that is not measured: {idle:.3f} times one without the callback"
-        )
+    main()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,18 +14,25 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
-from tqdm import tqdm
 from typing_extensions import override
 
-from lightning_nc.evaluation import Agree, Moved, exact_pass, undisturbed, use_buffers_of_first_rank, values_of
+from lightning_nc.evaluation import Moved, exact_pass, undisturbed, values_of
 from lightning_nc.features import Pool
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures
-from lightning_nc.loaders import is_distributed, measurement_loader
 from lightning_nc.loggers import publish_figures
-from lightning_nc.metrics import synchronise
 from lightning_nc.moments import state_dtype
 from lightning_nc.probe import Moments, Probe
+from lightning_nc.streams import Stream
+from lightning_nc.trainers import (
+    Progress,
+    device_to_agree_on,
+    is_last,
+    model_to_call,
+    own_samples,
+    steps_of_epoch,
+    to_device,
+    training_data,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,7 +123,7 @@ class NeuralCollapseCallback(Callback):
     ) -> None:
         try:
             self.metrics = check_measures(metrics)
-            self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool)
+            self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         if not callable(every_n_epochs) and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
@@ -143,7 +149,7 @@ class NeuralCollapseCallback(Callback):
         self.strict = strict
         self.history: list[dict[str, Any]] = []
         self.class_means: Tensor | None = None
-        self._streams: dict[tuple[str, int], _Stream] = {}  # by stage and data loader
+        self._streams: dict[tuple[str, int], Stream] = {}  # by stage and data loader
         self._active: set[str] = set()  # stages whose batches are measured as they pass, at present
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step
@@ -181,6 +187,11 @@ class NeuralCollapseCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured = None
+        if "validate" in self.stages and not trainer.enable_validation:
+            rank_zero_warn(
+                "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give "
+                "the Trainer validation data and the module a validation_step"
+            )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,7 +234,7 @@ class NeuralCollapseCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_began = perf_counter()
         if self.mode == "online":
-            self._begin("train", self._is_due(trainer, ahead=_steps_of_epoch(trainer)))
+            self._begin("train", self._is_due(trainer, ahead=steps_of_epoch(trainer)))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -267,9 +278,7 @@ class NeuralCollapseCallback(Callback):
 
     def _is_due(self, trainer: Trainer, ahead: float = 0) -> bool:
         epoch = trainer.current_epoch
-        if epoch == 0 or trainer.should_stop or epoch + 1 == trainer.max_epochs:
-            return True
-        if 0 < trainer.max_steps <= trainer.global_step + ahead:
+        if epoch == 0 or is_last(trainer, ahead):
             return True
         return self.every_n_epochs(epoch) if callable(self.every_n_epochs) else (epoch + 1) % self.every_n_epochs == 0
 
@@ -286,7 +295,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = trainer.state.fn != "fit" or self._is_due(trainer, ahead=_steps_of_epoch(trainer))
+        due = trainer.state.fn != "fit" or self._is_due(trainer, ahead=steps_of_epoch(trainer))
         self._begin("validate", due and not trainer.sanity_checking)
 
     @override
@@ -308,7 +317,7 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._close("validate", dataloader_idx, _share(trainer, trainer.val_dataloaders, dataloader_idx))
+        self._close("validate", dataloader_idx, own_samples(trainer, trainer.val_dataloaders, dataloader_idx))
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -334,7 +343,7 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._close("test", dataloader_idx, _share(trainer, trainer.test_dataloaders, dataloader_idx))
+        self._close("test", dataloader_idx, own_samples(trainer, trainer.test_dataloaders, dataloader_idx))
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -354,34 +363,23 @@ class NeuralCollapseCallback(Callback):
     def _attach(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if not self._probe.attached:
             with undisturbed(pl_module, trainer.strategy.root_device):
-                self._probe.attach(_model(trainer, pl_module), batch, trainer.precision_plugin.forward_context)
+                self._probe.attach(model_to_call(trainer, pl_module), batch, trainer.precision_plugin.forward_context)
 
     def _open(self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, index: int = 0) -> None:
         """Before a batch passes."""
-        if stage not in self._active:
-            return
-        stream = self._streams.setdefault((stage, index), _Stream())
-        if stream.error is None:
-            try:
-                self._attach(trainer, pl_module, batch)
-                self._probe.arm(batch)
-            except Exception as error:
-                if self.strict:
-                    raise
-                stream.error = error
+        if stage in self._active:
+            stream = self._streams.setdefault((stage, index), Stream(self._probe))
+            stream.open(batch, lambda: self._attach(trainer, pl_module, batch))
+            if self.strict and stream.error is not None:
+                raise stream.error
 
     def _close(self, stage: str, index: int = 0, share: int | None = None) -> None:
-        """After a batch has passed; of a loader that is padded, only the first ``share`` samples are this process's own."""
+        """After a batch has passed."""
         stream = self._streams.get((stage, index)) if stage in self._active else None
-        if stream is not None and stream.error is None:
-            try:
-                left = None if share is None else max(share - stream.samples, 0)
-                stream.samples += self._probe.absorb(stream.moments, stream.batches, left)
-                stream.batches += 1
-            except Exception as error:
-                if self.strict:
-                    raise
-                stream.error = error
+        if stream is not None:
+            stream.close(share)
+            if self.strict and stream.error is not None:
+                raise stream.error
 
     def _publish_streams(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for key in sorted(key for key in self._streams if key[0] == stage and stage in self._active):
@@ -393,13 +391,8 @@ class NeuralCollapseCallback(Callback):
             )
         self._begin(stage, False)
 
-    def _values_of_stream(self, trainer: Trainer, stage: str, stream: _Stream) -> dict[str, float]:
-        agree, moments = _agreement(trainer), stream.moments
-        if agree is not None:
-            agree(stream.error)
-            moments = dict(zip(moments, synchronise(list(moments.values())), strict=True))
-        elif stream.error is not None:
-            raise stream.error
+    def _values_of_stream(self, trainer: Trainer, stage: str, stream: Stream) -> dict[str, float]:
+        moments = stream.total(device_to_agree_on(trainer))
         if any(MEASURES[name].scatter for name in self.metrics) and not all(m.knows_scatter for m in moments.values()):
             rank_zero_warn(
                 "neural collapse: features too wide for a scatter matrix need a second pass, which only mode='exact' makes on "
@@ -430,41 +423,26 @@ class NeuralCollapseCallback(Callback):
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         with undisturbed(pl_module, trainer.strategy.root_device):
             try:
-                loader, total = self._loader(trainer)
+                loader, total = training_data(trainer, self.dataloader)
             except Exception as error:  # which the pass tells the other processes
                 loader, total = _raising(error), None
-            bar = _Progress(trainer, loader, total)
-            batches = Moved(bar, lambda batch: _to_device(trainer, pl_module, batch))
-            model, steps = _model(trainer, pl_module), 0
-            if model is not pl_module:
-                steps = int(trainer.strategy.reduce(torch.tensor(total or 0, device=pl_module.device), reduce_op="max"))
-            if trainer.world_size > 1:
-                use_buffers_of_first_rank(pl_module)
-            context = trainer.precision_plugin.forward_context
-            moments = exact_pass(self._probe, self.metrics, model, batches, context, _agreement(trainer), steps)
+            batches = Moved(Progress(trainer, loader, total), lambda batch: to_device(trainer, pl_module, batch))
+            model = model_to_call(trainer, pl_module)
+            moments = exact_pass(
+                self._probe,
+                self.metrics,
+                model,
+                batches,
+                trainer.precision_plugin.forward_context,
+                device_to_agree_on(trainer),
+                steps=0 if model is pl_module else total or 0,
+            )
             return self._values(moments, "train")
-
-    def _loader(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
-        """This process's share of what is measured, and the number of batches where it is known."""
-        share = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
-        rank, world_size = share["rank"], share["num_replicas"]
-        if isinstance(self.dataloader, DataLoader):
-            return measurement_loader(self.dataloader, rank=rank, world_size=world_size)
-        if self.dataloader is not None:
-            return self.dataloader, None
-        loader, limit = trainer.train_dataloader, None
-        if isinstance(getattr(loader, "dataset", None), IterableDataset):
-            limit = trainer.fit_loop.batch_idx + 1
-        elif isinstance(loader, DataLoader) and trainer.num_training_batches < len(loader):
-            limit = int(trainer.num_training_batches)
-        if not is_distributed(loader):  # then every process trains on all of the data
-            rank, world_size = 0, 1
-        return measurement_loader(loader, limit, rank, world_size)
 
     # ---------------------------------------------------------------------------------------- what becomes of values
 
     def _guarded(self, measure: Callable[[], _T]) -> _T | None:
-        """What ``measure`` gives; where it raises, a warning, once, unless the user asked for strictness."""
+        """What ``measure`` gives, None where it raises."""
         try:
             return measure()
         except Exception as error:
@@ -526,94 +504,10 @@ class NeuralCollapseCallback(Callback):
         return self.mode, self.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool
 
 
-@dataclass
-class _Stream:
-    """What has been gathered of a data loader whose batches pass."""
-
-    moments: Moments = field(default_factory=dict)
-    batches: int = 0
-    samples: int = 0
-    error: Exception | None = None
-
-
-def _model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
-    """What is called: the wrapper where parameters are sharded, since it gathers them."""
-    # By name: the class exists in both packages, lightning and pytorch_lightning.
-    sharded = type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
-    model = trainer.strategy.model
-    return model if sharded and model is not None else pl_module
-
-
-def _agreement(trainer: Trainer) -> Agree | None:
-    """No process may wait for one that gave up; with one process there is nothing to agree on."""
-    if trainer.world_size == 1:
-        return None
-
-    def agree(error: Exception | None) -> None:
-        # One collective; trainer.strategy.reduce_boolean_decision takes a barrier too.
-        failed = torch.tensor(int(error is not None), device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(failed)
-        if failed:
-            raise error or RuntimeError("another process could not measure its part; its own warning says why")
-
-    return agree
-
-
 def _raising(error: Exception) -> Iterator[Any]:
     raise error
     yield
 
 
-def _share(trainer: Trainer, loaders: Any, index: int) -> int | None:
-    """How many samples of a loader are this process's own, where its sampler pads with samples of the others."""
-    if trainer.world_size == 1:
-        return None
-    flat = (
-        list(loaders.values())
-        if isinstance(loaders, Mapping)
-        else loaders
-        if isinstance(loaders, Sequence)
-        else [loaders]
-    )
-    sampler = getattr(flat[index], "sampler", None) if index < len(flat) else None
-    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
-        return None
-    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-
-
-def _steps_of_epoch(trainer: Trainer) -> float:
-    """The most steps that an epoch takes: one per batch and optimizer."""
-    return trainer.num_training_batches * max(len(trainer.optimizers), 1)
-
-
 def _tensors(values: dict[str, float], device: torch.device) -> dict[str, Tensor]:
     return {key: torch.tensor(value, dtype=state_dtype(device)) for key, value in values.items()}
-
-
-def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-class _Progress:
-    """A loader with a bar of its own below the trainer's, where that shows one."""
-
-    def __init__(self, trainer: Trainer, loader: Iterable[Any], total: int | None) -> None:
-        self.trainer, self.loader, self.total = trainer, loader, total
-
-    def __iter__(self) -> Iterator[Any]:
-        bar: Any = self.trainer.progress_bar_callback
-        if bar is None or not bar.is_enabled:
-            yield from self.loader
-        elif (progress := getattr(bar, "progress", None)) is not None:  # rich has room for one live display: join it
-            task = progress.add_task("Neural collapse", total=self.total)
-            try:
-                for batch in self.loader:
-                    yield batch
-                    progress.advance(task)
-                    progress.refresh()
-            finally:
-                progress.remove_task(task)
-        else:
-            yield from tqdm(self.loader, "Neural collapse", self.total, leave=False, position=1, dynamic_ncols=True)

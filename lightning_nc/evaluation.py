@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from itertools import chain
 from typing import Any
 
 import numpy
@@ -19,10 +20,9 @@ from lightning_nc.features import Pool
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures, evaluate
 from lightning_nc.metrics import synchronise
 from lightning_nc.probe import Moments, Probe
+from lightning_nc.processes import agree
 
-__all__ = ["Moved", "exact_pass", "measure", "undisturbed", "use_buffers_of_first_rank", "values_of"]
-
-Agree = Callable[[Exception | None], None]
+__all__ = ["Moved", "exact_pass", "measure", "undisturbed", "values_of"]
 
 
 def measure(
@@ -104,52 +104,65 @@ def exact_pass(
     model: nn.Module,
     batches: Iterable[Any],
     forward_context: Any = nullcontext,
-    agree: Agree | None = None,
+    agree_on: torch.device | None = None,
     steps: int = 0,
 ) -> Moments:
     """The moments of ``model`` on ``batches``, in one pass, or in two where a scatter would be too large.
 
     Args:
-        probe: what to measure; attached on the first batch where it is not yet.
+        probe: what to measure; it is attached on the first batch.
         metrics: names of measures.
         model: in eval mode, without gradients.
         batches: on the device of the model.
         forward_context: makes a context for each run of the model.
-        agree: in a distributed run, told how a pass went on this process; raises on all of them where one failed. Then
-            the moments of all processes are taken together.
-        steps: how often the model must run at least, on the last batch again if need be: where its parameters are sharded
+        agree_on: in a distributed run, the device of its collectives: the buffers become those of the first process, the
+            moments those of all, and where one process cannot go on all of them raise. Three collectives for one pass.
+        steps: how often the model must run at least, on the first batch again if need be: where its parameters are sharded
             every process must take part in every step of the others.
     """
+    moments: Moments = {}
+    error: Exception | None = None
+    try:
+        iterator = iter(batches)
+        first = next(iterator, None)
+        if first is None:
+            raise LookupError("the data loader gave no batch, so there is nothing to measure")
+        probe.attach(model, first, forward_context)
+        if agree_on is not None:
+            moments = probe.empty(model, first, forward_context)
+    except Exception as caught:
+        if agree_on is None:
+            raise
+        error = caught
+    if agree_on is not None:
+        steps = agree(agree_on, error, moments, list(model.buffers()), steps)
 
-    def gather(absorb: Callable[[Moments, int], Any]) -> Moments:
-        moments: Moments = {}
-        error: Exception | None = None
+    def gather(moments: Moments, batches: Iterable[Any], absorb: Callable[[Moments, int], Any]) -> Moments:
+        error, taken = None, 0
         try:
             for index, batch in enumerate(batches):
-                if not probe.attached:
-                    probe.attach(model, batch, forward_context)
                 probe.arm(batch)
+                taken += 1
                 with forward_context():
                     probe.forward(model, batch)
                 absorb(moments, index)
-            if not moments:
+            if not taken:
                 raise LookupError(
-                    "the data loader gave no batch, so there is nothing to measure (features too wide for a scatter matrix take "
-                    "a second pass, and a generator gives its batches only once)"
+                    "the data loader gave no batch the second time; features too wide for a scatter matrix take two passes, "
+                    "and a generator gives its batches only once"
                 )
-            for _ in range(steps - index - 1):
-                with forward_context():
-                    probe.forward(model, batch)
         except Exception as caught:
-            if agree is None:
+            if agree_on is None:
                 raise
             error = caught
-        if agree is None:
+        for _ in range(taken, steps):
+            with forward_context():
+                probe.forward(model, first)
+        if agree_on is None:
             return moments
-        agree(error)
-        return dict(zip(moments, synchronise(list(moments.values())), strict=True))
+        return dict(zip(moments, synchronise(list(moments.values()), error=error), strict=True))
 
-    moments = gather(probe.absorb)
+    moments = gather(moments, chain([first], iterator), probe.absorb)
     wide = {prefix: m for prefix, m in moments.items() if not m.knows_scatter}
     if wide and any(MEASURES[name].scatter for name in metrics):
         sizes = ", ".join(f"{prefix[:-1] or 'classifier input'} {m.means.shape[1]}" for prefix, m in wide.items())
@@ -159,10 +172,10 @@ def exact_pass(
             )
             probe.told = True
         bases = {prefix: m.span() for prefix, m in wide.items()}
-        if agree is not None:
+        if agree_on is not None:
             for basis in bases.values():
                 torch.distributed.broadcast(basis, src=0)
-        projected = gather(lambda target, index: probe.project(target, bases))
+        projected = gather(probe.empty_in(bases), batches, lambda into, index: probe.project(into, bases))
         moments |= {prefix: m.with_scatter_of(projected[prefix], bases[prefix]) for prefix, m in wide.items()}
     return moments
 
@@ -261,13 +274,3 @@ def _state_of(metric: Metric) -> dict[str, Any]:
                 value.detach().clone() if in_place and isinstance(value, Tensor) else copy(value) if in_place else value
             )
     return kept
-
-
-def use_buffers_of_first_rank(model: nn.Module) -> None:
-    """Every process computes with the buffers of the first: BatchNorm statistics differ between ranks in training."""
-    buffers = [buffer for buffer in model.buffers() if buffer.numel()]
-    if buffers:
-        packed = torch.cat([buffer.contiguous().flatten().view(torch.uint8) for buffer in buffers])
-        torch.distributed.broadcast(packed, src=0)
-        for buffer, part in zip(buffers, packed.split([b.numel() * b.element_size() for b in buffers]), strict=True):
-            buffer.copy_(part.clone().view(buffer.dtype).view_as(buffer))

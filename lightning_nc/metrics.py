@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -77,9 +78,9 @@ class NeuralCollapse(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(num_classes, int) or num_classes < 2:
+        if not isinstance(num_classes, int | numpy.integer) or num_classes < 2:
             raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
-        if not isinstance(num_features, int) or num_features < 1:
+        if not isinstance(num_features, int | numpy.integer) or num_features < 1:
             raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
         for name, part, shape in (("weight", weight, (num_classes, num_features)), ("bias", bias, (num_classes,))):
             if isinstance(part, Tensor) and part.shape != shape:
@@ -224,16 +225,21 @@ class NC3(_SingleMeasure):
         )
 
 
-def synchronise(moments: Sequence[ClassMoments], group: ProcessGroup | None = None) -> list[ClassMoments]:
+def synchronise(
+    moments: Sequence[ClassMoments], group: ProcessGroup | None = None, error: Exception | None = None
+) -> list[ClassMoments]:
     """The moments of all processes together, on each of them.
 
     Two sums over the processes for all of ``moments`` together: first counts and weighted means, then, moved to the
     common means, the scatters. Memory does not grow with the number of processes. Every process must take part, one that
-    has seen no sample too.
+    has seen no sample too, and one that could not go on: it gives its ``error``, and after the first sum all processes raise.
     """
     counted = [torch.cat([m.counts, (m.means * m.counts.unsqueeze(1)).flatten()]) for m in moments]
     tallies = [torch.stack([m.mislabelled, m.nonfinite]).to(m.means.dtype) for m in moments]
-    first = _all_reduce([*counted, *tallies], group)
+    failed = moments[0].counts.new_full((1,), error is not None)
+    *first, failed = _all_reduce([*counted, *tallies, failed], group)
+    if failed:
+        raise error or RuntimeError("another process could not measure its part; its own warning says why")
     totals, second = [], []
     for m, total in zip(moments, first, strict=False):
         counts, means = total[: len(m.counts)], total[len(m.counts) :].view_as(m.means)

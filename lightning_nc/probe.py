@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 from torch import Tensor, nn
 
 from lightning_nc.features import (
@@ -49,6 +50,7 @@ class Probe:
     target_fn: Callable[[Any], Tensor] | None = None
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     pool: Pool = "mean"
+    strict: bool = True  # else a layer that is not there warns, and the others are measured
     told: bool = field(init=False, repr=False, default=False)  # that features are too wide, which is said once
     classes: int = field(init=False, repr=False, default=0)
     _recorder: Recorder | None = field(init=False, repr=False, default=None)
@@ -58,13 +60,16 @@ class Probe:
     _whole: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
     _target: Tensor | None = field(init=False, repr=False, default=None)
     _said: bool = field(init=False, repr=False, default=False)
+    _missed: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):
             raise ValueError(
                 f"layers must be a sequence of names, got the string {self.layers!r}; write [{self.layers!r}]"
             )
-        if self.num_classes is not None and (not isinstance(self.num_classes, int) or self.num_classes < 2):
+        if self.num_classes is not None and (
+            not isinstance(self.num_classes, int | numpy.integer) or self.num_classes < 2
+        ):
             raise ValueError(f"num_classes must be an integer of at least 2, got {self.num_classes!r}")
         if not callable(self.pool) and self.pool not in ("mean", "flatten"):
             raise ValueError(f"pool must be 'mean', 'flatten' or a callable, got {self.pool!r}")
@@ -85,7 +90,7 @@ class Probe:
             ValueError: for labels that do not fit.
         """
         self.detach()
-        self._names = match_layers(model, self.layers or ())
+        self._names = self._match(model)
         target = self._targets(batch)
         if self._head is None or named_modules(model).get(self._head[0]) is not self._head[1]:
             with forward_context():
@@ -110,6 +115,7 @@ class Probe:
         """Be ready for another model."""
         self.detach()
         self._head = None
+        self._missed = False
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Run the model on a batch."""
@@ -165,16 +171,26 @@ class Probe:
                 moments[prefix].fold()
         return len(target)
 
+    def empty(self, model: nn.Module, batch: Any, forward_context: Any = nullcontext) -> Moments:
+        """Moments of no samples, as wide as the features that the model, run on ``batch``, gives."""
+        moments: Moments = {}
+        self.arm(batch)
+        with forward_context():
+            self.forward(model, batch)
+        self.absorb(moments, 0, rows=0)
+        return moments
+
+    def empty_in(self, bases: dict[str, Tensor]) -> Moments:
+        """Moments of no samples in the coordinates of the bases, (d, r) each."""
+        return {prefix: ClassMoments.zeros(self.classes, b.shape[1], b.device) for prefix, b in bases.items()}
+
     def project(self, moments: Moments, bases: dict[str, Tensor]) -> None:
         """As :meth:`absorb`, with the features of the layers in ``bases`` alone, multiplied by their basis (d, r)."""
         assert self._recorder is not None
         assert self._target is not None
         for prefix, features in self._features(self._recorder.take(), len(self._target)):
             if prefix in bases:
-                projected = features.to(bases[prefix].dtype) @ bases[prefix]
-                if prefix not in moments:
-                    moments[prefix] = ClassMoments.zeros(self.classes, projected.shape[1], projected.device)
-                moments[prefix].update(projected, self._target)
+                moments[prefix].update(features.to(bases[prefix].dtype) @ bases[prefix], self._target)
 
     def classifier_parts(self) -> dict[str, Tensor]:
         """Weight (K, d) and bias (K,) of the classifier as they are now; the first rows where it has more outputs."""
@@ -208,6 +224,18 @@ class Probe:
                 "token say, pass pool=, a function from (B, T, d) to (B, d)",
                 stacklevel=2,
             )
+
+    def _match(self, model: nn.Module) -> list[str]:
+        patterns = list(self.layers or ())
+        for pattern in () if self.strict else tuple(patterns):
+            try:
+                match_layers(model, [pattern])
+            except LookupError as error:
+                patterns.remove(pattern)
+                if not self._missed:
+                    self._missed = True
+                    warnings.warn(f"neural collapse: {error}; what can be found is measured", stacklevel=2)
+        return match_layers(model, patterns)
 
     def _targets(self, batch: Any) -> Tensor:
         target: Tensor = (self.target_fn or targets_of)(batch)

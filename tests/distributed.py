@@ -103,11 +103,26 @@ def online():
     return {"history": callback.history, "features": features, "state": state_of(model)}
 
 
-def one_gives_up():
-    rank = torch.distributed.get_rank()
-    callback = NeuralCollapseCallback(target_fn=lambda batch: batch[1] + 9 * rank)
+def gives_up(callback):
     trainer, _ = fit([callback])
     return {"history": callback.history, "steps": trainer.global_step}
+
+
+def one_gives_up():
+    rank = torch.distributed.get_rank()
+    return gives_up(NeuralCollapseCallback(target_fn=lambda batch: batch[1] + 9 * rank))
+
+
+def one_gives_up_midway():
+    """The last batch of the second rank holds one sample."""
+    rank = torch.distributed.get_rank()
+    labels = lambda batch: batch[1] if rank == 0 or len(batch[1]) > 1 else batch[1].float()  # noqa: E731
+    return gives_up(NeuralCollapseCallback(target_fn=labels))
+
+
+def other_width():
+    rank = torch.distributed.get_rank()
+    return gives_up(NeuralCollapseCallback(["net.2"], pool=lambda features: features[:, rank:]))
 
 
 def collectives():
@@ -158,10 +173,6 @@ def model_parallel():
     return {"history": callback.history, "state": whole, "cut": cut}
 
 
-def agree(error):
-    assert error is None, error
-
-
 def plain():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(6, 9), nn.ReLU())
@@ -176,7 +187,7 @@ def sharded(wrap):
     batches = list(zip(rows[share].split(6), target[share].split(6), strict=True))
     model, measured = wrap(plain()), Probe(layers=["0", "1.0"])
     with undisturbed(model, torch.device("cpu")):
-        moments = exact_pass(measured, PAPER_MEASURES, model, batches, agree=agree, steps=6)
+        moments = exact_pass(measured, PAPER_MEASURES, model, batches, agree_on=torch.device("cpu"), steps=len(batches))
         values = values_of(moments, PAPER_MEASURES, measured)
     measured.detach()
     return values
@@ -201,7 +212,17 @@ def fsdp2(model):
 def main(part, folder):
     results = {}
     if part == "ddp":
-        for function in (exact, every_stage, online, one_gives_up, collectives, wide, model_parallel):
+        for function in (
+            exact,
+            every_stage,
+            online,
+            one_gives_up,
+            one_gives_up_midway,
+            other_width,
+            collectives,
+            wide,
+            model_parallel,
+        ):
             results[function.__name__] = function()
     if part == "nodes":
         callback = NeuralCollapseCallback(LAYERS, strict=True)

@@ -205,6 +205,22 @@ def test_several_callbacks_live_together_unless_they_would_write_under_the_same_
         fit(tmp_path, [NeuralCollapseCallback(), NeuralCollapseCallback(mode="online")])
 
 
+def test_a_stage_without_a_loop_is_said_at_the_start(tmp_path):
+    with pytest.warns(UserWarning, match="stages has 'validate', but this run has no validation loop"):
+        fit(tmp_path, [NeuralCollapseCallback(stages=("train", "validate"), strict=True)])
+
+
+def test_a_layer_that_is_not_there_is_said_once_and_the_others_are_measured(tmp_path):
+    callback = NeuralCollapseCallback(layers=["net.2", "net.two"], stages=("train", "validate"))
+    with pytest.warns(UserWarning, match=r"is named 'net\.two'; near: .*what can be found is measured") as caught:
+        fit(tmp_path, [callback], val=loader(False))
+    assert sum("net.two" in str(warning.message) for warning in caught) == 1
+    assert "nc/net.2/nc1" in callback.history[-2]
+    assert "nc/val/net.2/nc1" in callback.history[-1]
+    with pytest.raises(LookupError, match=r"is named 'net\.two'"):
+        fit(tmp_path, [NeuralCollapseCallback(layers=["net.two"], strict=True)])
+
+
 def test_a_pass_that_takes_more_than_a_quarter_of_the_epoch_is_said_once(tmp_path, caplog, monkeypatch):
     clock = iter(range(0, 10_000, 2))  # every look at the clock is two seconds later
     monkeypatch.setattr("lightning_nc.callback.perf_counter", lambda: float(next(clock)))

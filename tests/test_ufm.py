@@ -298,4 +298,3 @@ def test_what_cannot_be_run_is_refused_with_a_clear_answer(arguments, message, c
     with pytest.raises(SystemExit):
         ufm.main(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
-
