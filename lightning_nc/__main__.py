@@ -23,13 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument(
         "-o", "--out", type=Path, default=Path("neural_collapse.png"), help="PNG, PDF or SVG (%(default)s)"
     )
+    plot.add_argument(
+        "-k", "--num-classes", type=int, help="marks what nc2_etf and nc2_of are at an exact frame of the other kind"
+    )
     given = parser.parse_args(arguments)
     try:
         from lightning_nc.plotting import plot_runs
         from lightning_nc.runs import read_run
 
         runs = {str(path): read_run(path) for path in given.runs}
-        plot_runs(runs if len(runs) > 1 else {"": next(iter(runs.values()))}).savefig(given.out, dpi=150)
+        named = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
+        plot_runs(named, num_classes=given.num_classes).savefig(given.out, dpi=150)
     except (OSError, ValueError, ImportError) as error:
         print(f"lightning-nc: {error}", file=sys.stderr)
         return 1

@@ -167,7 +167,7 @@ class NeuralCollapseCallback(Callback):
         """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
         from lightning_nc.plotting import plot_history
 
-        return plot_history(self.history)
+        return plot_history(self.history, num_classes=None if self.class_means is None else len(self.class_means))
 
     # ------------------------------------------------------------------------------------------ around the run
 

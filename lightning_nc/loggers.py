@@ -29,7 +29,7 @@ def publish_figures(logger: Any, history: Sequence[Mapping[str, Any]], class_mea
         return
     from lightning_nc.plotting import plot_gram, plot_history
 
-    figures = {"neural_collapse": plot_history(history)}
+    figures = {"neural_collapse": plot_history(history, num_classes=None if class_means is None else len(class_means))}
     if class_means is not None and len(class_means) <= MOST_CLASSES:
         unit = torch.nn.functional.normalize(class_means - class_means.mean(dim=0), dim=1)
         figures["class_means"] = plot_gram(unit @ unit.T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,13 +26,16 @@ _TITLES = {
     "nc3": "NC3, weight to class means",
     "nc3_centered": "NC3, weight to centred means",
 }
+_OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
 _STYLES = {"train": "-", "validate": "--", "test": ":"}
 
 Run = Sequence[Mapping[str, Any]]
 
 
 def plot_history(
-    history: Iterable[Mapping[str, Any]], objective: Mapping[str, Sequence[float]] | None = None
+    history: Iterable[Mapping[str, Any]],
+    objective: Mapping[str, Sequence[float]] | None = None,
+    num_classes: int | None = None,
 ) -> Figure:
     """Draw the measures over the epochs, on log axes that show zeros at their lower edge.
 
@@ -41,16 +45,23 @@ def plot_history(
     Args:
         history: rows with ``stage``, ``epoch`` and values by key, as in ``NeuralCollapseCallback.history``.
         objective: curves for a first panel, as the paper has it: label -> values, one per row of the training data.
+        num_classes: K; then a line in the panels of ``nc2_etf`` and ``nc2_of`` marks their value at an exact frame of the
+            other kind, sqrt(2 - 2 sqrt((K - 1) / K)).
     """
-    return plot_runs({"": list(history)}, objective)
+    return plot_runs({"": list(history)}, objective, num_classes)
 
 
-def plot_runs(runs: Mapping[str, Run], objective: Mapping[str, Sequence[float]] | None = None) -> Figure:
+def plot_runs(
+    runs: Mapping[str, Run],
+    objective: Mapping[str, Sequence[float]] | None = None,
+    num_classes: int | None = None,
+) -> Figure:
     """Draw several runs below each other, panels as in :func:`plot_history` and with the same axes.
 
     Args:
         runs: history by name.
         objective: see :func:`plot_history`; of a single run.
+        num_classes: see :func:`plot_history`.
     """
     curves = {name: _curves(rows) for name, rows in runs.items()}
     layers = list(dict.fromkeys(layer for run in curves.values() for _, layer, _ in run if layer))
@@ -86,6 +97,8 @@ def plot_runs(runs: Mapping[str, Run], objective: Mapping[str, Sequence[float]] 
                 [_STYLES[stage.split("_")[0]] for stage, _, _ in chosen],
                 legend=not layers,
             )
+            if num_classes and (frames := [_OTHER_FRAME[m] for m in members if m in _OTHER_FRAME]):
+                _mark_frame(axis, num_classes, frames[0] if len(frames) == 1 else "other frame")
         if layers:  # the same in every panel
             lines_by_label = {
                 line.get_label(): line for axis in axes[first:] for line in axis.lines if line.get_label()[0] != "_"
@@ -95,6 +108,14 @@ def plot_runs(runs: Mapping[str, Run], objective: Mapping[str, Sequence[float]] 
             part.suptitle(name, fontsize=10)
     _share_scales(figure)
     return figure
+
+
+def _mark_frame(axis: Axes, num_classes: int, name: str) -> None:
+    level = math.sqrt(2 - 2 * math.sqrt((num_classes - 1) / num_classes))
+    axis.axhline(level, color="0.4", linestyle="-.", linewidth=1)
+    axis.annotate(
+        f"exact {name}", (0.02, level), xycoords=axis.get_yaxis_transform(), va="bottom", fontsize=7, color="0.3"
+    )
 
 
 def plot_gram(gram: Any) -> Figure:

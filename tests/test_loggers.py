@@ -196,6 +196,14 @@ def test_zeros_and_holes_are_seen_on_a_log_axis():
     assert math.isnan(line.get_ydata()[2])
 
 
+def test_the_value_at_a_frame_of_the_other_kind_is_marked():
+    figure = plot_history(history(("", "layer1/"), measures=("nc1", "nc2_of")), num_classes=4)
+    level = next(line for line in figure.axes[1].lines if line.get_linestyle() == "-.").get_ydata()[0]
+    assert level == pytest.approx(0.5176380902)  # of Tirer & Bruna's four classes: nc2_of at an exact simplex ETF
+    assert [text.get_text() for text in figure.axes[1].texts] == ["exact ETF"]
+    assert not figure.axes[0].texts
+
+
 def test_runs_are_drawn_below_each_other_with_the_same_axes():
     other = [{**row, "nc/nc1": row["nc/nc1"] / 1000} for row in history(("",))]
     figure = plot_runs({"a": history(("",)), "b": other})
@@ -214,7 +222,7 @@ def test_the_command_draws_runs_and_says_what_is_wrong(tmp_path, capsys):
     for name in ("a", "b"):
         train(tmp_path, CSVLogger(tmp_path / name, name="", version=""))
     out = tmp_path / "both.png"
-    assert main(["plot", str(tmp_path / "a"), str(tmp_path / "b" / "metrics.csv"), "-o", str(out)]) == 0
+    assert main(["plot", str(tmp_path / "a"), str(tmp_path / "b" / "metrics.csv"), "-k", "3", "-o", str(out)]) == 0
     assert "12 measurements of 2 runs" in capsys.readouterr().out
     assert is_picture(out)
     assert main(["plot", str(tmp_path / "none")]) == 1
