@@ -2,8 +2,8 @@
 
 from lightning_nc.callback import NeuralCollapseCallback, log_spaced
 from lightning_nc.evaluation import measure
-from lightning_nc.metrics import NC1, NC2, NC3, NeuralCollapse
+from lightning_nc.metrics import NC1, NC2, NC3, NC4, NeuralCollapse
 
-__all__ = ["NC1", "NC2", "NC3", "NeuralCollapse", "NeuralCollapseCallback", "log_spaced", "measure"]
+__all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse", "NeuralCollapseCallback", "log_spaced", "measure"]
 
 __version__ = "0.1.0"

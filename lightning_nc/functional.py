@@ -46,6 +46,7 @@ __all__ = [
     "nc3",
     "nc3_cosine",
     "nc3_gram",
+    "nc4",
 ]
 
 Frame = Literal["etf", "of"]
@@ -169,6 +170,32 @@ def bias_collapse(
     return _measure("bias_collapse", features, target, num_classes, weight, bias)
 
 
+def nc4(
+    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None = None, num_classes: int | None = None
+) -> Tensor:
+    """Share of the samples for which the nearest class mean and the classifier's own arg max disagree.
+
+    The class means must be known before the samples are looked at, so this needs all features at once and is no measure
+    for a single pass. Not differentiable.
+
+    Args:
+        features: (N, d).
+        target: class indices, (N,).
+        weight: (K, d).
+        bias: (K,).
+        num_classes: K; the number of rows of ``weight`` where it is not given.
+
+    Source: Papyan et al. (2020), figure 7.
+
+    Example:
+        >>> import torch
+        >>> from lightning_nc.functional import nc4
+        >>> nc4(torch.tensor([[2.0], [1.0], [-2.0]]), torch.tensor([0, 0, 1]), torch.tensor([[1.0], [-1.0]]))
+        tensor(0., dtype=torch.float64)
+    """
+    return _measure("nc4", features, target, num_classes, weight, bias)
+
+
 class Summary(NamedTuple):
     """What a formula may look at: the classes seen, and the classifier's rows for them."""
 
@@ -289,6 +316,18 @@ def _distance_of_directions(weight: Tensor, means: Tensor) -> Tensor:
     return _norm(weight / _norm(weight) - means / _norm(means))
 
 
+def _nc4(s: Summary) -> Tensor:
+    assert isinstance(s.moments, ClassDeviations)
+    bias = s.bias if s.bias.dim() else torch.zeros_like(s.weight[:, 0])
+    disagree = torch.zeros_like(s.means[0, 0])
+    rows = max(1, _BLOCK // len(s.means))
+    for deviations, target in zip(s.moments.deviations.split(rows), s.moments.target.split(rows), strict=True):
+        features = deviations.detach() + s.means.detach()[target]
+        distances = torch.cdist(features, s.means.detach(), compute_mode="donot_use_mm_for_euclid_dist")
+        disagree += (distances.argmin(dim=1) != (features @ s.weight.detach().T + bias.detach()).argmax(dim=1)).sum()
+    return disagree / s.moments.samples
+
+
 class Measure(NamedTuple):
     """A formula, which parts of the classifier it needs (``weight``, ``bias``), and whether it needs the scatter."""
 
@@ -316,6 +355,8 @@ MEASURES: Mapping[str, Measure] = {
     "bias_collapse": Measure(lambda s: _norm(s.weight @ s.means.mean(dim=0) + s.bias), ("weight", "bias")),
 }
 """Every measure by the name under which the metrics and the callback know it."""
+
+_FORMULAS = {**MEASURES, "nc4": Measure(_nc4, ("weight",))}  # with those that one pass cannot give
 
 
 def evaluate(
@@ -351,7 +392,7 @@ def evaluate(
         return nan if rows is None else rows.to(moments.means)[seen]
 
     summary = Summary(moments.select(seen), of_seen(weight), of_seen(bias))
-    return {name: MEASURES[name].formula(summary) for name in names}
+    return {name: _FORMULAS[name].formula(summary) for name in names}
 
 
 def check_measures(names: Sequence[str]) -> tuple[str, ...]:
@@ -359,6 +400,8 @@ def check_measures(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise ValueError(f"metrics must be a sequence of names, got the string {names!r}; write ({names!r},)")
     for name in names:
+        if name in _FORMULAS.keys() - MEASURES.keys():
+            raise ValueError(f"{name} needs all features at once; use lightning_nc.{name.upper()} or functional.{name}")
         if name not in MEASURES:
             near = difflib.get_close_matches(str(name), MEASURES) or list(MEASURES)
             raise ValueError(f"unknown measure {name!r}; did you mean one of {', '.join(near)}?")

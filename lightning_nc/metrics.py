@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from lightning_nc.functional import MEASURES, PAPER_MEASURES, Frame, _nc2_name, check_measures, evaluate
+from lightning_nc.functional import MEASURES, PAPER_MEASURES, Frame, _nc2_name, check_measures, evaluate, nc4
 from lightning_nc.moments import FOLD_EVERY, ClassMoments, check_batch, check_labels, state_dtype
 
-__all__ = ["NC1", "NC2", "NC3", "NeuralCollapse"]
+__all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse"]
 
 Weight = Tensor | Callable[[], Tensor]
 
@@ -78,13 +80,7 @@ class NeuralCollapse(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(num_classes, int | numpy.integer) or num_classes < 2:
-            raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
-        if not isinstance(num_features, int | numpy.integer) or num_features < 1:
-            raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
-        for name, part, shape in (("weight", weight, (num_classes, num_features)), ("bias", bias, (num_classes,))):
-            if isinstance(part, Tensor) and part.shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(part.shape)}")
+        _check_sizes(num_classes, num_features, weight, bias)
         given = {name for name, part in (("weight", weight), ("bias", bias)) if part is not None}
         self.num_classes, self.num_features = num_classes, num_features
         self.metrics = tuple(name for name in check_measures(metrics) if given.issuperset(MEASURES[name].needs))
@@ -114,7 +110,7 @@ class NeuralCollapse(Metric):
                 f"targets must lie in [0, {self.num_classes}), got {int(moments.mislabelled)} outside; check num_classes, "
                 "or drop the samples that have no class"
             )
-        weight, bias = (part() if callable(part) else part for part in self._classifier)
+        weight, bias = _read(self._classifier)
         with torch.no_grad():
             return evaluate(self.metrics, moments, weight, bias)
 
@@ -223,6 +219,93 @@ class NC3(_SingleMeasure):
         super().__init__(
             num_classes, num_features, weight=weight, metrics=("nc3_centered" if center else "nc3",), **kwargs
         )
+
+
+class NC4(Metric):
+    """Disagreement of the nearest class mean with the classifier: :func:`lightning_nc.functional.nc4`.
+
+    The class means must be known before the samples are looked at, so the features are kept: N d numbers, in float32 at
+    least, and those of all processes on each of them when it synchronises.
+
+    Args:
+        num_classes: K, at least 2.
+        num_features: d, at least 1.
+        weight: (K, d), a tensor, read at ``compute``, or a callable that returns it.
+        bias: (K,), likewise; none where it is not given.
+        kwargs: see :class:`torchmetrics.Metric`.
+
+    Input and errors: as for :class:`NeuralCollapse`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_nc import NC4
+        >>> metric = NC4(num_classes=2, num_features=1, weight=torch.tensor([[1.0], [-1.0]]))
+        >>> metric.update(torch.tensor([[2.0], [1.0]]), torch.tensor([0, 0]))
+        >>> metric.update(torch.tensor([[-2.0]]), torch.tensor([1]))
+        >>> metric.compute()
+        tensor(0., dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    features: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(
+        self, num_classes: int, num_features: int, weight: Weight, bias: Weight | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_sizes(num_classes, num_features, weight, bias)
+        self.num_classes, self.num_features = num_classes, num_features
+        self._classifier = (weight, bias)
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("target", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, target: Tensor) -> None:
+        """Add a batch: ``features`` (B, d), ``target`` (B,)."""
+        check_batch(features, target, self.num_features)
+        if target.device.type == "cpu":
+            check_labels(target, self.num_classes)
+        self.features.append(features.detach().to(torch.promote_types(features.dtype, torch.float32)))
+        self.target.append(target.long())
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        if not self.features:  # the others would wait for a process that has nothing to give
+            self.features = [torch.zeros(0, self.num_features, device=self.device)]
+            self.target = [torch.zeros(0, dtype=torch.long, device=self.device)]
+        super()._sync_dist(*args, **kwargs)
+
+    def compute(self) -> Tensor:
+        """The share, in [0, 1], a tensor of shape ()."""
+        weight, bias = _read(self._classifier)
+        assert weight is not None
+        if not len(self.features):
+            return torch.full((), math.nan, dtype=state_dtype(self.device), device=self.device)
+        with torch.no_grad():
+            return nc4(dim_zero_cat(self.features), dim_zero_cat(self.target), weight, bias, self.num_classes)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw the current value, or the values given; see :meth:`torchmetrics.Metric.plot`."""
+        return self._plot(val, ax)
+
+
+def _check_sizes(num_classes: int, num_features: int, weight: Weight | None, bias: Weight | None) -> None:
+    if not isinstance(num_classes, int | numpy.integer) or num_classes < 2:
+        raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
+    if not isinstance(num_features, int | numpy.integer) or num_features < 1:
+        raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
+    for name, part, shape in (("weight", weight, (num_classes, num_features)), ("bias", bias, (num_classes,))):
+        if isinstance(part, Tensor) and part.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(part.shape)}")
+
+
+def _read(classifier: tuple[Weight | None, Weight | None]) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias = (part() if callable(part) else part for part in classifier)
+    return weight, bias
 
 
 def synchronise(

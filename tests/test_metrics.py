@@ -1,6 +1,7 @@
 import pickle
 import socket
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -8,7 +9,7 @@ import torch.multiprocessing as mp
 from conftest import clusters
 from torchmetrics import MetricCollection
 
-from lightning_nc import NC1, NC2, NC3, NeuralCollapse
+from lightning_nc import NC1, NC2, NC3, NC4, NeuralCollapse
 from lightning_nc import functional as F
 from lightning_nc.functional import MEASURES
 
@@ -176,23 +177,74 @@ def test_a_feature_that_is_not_finite_gives_nan_and_a_warning_with_its_number():
         assert all(value.isnan() for value in metric.compute().values())
 
 
+def disagreement(features, target, weight, bias):
+    """Sample by sample, in NumPy."""
+    rows = features.double().numpy()
+    means = np.stack([rows[target.numpy() == k].mean(axis=0) for k in range(len(weight))])
+    nearest = [min(range(len(means)), key=lambda k: ((row - means[k]) ** 2).sum()) for row in rows]
+    return np.mean(np.array(nearest) != (rows @ weight.double().numpy().T + bias.double().numpy()).argmax(axis=1))
+
+
+def test_nc4_agrees_with_an_independent_computation_for_any_split(monkeypatch):
+    features, target = clusters(CLASSES, 40, FEATURES, 2.0)
+    weight, bias = torch.randn(CLASSES, FEATURES), torch.randn(CLASSES)
+    expected = disagreement(features, target, weight, bias)
+    assert 0.1 < expected < 0.9
+    whole = fill(NC4(CLASSES, FEATURES, weight, lambda: bias), features, target)
+    assert whole.compute().item() == pytest.approx(expected, abs=1e-12)
+    one, other = (NC4(CLASSES, FEATURES, weight, bias) for _ in range(2))
+    one.update(features[:70], target[:70])
+    other.update(features[70:], target[70:])
+    one.merge_state(other)
+    assert one.compute() == whole.compute() == pickle.loads(pickle.dumps(one)).compute()
+    monkeypatch.setattr(F, "_BLOCK", 7 * CLASSES)
+    assert F.nc4(features, target, weight, bias) == whole.compute()
+
+
+def test_nc4_is_zero_when_the_classifier_is_that_of_the_nearest_mean():
+    features, target = clusters(CLASSES, 40, FEATURES, 3.0, dtype=torch.float64)
+    means = torch.stack([features[target == k].mean(dim=0) for k in range(CLASSES)])
+    assert F.nc4(features, target, means, -means.square().sum(dim=1) / 2) == 0
+    assert F.nc4(features, target, means, means.square().sum(dim=1)) > 0
+
+
+def test_nc4_leaves_out_classes_without_a_sample_and_knows_nothing_of_no_samples():
+    features, target = clusters(3, 20, FEATURES, 2.0)
+    weight = torch.randn(5, FEATURES)
+    with pytest.warns(UserWarning, match="no sample of 2 classes"):
+        value = F.nc4(features, target, weight)
+    assert value.item() == pytest.approx(disagreement(features, target, weight[:3], torch.zeros(3)), abs=1e-12)
+    metric = NC4(5, FEATURES, weight)
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        assert metric.compute().isnan()
+    with pytest.raises(ValueError, match=r"use lightning_nc\.NC4 or functional\.nc4"):
+        NeuralCollapse(5, FEATURES, weight, metrics=("nc4",))
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
+def kept():
+    return NC4(CLASSES, FEATURES, torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(1)))
+
+
 def _one_rank(rank, world_size, port, queue):
     calls = []
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    features, target = data()
+    parts = [slice(0, 60), slice(60, None), slice(0, 0)]  # the third rank sees nothing
+    near = kept()
+    if rank < 2:
+        fill(near, features[parts[rank]], target[parts[rank]])
+    values = {"nc4": near.compute().item()}
     reduce = torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda tensor, **kwargs: (calls.append(tensor.numel()), reduce(tensor, **kwargs))
     for name in ("all_gather", "gather", "barrier", "broadcast", "all_gather_object"):
         setattr(torch.distributed, name, lambda *a, name=name, **k: calls.append(name))
-    features, target = data()
-    parts = [slice(0, 60), slice(60, None), slice(0, 0)]  # the third rank sees nothing
-    values = {}
     for name, metric in every_metric().items():
         if rank < 2:
             fill(metric, features[parts[rank]], target[parts[rank]])
@@ -220,7 +272,7 @@ def test_real_processes_agree_with_one_in_at_most_three_collectives(world_size):
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    single = {name: fill(metric, *data()).compute().item() for name, metric in every_metric().items()}
+    single = {name: fill(m, *data()).compute().item() for name, m in {**every_metric(), "nc4": kept()}.items()}
     for values in results.values():
         assert values == pytest.approx(single, rel=1e-6)
         assert values == results[0]
