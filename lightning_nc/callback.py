@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_nc.evaluation import Moved, exact_pass, undisturbed, values_of
@@ -153,6 +155,7 @@ class NeuralCollapseCallback(Callback):
         self._active: set[str] = set()  # stages whose batches are measured as they pass, at present
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step
+        self._validated = -1  # the last epoch whose validation loop was measured
         self._fitting = True
         self._partial = self._warned = self._told = False
 
@@ -186,7 +189,14 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measured = None
+        self._measured, self._validated = None, -1
+        if (
+            trainer.global_step
+        ):  # resumed: monitors look for the last values, and the last epoch may be measured already
+            known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
+            trainer.callback_metrics.update(_tensors(known, pl_module.device))
+            steps = [(row["epoch"], row["step"]) for row in self.history if row["stage"] == "train"]
+            self._measured = steps[-1] if steps else None
         if "validate" in self.stages and not trainer.enable_validation:
             rank_zero_warn(
                 "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give "
@@ -277,8 +287,10 @@ class NeuralCollapseCallback(Callback):
             logger.log_metrics({**values, "epoch": epoch}, step=trainer.global_step - 1)
 
     def _is_due(self, trainer: Trainer, ahead: float = 0) -> bool:
-        epoch = trainer.current_epoch
-        if epoch == 0 or is_last(trainer, ahead):
+        return is_last(trainer, ahead) or self._is_scheduled(trainer.current_epoch)
+
+    def _is_scheduled(self, epoch: int) -> bool:
+        if epoch == 0:
             return True
         return self.every_n_epochs(epoch) if callable(self.every_n_epochs) else (epoch + 1) % self.every_n_epochs == 0
 
@@ -296,13 +308,17 @@ class NeuralCollapseCallback(Callback):
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = trainer.state.fn != "fit" or self._is_due(trainer, ahead=steps_of_epoch(trainer))
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:  # there may be no loop in the epochs that are due
+            passed = range(self._validated + 1, trainer.current_epoch)
+            due = due or any(self._is_scheduled(epoch) for epoch in passed)
+            self._validated = trainer.current_epoch if due else self._validated
         self._begin("validate", due and not trainer.sanity_checking)
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.sanity_checking and self._streaming():
+        if trainer.sanity_checking and self._streaming() and self._is_ready(pl_module):
             # Nothing to measure, but a model that is compiled at its first call must have its hooks before.
             self._guarded(lambda: self._attach(trainer, pl_module, batch))
         self._open(trainer, pl_module, "validate", batch, dataloader_idx)
@@ -354,6 +370,10 @@ class NeuralCollapseCallback(Callback):
     def _streaming(self) -> bool:
         return self.mode == "online" or self.stages != ("train",)
 
+    def _is_ready(self, pl_module: LightningModule) -> bool:
+        """Whether no layer waits for the first batch of the training to take its shape from, and its numbers."""
+        return self._probe.attached or not any(map(is_lazy, chain(pl_module.parameters(), pl_module.buffers())))
+
     def _begin(self, stage: str, due: bool) -> None:
         self._streams = {key: stream for key, stream in self._streams.items() if key[0] != stage}
         self._active.discard(stage)
@@ -367,7 +387,7 @@ class NeuralCollapseCallback(Callback):
 
     def _open(self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, index: int = 0) -> None:
         """Before a batch passes."""
-        if stage in self._active:
+        if stage in self._active and self._is_ready(pl_module):
             stream = self._streams.setdefault((stage, index), Stream(self._probe))
             stream.open(batch, lambda: self._attach(trainer, pl_module, batch))
             if self.strict and stream.error is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,10 +16,12 @@ import numpy
 import torch
 from lightning.fabric.utilities import move_data_to_device, rank_zero_info
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 from tqdm import tqdm
 
-from lightning_nc.features import Pool
+from lightning_nc.features import Pool, copied
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures, evaluate
 from lightning_nc.metrics import synchronise
 from lightning_nc.probe import Moments, Probe
@@ -127,6 +132,7 @@ def exact_pass(
         first = next(iterator, None)
         if first is None:
             raise LookupError("the data loader gave no batch, so there is nothing to measure")
+        spare = copied(first) if steps else first
         probe.attach(model, first, forward_context)
         if agree_on is not None:
             moments = probe.empty(model, first, forward_context)
@@ -157,7 +163,7 @@ def exact_pass(
             error = caught
         for _ in range(taken, steps):
             with forward_context():
-                probe.forward(model, first)
+                probe.forward(model, copied(spare))
         if agree_on is None:
             return moments
         return dict(zip(moments, synchronise(list(moments.values()), error=error), strict=True))
@@ -207,11 +213,9 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modules = list(model.modules())
     training = {module: module.training for module in modules}
-    buffers = [_Buffer(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    buffers = [(m._buffers, name, b, _contents(b, math.inf)) for m in modules for name, b in m._buffers.items()]
     states = [(m, _state_of(m)) for m in modules if isinstance(m, Metric)]
-    attributes = [
-        (m, name, value, copy(value)) for m in modules for name, value in vars(m).items() if _is_plain(name, value)
-    ]
+    attributes = [_Attributes(m) for m in modules if not isinstance(m, Metric | LazyModuleMixin)]
     loggers = [module for module in modules if hasattr(type(module), "log_dict")]
     python, numpys = random.getstate(), numpy.random.get_state()
     devices = [device] if device.type == "cuda" else []
@@ -228,34 +232,72 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module in loggers:
             vars(module).pop("log", None)
             vars(module).pop("log_dict", None)
-        for owner, name, value, kept in attributes:
-            if isinstance(value, list):
-                value[:] = kept
-            vars(owner)[name] = value
+        for kept in attributes:
+            kept.restore()
         for module, flag in training.items():
             module.training = flag
         for metric, state in states:
             vars(metric).update(state)
-        for buffer in buffers:
-            buffer.restore()
+        for own, name, buffer, put_back in buffers:
+            own[name] = buffer
+            put_back()
 
 
-class _Buffer:
-    """A buffer as it was; put back only where it has changed, since some cannot be written to."""
+_LARGEST = 2**26
+"""Bytes beyond which a tensor that is no buffer is not copied: it may be the data set."""
 
-    def __init__(self, module: nn.Module, name: str, buffer: Tensor) -> None:
-        self.module, self.name, self.buffer, self.kept = module, name, buffer, buffer.clone()
+
+class _Attributes:
+    """What a module of the user's remembers by itself: counters, the outputs of an epoch, a hidden state."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.own = vars(module)
+        self.values = {name: value for name, value in self.own.items() if not (name.startswith("_") or _trained(value))}
+        self.contents = [_contents(value) for value in self.values.values()]
 
     def restore(self) -> None:
-        self.module._buffers[self.name] = self.buffer
-        if not torch.equal(self.buffer, self.kept):
-            with torch.inference_mode(self.buffer.is_inference()), torch.no_grad():
-                self.buffer.copy_(self.kept)
+        for name in [name for name, value in self.own.items() if not (name.startswith("_") or _trained(value))]:
+            if name not in self.values:
+                del self.own[name]
+        self.own.update(self.values)
+        for put_back in self.contents:
+            put_back()
 
 
-def _is_plain(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is a number or a list of the user's: a counter, the outputs of an epoch."""
-    return not name.startswith("_") and name != "training" and type(value) in (int, float, bool, list)
+def _trained(value: Any) -> bool:
+    """Whether it is a parameter in disguise: FSDP puts views of what it shards in the place of parameters."""
+    return isinstance(value, Tensor) and (value.requires_grad or value.untyped_storage().size() == 0)
+
+
+def _contents(value: Any, limit: float = _LARGEST) -> Callable[[], None]:
+    """A function that gives a tensor or a container back what it holds now."""
+    if isinstance(value, Tensor) and not is_lazy(value) and value.numel() * value.element_size() <= limit:
+        return partial(_put_numbers_back, value, value.detach().clone())
+    if type(value) not in (list, deque, set, dict, defaultdict, OrderedDict):
+        return _nothing
+    items = list(value.values() if isinstance(value, dict) else value)
+    inner = [_contents(item) for item in items if isinstance(item, Tensor | list | deque | set | dict)]
+    return partial(_put_items_back, value, list(value.items()) if isinstance(value, dict) else items, inner)
+
+
+def _put_numbers_back(tensor: Tensor, kept: Tensor) -> None:
+    if not _trained(tensor) and not torch.equal(tensor, kept):  # some cannot be written to
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(kept)
+
+
+def _put_items_back(container: Any, items: list[Any], inner: list[Callable[[], None]]) -> None:
+    for put_back in inner:
+        put_back()
+    container.clear()
+    if isinstance(container, list | deque):
+        container.extend(items)
+    else:
+        container.update(items)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _drop(*args: Any, **kwargs: Any) -> None:

@@ -6,13 +6,17 @@ import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "NotCalledError",
     "Recorder",
+    "copied",
     "features_of",
     "find_classifier",
     "match_layers",
@@ -28,6 +32,10 @@ Pool = str | Callable[[Tensor], Tensor]
 Keep = Callable[[nn.Module, Tensor], Tensor]
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+class NotCalledError(LookupError):
+    """A layer was not called on a batch."""
 
 
 class Recorder:
@@ -167,6 +175,19 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
             "module itself, self.fc(x) instead of F.linear(x, self.fc.weight); name the classifier with classifier=..."
         )
     last = (fitting or heads or names)[-1]
+    if num_classes is not None and outputs[last] != num_classes:
+        uncalled = [name for name in uncalled if outputs[name] == num_classes]
+        if uncalled:
+            raise LookupError(
+                f"{_listed(uncalled)}, with {num_classes} outputs, was not called in the forward pass, and {last!r} has "
+                f"{outputs[last]}; pass forward_fn=lambda module, batch: ..., a function that calls the classifier"
+            )
+    if not heads and not fitting and isinstance(output, Tensor) and output.dim() == 2 and outputs[last] != output.shape[1]:
+        raise LookupError(
+            f"the model returns {output.shape[1]} columns, which come from no linear layer; the last that was called, {last!r}, "
+            f"has {outputs[last]} outputs. Hooks see only calls of a module itself, self.fc(x) instead of "
+            "F.linear(x, self.weight); name the classifier with classifier=..."
+        )
     others = [] if heads else [name for name in names if outputs[name] == outputs[last] and name != last]
     if beside := _without_way_to(last, others, modules, forward):
         raise LookupError(
@@ -229,9 +250,10 @@ def features_of(name: str, recorded: Sequence[tuple[str, Tensor | None]], batch_
     """
     tensors = [tensor for called, tensor in recorded if called == name]
     if not tensors:
-        raise LookupError(
+        raise NotCalledError(
             f"{name!r} was not called in the forward pass; hooks see only calls of the module itself: write self.{name}(x) "
-            f"instead of F.linear(x, self.{name}.weight), self.{name}.forward(x) or a traced copy"
+            f"instead of F.linear(x, self.{name}.weight), self.{name}.forward(x) or a traced copy; where it is called in the "
+            "training step alone, pass forward_fn, a function of the module and the batch that calls it"
         )
     fitting = [tensor for tensor in tensors if tensor is not None and tensor.dim() and len(tensor) == batch_size]
     if not fitting:
@@ -249,20 +271,21 @@ def pool_features(features: Tensor, pool: Pool, module: nn.Module | None = None,
     Three dimensions are a sequence (B, T, d), or (B, d, T) at a module whose name ends in 1d, such as Conv1d; more are a
     map (B, d, ...). The mean of a sequence is over the positions where ``mask``, (B, T), is not zero.
     """
+    features = features.detach()
+    if features.dim() <= 2:
+        return (features if features.dim() == 2 else features[:, None]).clone()
     if callable(pool):
         return pool(features).detach().clone()
-    if pool == "flatten" or features.dim() <= 2:
-        return (
-            features.detach().flatten(start_dim=1).clone() if features.dim() > 1 else features.detach()[:, None].clone()
-        )
+    if pool == "flatten":
+        return features.flatten(start_dim=1).clone()
     if features.dim() == 3 and not type(module).__name__.endswith("1d"):
         if mask is not None and mask.shape == features.shape[:2]:
             weights = mask.to(torch.promote_types(features.dtype, torch.float32)).unsqueeze(
                 2
             )  # a sum may leave float16
-            return (features.detach() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        return features.detach().mean(dim=1)
-    return features.detach().flatten(start_dim=2).mean(dim=2)
+            return (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return features.mean(dim=1)
+    return features.flatten(start_dim=2).mean(dim=2)
 
 
 def targets_of(batch: Any) -> Any:
@@ -285,6 +308,14 @@ def targets_of(batch: Any) -> Any:
         f"a batch of type {type(batch).__name__} has no labels as its second item; pass target_fn, a function "
         "from a batch to its class indices"
     )
+
+
+def copied(batch: Any) -> Any:
+    """A batch that a model may change or empty; the batch itself where it cannot be copied."""
+    try:
+        return deepcopy(batch)
+    except Exception:
+        return batch
 
 
 def run_forward(model: nn.Module, batch: Any) -> Any:
@@ -360,6 +391,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
             yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))
 
 
 def _listed(names: Any) -> str:

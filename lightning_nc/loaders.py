@@ -18,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-__all__ = ["is_distributed", "measurement_loader"]
+__all__ = ["has_own_iteration", "is_distributed", "measurement_loader"]
 
 
 def measurement_loader(
@@ -38,6 +38,11 @@ def measurement_loader(
             f"the training data come from a {type(loader).__name__}, and which of its samples to measure is not clear; pass "
             "dataloader=, a DataLoader to measure on"
         )
+    if has_own_iteration(loader):
+        raise LookupError(
+            f"the training data come from a {type(loader).__name__} that makes batches in a way of its own, which a copy may not "
+            "have; pass dataloader=, anything that gives the batches to measure on"
+        )
     copied: dict[str, Any] = {
         "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
@@ -52,11 +57,12 @@ def measurement_loader(
     if isinstance(loader.dataset, IterableDataset):
         batches: Iterable[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, **copied)
         return _First(batches, max_batches), max_batches
-    indices, batch_size = _indices(loader)
+    sampler = _sampler(loader)
+    indices, batch_size = _indices(loader, sampler, max_batches)
     size = (max_batches or 0) * (batch_size or 1) * world_size
     if max_batches is not None and size < len(indices):
         order = torch.arange(len(indices))
-        if not isinstance(loader.sampler, SequentialSampler):  # that one trains on the first samples, no others
+        if not isinstance(sampler, SequentialSampler):  # that one trains on the first samples, no others
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
         indices = [indices[i] for i in order[:size].tolist()]
     indices = indices[rank::world_size]
@@ -79,26 +85,51 @@ def is_distributed(loader: Any) -> bool:
     return isinstance(getattr(loader, "sampler", None), DistributedSampler)
 
 
-def _indices(loader: DataLoader[Any]) -> tuple[Sequence[Any], int | None]:
-    """The samples that the training loader can visit, each once, and the batch size."""
+def has_own_iteration(loader: DataLoader[Any]) -> bool:
+    """Whether a subclass changes what a loader gives: normalises batches, prefetches them, goes on for ever."""
+    return type(loader).__iter__ is not DataLoader.__iter__
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    """What draws the samples of an epoch."""
     sampler: Any = loader.sampler
-    batches: Any = loader.batch_sampler
+    if type(loader.batch_sampler) is BatchSampler:  # its own; that of the loader is a stand-in where this one was given
+        sampler = loader.batch_sampler.sampler
     if isinstance(sampler, DistributedSampler):  # Lightning wraps a sampler that is not the default as the "dataset"
         inner = getattr(sampler.dataset, "_sampler", None)
         sampler = inner if inner is not None else SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    return sampler
+
+
+def _indices(loader: DataLoader[Any], sampler: Any, max_batches: int | None) -> tuple[Sequence[Any], int | None]:
+    """The samples that the training loader can visit, each once, and the batch size."""
+    batches: Any = loader.batch_sampler
     shared = {id(loader.dataset): loader.dataset}  # a copy of a sampler must not copy the data
     if batches is not None and type(batches) is not BatchSampler:
-        visited = set(chain.from_iterable(deepcopy(batches, shared)))
-        return sorted(visited), getattr(batches, "batch_size", None) or len(next(iter(deepcopy(batches, shared))))
+        drawn = list(islice(deepcopy(batches, shared), _length(batches, max_batches)))
+        return sorted(set(chain.from_iterable(drawn))), getattr(batches, "batch_size", None) or len(drawn[0])
     batch_size = loader.batch_size if batches is None else batches.batch_size
-    if isinstance(sampler, WeightedRandomSampler):
+    if type(sampler) is WeightedRandomSampler:
         return sampler.weights.nonzero().flatten().tolist(), batch_size
-    if isinstance(sampler, SequentialSampler | RandomSampler):
+    if type(sampler) in (SequentialSampler, RandomSampler):
         return range(len(sampler.data_source)), batch_size
-    drawn = list(deepcopy(sampler, shared))
+    limit = None if max_batches is None else max_batches * (batch_size or 1)
+    drawn = list(islice(deepcopy(sampler, shared), _length(sampler, limit)))
     if drawn and isinstance(drawn[0], list):
         raise LookupError(
             "the sampler of the training data gives lists of samples (batch_size=None), and which are measured in one batch is "
             "not clear; pass batch_sampler= to the DataLoader instead of sampler=, or dataloader= to the callback"
         )
     return sorted(set(drawn)), batch_size
+
+
+def _length(sampler: Any, limit: int | None) -> int:
+    """How much of a sampler is an epoch: some go on for ever."""
+    if hasattr(sampler, "__len__"):
+        return len(sampler)
+    if limit is None:
+        raise LookupError(
+            f"the sampler {type(sampler).__name__} of the training data has no length, so which samples to measure is not clear; "
+            "give it a __len__, or pass dataloader=, a DataLoader to measure on"
+        )
+    return limit

@@ -108,7 +108,7 @@ class NeuralCollapse(Metric):
         if moments.mislabelled:
             raise ValueError(
                 f"targets must lie in [0, {self.num_classes}), got {int(moments.mislabelled)} outside; check num_classes, "
-                "or drop the samples that have no class"
+                "or leave out the samples that have no class"
             )
         weight, bias = _read(self._classifier)
         with torch.no_grad():

@@ -251,9 +251,11 @@ def check_target(target: Any) -> None:
     if not isinstance(target, Tensor):
         raise ValueError(f"targets must be a tensor of class indices of shape (B,), got {type(target).__name__}")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.dim() != 1:
+        column = target.dim() == 2 and target.shape[1] == 1
+        remedy = "take squeeze(1) of it" if column else "take the arg max of one-hot or soft labels"
         raise ValueError(
-            f"targets must hold class indices of shape (B,), got {_describe(target)}; take the arg max of one-hot or soft "
-            "labels first, or pass target_fn to extract class indices from the batch"
+            f"targets must hold class indices of shape (B,), got {_describe(target)}; {remedy} first, or pass target_fn to "
+            "extract class indices from the batch"
         )
 
 
@@ -264,7 +266,7 @@ def check_labels(target: Tensor, num_classes: int) -> None:
     if len(outside):
         raise ValueError(
             f"targets must lie in [0, {num_classes}), got {len(outside)} outside, {int(outside[0])} for one; "
-            "check num_classes, or drop the samples that have no class"
+            "check num_classes, or leave out the samples that have no class"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_nc.features import (
     Pool,
     Recorder,
+    copied,
     features_of,
     find_classifier,
     match_layers,
@@ -61,6 +62,7 @@ class Probe:
     _target: Tensor | None = field(init=False, repr=False, default=None)
     _said: bool = field(init=False, repr=False, default=False)
     _missed: bool = field(init=False, repr=False, default=False)
+    _repeated: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):
@@ -91,10 +93,10 @@ class Probe:
         """
         self.detach()
         self._names = self._match(model)
-        target = self._targets(batch)
+        target = self._targets(copied(batch))
         if self._head is None or named_modules(model).get(self._head[0]) is not self._head[1]:
             with forward_context():
-                self._head, self.classes = self._find(model, lambda: self.forward(model, batch))
+                self._head, self.classes = self._find(model, lambda: self.forward(model, copied(batch)))
         modules = named_modules(model)
         head = {}
         if self._head is not None:
@@ -119,7 +121,15 @@ class Probe:
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Run the model on a batch."""
-        return (self.forward_fn or run_forward)(model, batch)
+        if self.forward_fn is not None:
+            return self.forward_fn(model, batch)
+        try:
+            return run_forward(model, batch)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise TypeError(
+                f"calling the model on the first item of a batch, or on the entries of a mapping, failed: {error}; pass "
+                "forward_fn, a function of the module and the batch"
+            ) from error
 
     def arm(self, batch: Any) -> None:
         """Record the features of the calls that come, which are on ``batch``."""
@@ -130,7 +140,8 @@ class Probe:
         def keep(module: nn.Module, tensor: Tensor) -> Tensor:
             if self._head is not None and module is self._head[1]:
                 self._see(module, tensor)
-            fits = tensor.dim() and len(tensor) == size
+            # A function may turn other layouts, of a sequence-first layer say, into one row per sample.
+            fits = tensor.dim() and (len(tensor) == size or (callable(self.pool) and tensor.dim() > 2))
             return pool_features(tensor, self.pool, module, mask) if fits else tensor
 
         self._recorder.arm(keep)
@@ -153,7 +164,7 @@ class Probe:
         assert self._recorder is not None
         assert self._target is not None
         target = self._target[:rows]
-        for prefix, features in self._features(self._recorder.take(), len(self._target)):
+        for prefix, features in list(self._features(self._recorder.take(), len(self._target))):
             features = features[:rows]
             check_batch(features, target)
             width = features.shape[1]
@@ -174,6 +185,7 @@ class Probe:
     def empty(self, model: nn.Module, batch: Any, forward_context: Any = nullcontext) -> Moments:
         """Moments of no samples, as wide as the features that the model, run on ``batch``, gives."""
         moments: Moments = {}
+        batch = copied(batch)
         self.arm(batch)
         with forward_context():
             self.forward(model, batch)
@@ -209,6 +221,13 @@ class Probe:
             yield f"{name}/", features_of(name, calls, size)
         if self._head is not None:
             own = [(self._head[0], tensor) for name, tensor in calls if name == _INPUT]
+            if not self._repeated and sum(tensor is not None and len(tensor) == size for _, tensor in own) > 1:
+                self._repeated = True
+                warnings.warn(
+                    f"the classifier {self._head[0]!r} is called several times with {size} rows; the last call is measured. If "
+                    "its features are not those of the labels, use mode='exact' with dataloader= and forward_fn=",
+                    stacklevel=2,
+                )
             yield "", features_of(self._head[0], own, size)
 
     def _see(self, module: nn.Module, features: Tensor) -> None:
@@ -270,7 +289,14 @@ class Probe:
 
 def _part(module: nn.Module, name: str) -> Tensor | None:
     """The weight or the bias of a layer with outputs, None where there is none or only a shard of it."""
-    part = getattr(module, name, None)
+    flags = {inner: inner.training for inner in module.modules()}
+    try:
+        for inner in flags:  # a spectral norm, say, would take a step whenever it is looked at
+            inner.training = False
+        part = getattr(module, name, None)
+    finally:
+        for inner, training in flags.items():
+            inner.training = training
     sides = 2 if name == "weight" else 1
     if not isinstance(part, Tensor) or hasattr(part, "full_tensor") or part.dim() < sides:
         return None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
-from lightning_nc.loaders import is_distributed, measurement_loader
+from lightning_nc.loaders import has_own_iteration, is_distributed, measurement_loader
 
 __all__ = [
     "Progress",
@@ -49,14 +51,14 @@ def training_data(trainer: Trainer, dataloader: Iterable[Any] | None) -> tuple[I
     """This process's share of the training data, or of ``dataloader``, and the number of batches where it is known."""
     share = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
     rank, world_size = share["rank"], share["num_replicas"]
-    if isinstance(dataloader, DataLoader):
+    if isinstance(dataloader, DataLoader) and not has_own_iteration(dataloader):
         return measurement_loader(dataloader, rank=rank, world_size=world_size)
     if dataloader is not None:
         return dataloader, None
     loader, limit = trainer.train_dataloader, None
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         limit = trainer.fit_loop.batch_idx + 1
-    elif isinstance(loader, DataLoader) and trainer.num_training_batches < len(loader):
+    elif isinstance(loader, DataLoader) and trainer.num_training_batches < (sized_len(loader) or math.inf):
         limit = int(trainer.num_training_batches)
     if not is_distributed(loader):  # then every process trains on all of the data
         rank, world_size = 0, 1
@@ -93,9 +95,10 @@ class Progress:
 
     def __iter__(self) -> Iterator[Any]:
         bar: Any = self.trainer.progress_bar_callback
-        if bar is None or not bar.is_enabled:
+        progress: Any = getattr(bar, "progress", None)
+        if not getattr(bar, "is_enabled", False):  # there is none, or one of the user's own
             yield from self.loader
-        elif (progress := getattr(bar, "progress", None)) is not None:  # rich has room for one live display: join it
+        elif hasattr(progress, "add_task"):  # rich has room for one live display: join it
             task = progress.add_task("Neural collapse", total=self.total)
             try:
                 for batch in self.loader:

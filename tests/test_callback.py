@@ -278,7 +278,8 @@ class Counting(NeuralCollapseCallback):
 
     def __init__(self, **kwargs):
         self.sizes = []
-        super().__init__(pool=lambda features: (self.sizes.append(len(features)), features)[1], strict=True, **kwargs)
+        forward_fn = lambda module, batch: (self.sizes.append(len(batch[0])), module(batch[0]))[1]  # noqa: E731
+        super().__init__(classifier="net.4", forward_fn=forward_fn, strict=True, **kwargs)
 
 
 def test_limited_training_batches_limit_the_measurement(tmp_path):

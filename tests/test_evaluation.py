@@ -11,6 +11,7 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -63,6 +64,58 @@ def test_a_sampler_over_a_part_of_the_data_gives_that_part():
     assert visited(DataLoader(DATA, 8, sampler=RandomSampler(range(20)))) == list(range(20))
     with pytest.raises(LookupError, match="pass batch_sampler="):
         visited(DataLoader(DATA, batch_size=None, sampler=BatchSampler(RandomSampler(DATA), 8, False)))
+
+
+class Endless(Sampler):
+    def __iter__(self):
+        while True:
+            yield from reversed(range(20))
+
+
+class Epochs(Endless):
+    def __len__(self):
+        return 20
+
+
+class Half(RandomSampler):
+    def __iter__(self):
+        return iter(range(0, 51, 2))
+
+    def __len__(self):
+        return 26
+
+
+class Repeated(BatchSampler):
+    def __iter__(self):
+        while True:
+            yield from super().__iter__()
+
+
+def test_what_a_batch_sampler_draws_from_is_what_is_measured():
+    fold = SubsetRandomSampler(range(10, 30))
+    assert visited(DataLoader(DATA, batch_sampler=BatchSampler(fold, 8, False))) == list(range(10, 30))
+    chosen = visited(DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, False)), max_batches=2)
+    assert chosen != sorted(chosen)
+    assert visited(DataLoader(DATA, 8, sampler=Half(DATA))) == list(range(0, 51, 2))
+
+
+def test_samplers_without_an_end_are_followed_for_an_epoch():
+    assert visited(DataLoader(DATA, 8, sampler=Epochs())) == list(range(20))
+    assert visited(DataLoader(DATA, batch_sampler=Repeated(SequentialSampler(DATA), 8, False))) == list(range(51))
+    assert len(visited(DataLoader(DATA, 5, sampler=Endless()), max_batches=2)) == 10
+    with pytest.raises(LookupError, match="Endless of the training data has no length"):
+        visited(DataLoader(DATA, 8, sampler=Endless()))
+
+
+class Normalising(DataLoader):
+    def __iter__(self):
+        for rows, target in super().__iter__():
+            yield rows / 100, target
+
+
+def test_a_loader_that_makes_its_batches_itself_is_not_copied():
+    with pytest.raises(LookupError, match=r"a Normalising that makes batches in a way of its own.*pass dataloader="):
+        visited(Normalising(DATA, 8))
 
 
 def test_ranks_share_the_samples_without_padding():

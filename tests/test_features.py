@@ -1,5 +1,6 @@
 import copy
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -274,3 +275,93 @@ def test_labels_are_found_in_pairs_and_mappings():
     for batch in (torch.ones(3), [torch.ones(3)], {"x": labels}):
         with pytest.raises(LookupError, match="pass target_fn"):
             targets_of(batch)
+
+
+class Embedding(nn.Module):
+    """Gives the features; the classifier is called by the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.classifier = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12)), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_classifier_that_the_forward_does_not_call_is_named_with_the_way_out():
+    model, rows = Embedding(), torch.randn(8, 6)
+    with pytest.raises(LookupError, match=r"'classifier', with 4 outputs, was not called.* pass forward_fn="):
+        find_classifier(model, lambda: model(rows), num_classes=4)
+    batches = [(rows, torch.arange(8) % 4)]
+    with pytest.raises(LookupError, match="in the training step alone, pass forward_fn"):
+        measure(model, batches, classifier="classifier", progress=False)
+    values = measure(model, batches, forward_fn=lambda m, batch: m.classifier(m(batch[0])), progress=False)
+    assert values["nc1"] > 0
+
+
+def test_an_output_that_no_linear_layer_can_have_given_is_an_error():
+    class Cosine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.centres = nn.Parameter(torch.randn(4, 8))
+            self.body = nn.Linear(6, 8)
+
+        def forward(self, x):
+            return nn.functional.linear(nn.functional.normalize(self.body(x)), self.centres)
+
+    model = Cosine()
+    with pytest.raises(
+        LookupError, match=r"returns 4 columns, which come from no linear layer; the last .*'body', has 8"
+    ):
+        find_classifier(model, lambda: model(torch.randn(5, 6)))
+
+
+def test_outputs_are_found_inside_a_dataclass():
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+        domain: torch.Tensor
+
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.domain = nn.Linear(6, 4), nn.Linear(6, 7)
+
+        def forward(self, x):
+            return Output(self.fc(x), self.domain(x))
+
+    model = TwoHeads()
+    assert find_classifier(model, lambda: model(torch.randn(5, 6)), num_classes=4) == "fc"
+    with pytest.raises(LookupError, match="outputs of several linear layers, 'fc', 'domain'"):
+        find_classifier(model, lambda: model(torch.randn(5, 6)))
+
+
+def test_a_function_turns_a_sequence_first_layer_into_a_row_per_sample():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.fc = nn.GRU(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.fc(self.rnn(x.transpose(0, 1))[0][-1])
+
+    model, batches = Recurrent(), [(torch.randn(12, 5, 6), torch.arange(12) % 3)]
+    values = measure(model, batches, layers=["rnn"], pool=lambda hidden: hidden[-1], progress=False)
+    assert values["rnn/nc1"] == pytest.approx(values["nc1"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (({"x": torch.randn(4, 6)}, torch.arange(4)), "must be Tensor, not dict"),
+        (([torch.randn(4, 6)] * 2, torch.arange(4)), "must be Tensor, not list"),
+    ],
+)
+def test_a_call_that_fails_names_the_way_out(batch, reason):
+    with pytest.raises(TypeError, match=rf"{reason}.*; pass forward_fn"):
+        measure(nn.Linear(6, 4), [batch], progress=False)
+
+
+def test_a_column_of_labels_gets_its_own_remedy():
+    with pytest.raises(ValueError, match=r"got int64 \(4, 1\); take squeeze\(1\)"):
+        measure(nn.Linear(6, 4), [(torch.randn(4, 6), torch.arange(4)[:, None])], progress=False)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_callback import Classifier, fit, hooks_of, loader
+from test_callback import DATA, Classifier, fit, hooks_of, loader
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_nc import NeuralCollapseCallback
+from lightning_nc import NeuralCollapseCallback, measure
 
 KILLED = """
 import sys, time
@@ -104,9 +105,19 @@ def test_a_measurement_that_fails_in_its_middle_leaves_training_as_it_was(tmp_pa
 
 @pytest.mark.parametrize("arguments", [{}, {"mode": "online"}, {"stages": ("validate",)}])
 def test_a_pool_that_fails_in_a_hook_is_an_error_of_the_measurement_not_of_the_step(tmp_path, arguments):
-    callback = NeuralCollapseCallback(pool=lambda features: features[:, 0, :], **arguments)
+    class Folded(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.fold = nn.Unflatten(1, (2, 4))
+
+        def forward(self, x):
+            features = self.net[:4](x)
+            self.fold(features)
+            return self.net[4](features)
+
+    callback = NeuralCollapseCallback(["fold"], pool=lambda features: features[:, 0, :, 0], **arguments)
     with pytest.warns(UserWarning, match="training goes on: too many indices"):
-        trainer, _ = fit(tmp_path, [callback], val=loader(False))
+        trainer, _ = fit(tmp_path, [callback], model=Folded(), val=loader(False))
     assert trainer.global_step == 18
     assert callback.history == []
 
@@ -117,6 +128,7 @@ def test_what_a_forward_changes_in_the_module_is_put_back(tmp_path):
             super().__init__()
             self.net = Classifier().net
             self.loss, self.outputs, self.steps, self.losses = MeanMetric(), [], 0, []
+            self.kept, self.hidden = {"losses": []}, torch.zeros(3)
             self.register_buffer("calls", torch.zeros(()))
             self.register_buffer("grid", torch.arange(5.0).expand(4, 5))  # cannot be written to
 
@@ -127,9 +139,12 @@ def test_what_a_forward_changes_in_the_module_is_put_back(tmp_path):
             self.outputs.append(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
             self.steps += 1
             self.calls += 1
+            self.kept["losses"].append(self.steps)
+            self.hidden += 1
+            self.seen_before = True
 
         def on_validation_epoch_end(self):
-            self.losses.append(torch.stack(self.outputs).mean().item())
+            self.losses.append(torch.stack(self.outputs).mean().item() + len(self.kept["losses"]) + self.hidden.sum())
             self.outputs.clear()
 
         def configure_optimizers(self):
@@ -143,3 +158,109 @@ def test_what_a_forward_changes_in_the_module_is_put_back(tmp_path):
     callback = NeuralCollapseCallback(strict=True)
     assert run([callback]) == run([])
     assert len(callback.history) == 3
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mode": "online"}, {"stages": ("validate",)}])
+@pytest.mark.parametrize("changes", ["empties", "shifts"])
+def test_a_step_that_empties_or_changes_its_batch_is_trained_and_measured_as_ever(tmp_path, arguments, changes):
+    class Changing(Classifier):
+        def step(self, batch):
+            if changes == "empties":
+                rows, target = batch.pop("rows"), batch.pop("labels")
+            else:
+                rows, target = batch["rows"], batch["labels"]
+                rows -= 5
+            return nn.functional.cross_entropy(self.net(rows), target)
+
+        forward = None
+
+        def training_step(self, batch, batch_idx):
+            return self.step(batch)
+
+        def validation_step(self, batch, batch_idx):
+            self.step(batch)
+
+    Changing.forward = LightningModule.forward
+    mappings = DataLoader([{"rows": row, "labels": label} for row, label in DATA], 9)
+
+    def run(callbacks):
+        seed_everything(3, verbose=False)
+        _, model = fit(tmp_path, callbacks, data=mappings, model=Changing(), val=mappings, num_sanity_val_steps=0)
+        return list(model.state_dict().values())
+
+    callback = NeuralCollapseCallback(strict=True, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(run([callback]), run([]), strict=True))
+    assert len(callback.history) == 3
+
+
+def test_finding_the_classifier_changes_no_batch():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x -= 5
+            return self.head(self.body(x).relu())
+
+    model = InPlace()
+    found = measure(model, loader(False), progress=False)
+    assert found == measure(model, loader(False), classifier="head", progress=False)
+
+
+def test_a_norm_that_steps_whenever_the_weight_is_read_takes_no_step_more(tmp_path):
+    class Normed(Classifier):
+        def __init__(self):
+            super().__init__()
+            nn.utils.parametrizations.spectral_norm(self.net[4])
+
+    def run(callbacks):
+        seed_everything(3, verbose=False)
+        return list(fit(tmp_path, callbacks, model=Normed())[1].state_dict().values())
+
+    measured = run([NeuralCollapseCallback(mode="online", strict=True)])
+    assert all(torch.equal(a, b) for a, b in zip(run([]), measured, strict=True))
+
+
+def test_layers_without_a_shape_get_theirs_from_the_training(tmp_path):
+    class Lazy(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Dropout(0.2), nn.LazyLinear(3)
+            )
+
+    def run(callbacks):
+        seed_everything(3, verbose=False)
+        return list(fit(tmp_path, callbacks, model=Lazy())[1].state_dict().values())
+
+    callback = NeuralCollapseCallback(mode="online", num_classes=3, strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(run([]), run([callback]), strict=True))
+    assert [row["epoch"] for row in callback.history] == [0, 1, 2]
+
+
+def test_a_step_that_leaves_the_model_out_is_left_out_of_the_measurement(tmp_path):
+    class Skipping(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+    callback = NeuralCollapseCallback(mode="online", strict=True)
+    fit(tmp_path, [callback], model=Skipping())
+    assert len(callback.history) == 3
+    with pytest.warns(UserWarning, match="was not called in the forward pass"):
+        fit(tmp_path, [NeuralCollapseCallback(mode="online")], model=NeverCalled())
+
+
+class NeverCalled(Classifier):
+    def training_step(self, batch, batch_idx):
+        return self.net[0].weight.sum()
+
+
+def test_two_passes_of_a_step_through_the_classifier_are_pointed_out(tmp_path):
+    class Twice(Classifier):
+        def training_step(self, batch, batch_idx):
+            self(batch[0].flip(0))
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="is called several times with 8 rows; the last call is measured"):
+        fit(tmp_path, [NeuralCollapseCallback(mode="online", strict=True)], model=Twice())

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
+    ProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from test_callback import DATA, ROWS, TARGET, Classifier, fit, hooks_of, loader
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from lightning_nc import NeuralCollapseCallback, measure
 
@@ -321,3 +323,58 @@ def test_the_callback_and_measure_agree(tmp_path):
     assert {f"nc/{name}": value for name, value in alone.items()} == pytest.approx(
         {key: value for key, value in callback.history[-1].items() if key.startswith("nc/")}, rel=1e-9
     )
+
+
+def test_a_resumed_run_hands_its_last_values_to_what_monitors_them(tmp_path):
+    def callbacks():
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        return [NeuralCollapseCallback(every_n_epochs=5, strict=True), EarlyStopping("nc/nc1", patience=100), keep]
+
+    fit(tmp_path, callbacks(), max_epochs=3)
+    runner, _ = fit(tmp_path, callbacks(), max_epochs=7, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert runner.current_epoch == 7
+
+
+def test_a_run_resumed_behind_its_last_measurement_does_not_measure_twice(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    options = {"val": loader(False), "val_check_interval": 0.5, "max_epochs": 2}
+    fit(tmp_path, [NeuralCollapseCallback(strict=True), keep], **options)
+    callback = NeuralCollapseCallback(strict=True)
+    fit(tmp_path, [callback], ckpt_path=tmp_path / "epoch=0-step=6.ckpt", **options)
+    assert [(row["epoch"], row["step"]) for row in callback.history] == [(0, 6), (1, 12)]
+
+
+@pytest.mark.parametrize(("n", "every", "measured"), [(2, 5, [1, 5, 9]), (5, 3, [4, 9])])
+def test_of_seldom_validation_loops_those_behind_a_due_epoch_are_measured(tmp_path, n, every, measured):
+    callback = NeuralCollapseCallback(stages=("validate",), every_n_epochs=every, strict=True)
+    keep = ModelCheckpoint(tmp_path, monitor="nc/val/nc1")
+    fit(tmp_path, [callback, keep], val=loader(False), max_epochs=10, check_val_every_n_epoch=n)
+    assert [row["epoch"] for row in callback.history] == measured
+
+
+def test_a_progress_bar_of_the_users_own_does_not_stand_in_the_way(tmp_path):
+    class Own(ProgressBar):
+        def __init__(self):
+            super().__init__()
+            self.progress = 0
+
+        def disable(self):
+            pass
+
+    callback = NeuralCollapseCallback(strict=True)
+    fit(tmp_path, [callback, Own()], enable_progress_bar=True)
+    assert len(callback.history) == 3
+
+
+class Normalising(DataLoader):
+    def __iter__(self):
+        for rows, target in super().__iter__():
+            yield 3 * rows, target
+
+
+def test_a_loader_that_makes_its_batches_itself_is_used_as_it_is(tmp_path):
+    with pytest.warns(UserWarning, match="pass dataloader="):
+        fit(tmp_path, [NeuralCollapseCallback()], data=Normalising(DATA, 8))
+    callback = NeuralCollapseCallback(dataloader=Normalising(DATA, 8), strict=True)
+    _, model = fit(tmp_path, [callback], data=Normalising(DATA, 8, shuffle=True))
+    assert last(callback) == pytest.approx(exact(model, 3 * ROWS), rel=1e-5)
