@@ -27,17 +27,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-k", "--num-classes", type=int, help="marks what nc2_etf and nc2_of are at an exact frame of the other kind"
     )
     given = parser.parse_args(arguments)
+    if given.num_classes is not None and given.num_classes < 2:
+        parser.error(f"--num-classes must be at least 2, got {given.num_classes}")
+    out = given.out if given.out.suffix else given.out.with_suffix(".png")
     try:
         from lightning_nc.plotting import plot_runs
-        from lightning_nc.runs import read_run
+        from lightning_nc.runs import find_log, read_run
 
         runs = {str(path): read_run(path) for path in given.runs}
         named = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
-        plot_runs(named, num_classes=given.num_classes).savefig(given.out, dpi=150)
+        plot_runs(named, num_classes=given.num_classes).savefig(out, dpi=150)
     except (OSError, ValueError, ImportError) as error:
         print(f"lightning-nc: {error}", file=sys.stderr)
         return 1
-    print(f"{given.out}: {sum(map(len, runs.values()))} measurements of {len(runs)} run{'s' * (len(runs) > 1)}")
+    for path, rows in runs.items():
+        print(f"{find_log(path)}: {len(rows)} measurements")
+    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
     return 0
 
 

@@ -151,6 +151,7 @@ class NeuralCollapseCallback(Callback):
         self.strict = strict
         self.history: list[dict[str, Any]] = []
         self.class_means: Tensor | None = None
+        self._classes: list[int] = []  # whose means they are
         self._streams: dict[tuple[str, int], Stream] = {}  # by stage and data loader
         self._active: set[str] = set()  # stages whose batches are measured as they pass, at present
         self._epoch_began: float | None = None
@@ -212,9 +213,14 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for logger in trainer.loggers if trainer.is_global_zero and self.history else ():
+        every = [callback for callback in trainer.callbacks if isinstance(callback, NeuralCollapseCallback)]  # type: ignore[attr-defined]
+        history = [row for callback in every for row in callback.history]
+        if every[0] is not self or not trainer.is_global_zero or not history:
+            return
+        means, classes = next(((c.class_means, c._classes) for c in every if c.class_means is not None), (None, []))
+        for logger in trainer.loggers:
             try:
-                publish_figures(logger, self.history, self.class_means)
+                publish_figures(logger, history, means, classes)
             except Exception as error:  # a full disk, a server that is gone: the run itself is done and saved
                 rank_zero_warn(
                     f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"
@@ -481,7 +487,8 @@ class NeuralCollapseCallback(Callback):
     def _values(self, moments: Moments, stage: str) -> dict[str, float]:
         values = values_of(moments, self.metrics, self._probe)
         if "" in moments and (stage == "train" or "train" not in self.stages):
-            self.class_means = moments[""].means[moments[""].counts > 0].cpu()
+            seen = moments[""].counts > 0
+            self.class_means, self._classes = moments[""].means[seen].cpu(), seen.nonzero().flatten().tolist()
         return values
 
     def _remember(

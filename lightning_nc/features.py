@@ -182,7 +182,13 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
                 f"{_listed(uncalled)}, with {num_classes} outputs, was not called in the forward pass, and {last!r} has "
                 f"{outputs[last]}; pass forward_fn=lambda module, batch: ..., a function that calls the classifier"
             )
-    if not heads and not fitting and isinstance(output, Tensor) and output.dim() == 2 and outputs[last] != output.shape[1]:
+    if (
+        not heads
+        and not fitting
+        and isinstance(output, Tensor)
+        and output.dim() == 2
+        and outputs[last] != output.shape[1]
+    ):
         raise LookupError(
             f"the model returns {output.shape[1]} columns, which come from no linear layer; the last that was called, {last!r}, "
             f"has {outputs[last]} outputs. Hooks see only calls of a module itself, self.fc(x) instead of "

@@ -19,7 +19,9 @@ __all__ = ["publish_figures"]
 MOST_CLASSES = 1000  # of which a Gram matrix is drawn: one pixel a pair
 
 
-def publish_figures(logger: Any, history: Sequence[Mapping[str, Any]], class_means: Tensor | None) -> None:
+def publish_figures(
+    logger: Any, history: Sequence[Mapping[str, Any]], class_means: Tensor | None, classes: Sequence[int] | None = None
+) -> None:
     """Give a logger the panels of :func:`~lightning_nc.plotting.plot_history` and the Gram matrix of the class means.
 
     W&B takes images and a table of the final values, TensorBoard and MLflow figures; a logger that takes none, but has a
@@ -32,7 +34,7 @@ def publish_figures(logger: Any, history: Sequence[Mapping[str, Any]], class_mea
     figures = {"neural_collapse": plot_history(history, num_classes=None if class_means is None else len(class_means))}
     if class_means is not None and len(class_means) <= MOST_CLASSES:
         unit = torch.nn.functional.normalize(class_means - class_means.mean(dim=0), dim=1)
-        figures["class_means"] = plot_gram(unit @ unit.T)
+        figures["class_means"] = plot_gram(unit @ unit.T, classes)
     for name, figure in figures.items():
         _publish(logger, name, figure, step=history[-1]["step"])
     if hasattr(logger, "log_table"):

@@ -11,12 +11,13 @@ import matplotlib
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
+__all__ = ["draw", "natural", "plot_gram", "plot_history", "plot_runs"]
 
-# Okabe and Ito's colours: distinct for every kind of colour vision.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours, distinct for every kind of colour vision, and two more.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
 _TITLES = {
     "nc1": "NC1, within-class variability",
     "nc2": "NC2, class means to frame",
@@ -27,7 +28,7 @@ _TITLES = {
     "nc3_centered": "NC3, weight to centred means",
 }
 _OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
-_STYLES = {"train": "-", "validate": "--", "test": ":"}
+_DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
 
 Run = Sequence[Mapping[str, Any]]
 
@@ -65,18 +66,22 @@ def plot_runs(
     """
     curves = {name: _curves(rows) for name, rows in runs.items()}
     layers = list(dict.fromkeys(layer for run in curves.values() for _, layer, _ in run if layer))
+    if len(runs) > 1:  # which may have different ones
+        layers.sort(key=natural)
     measures = list(dict.fromkeys(measure for run in curves.values() for _, _, measure in run)) or ["nc1"]
     if layers:
         measures.sort(key=lambda measure: _order(measure))
-        panels = [([measure], _TITLES.get(measure, measure)) for measure in measures]
+        panels = [[measure] for measure in measures]
     else:
         families = {family: [m for m in measures if m[:3] == family] for family in ("nc1", "nc2", "nc3")}
         families["other measures"] = [m for m in measures if m[:3] not in families]
-        panels = [(found, _TITLES.get(family, family)) for family, found in families.items() if found]
+        panels = [found for found in families.values() if found]
     first = 1 if objective else 0
     columns = 3 if len(panels) + first > 4 else len(panels) + first
     lines = -(-(len(panels) + first) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.1 * lines * len(runs)), layout="constrained")
+    entries = _explained([key[0] for run in curves.values() for key in run], layers)
+    beside = -(-len(entries) // (14 * lines))
+    figure = Figure(figsize=(3.6 * columns + 1.3 * beside, 3.1 * lines * len(runs)), layout="constrained")
     # Constrained layout knows no groups, so each run is a sub-figure of its own.
     for (name, run), part in zip(curves.items(), figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
         axes = part.subplots(lines, columns, squeeze=False).ravel()
@@ -85,41 +90,54 @@ def plot_runs(
         if objective:
             epochs = [row["epoch"] for row in runs[name] if row.get("stage", "train") == "train"]
             draw(axes[0], "Training objective", "epoch", {k: (epochs, list(v)) for k, v in objective.items()})
-        for axis, (members, title) in zip(axes[first:], panels, strict=False):
-            chosen = {key: curve for key, curve in run.items() if key[2] in members}
-            colors = [_color(layer, layers, members.index(measure)) for _, layer, measure in chosen]
-            draw(
-                axis,
-                title,
-                "epoch",
-                {_label(key, bool(layers)): curve for key, curve in chosen.items()},
-                colors,
-                [_STYLES[stage.split("_")[0]] for stage, _, _ in chosen],
-                legend=not layers,
-            )
+        for axis, members in zip(axes[first:], panels, strict=False):
+            for stage in dict.fromkeys(stage for stage, _, _ in run):
+                chosen = {key: curve for key, curve in run.items() if key[0] == stage and key[2] in members}
+                draw(
+                    axis,
+                    _title(members),
+                    "epoch",
+                    {
+                        (layer or "features") if layers else measure: curve
+                        for (_, layer, measure), curve in chosen.items()
+                    },
+                    [_color(layer, layers, members.index(measure)) for _, layer, measure in chosen],
+                    _style(stage),
+                    legend=not layers and len(members) > 1,
+                )
             if num_classes and (frames := [_OTHER_FRAME[m] for m in members if m in _OTHER_FRAME]):
                 _mark_frame(axis, num_classes, frames[0] if len(frames) == 1 else "other frame")
-        if layers:  # the same in every panel
-            lines_by_label = {
-                line.get_label(): line for axis in axes[first:] for line in axis.lines if line.get_label()[0] != "_"
-            }
-            part.legend(lines_by_label.values(), lines_by_label.keys(), loc="outside right upper", fontsize=8)
-        if name:
-            part.suptitle(name, fontsize=10)
+        if entries:
+            part.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8, ncols=beside)
+        longest = 40 * columns
+        part.suptitle(name if len(name) <= longest else f"...{name[-longest:]}", fontsize=10)
     _share_scales(figure)
     return figure
+
+
+def _explained(stages: Sequence[str], layers: Sequence[str]) -> dict[str, Line2D]:
+    """Lines for a legend of what is the same in every panel: layers by colour, stages by dashes."""
+    entries = {}
+    if layers:
+        entries = {layer or "features": Line2D([], [], color=_color(layer, layers, 0)) for layer in [*layers, ""]}
+    if len(set(stages)) > 1:
+        entries |= {stage: Line2D([], [], color="0.3", linestyle=_style(stage)) for stage in dict.fromkeys(stages)}
+    return entries
 
 
 def _mark_frame(axis: Axes, num_classes: int, name: str) -> None:
     level = math.sqrt(2 - 2 * math.sqrt((num_classes - 1) / num_classes))
     axis.axhline(level, color="0.4", linestyle="-.", linewidth=1)
-    axis.annotate(
-        f"exact {name}", (0.02, level), xycoords=axis.get_yaxis_transform(), va="bottom", fontsize=7, color="0.3"
-    )
+    axis.text(0.02, level, f"exact {name}", transform=axis.get_yaxis_transform(), va="bottom", fontsize=7, color="0.3")
 
 
-def plot_gram(gram: Any) -> Figure:
-    """Draw a Gram matrix of unit class means, (K, K): the cosines of all pairs of classes, 1 on the diagonal."""
+def plot_gram(gram: Any, classes: Sequence[int] | None = None) -> Figure:
+    """Draw a Gram matrix of unit class means, (K, K): the cosines of all pairs of classes, 1 on the diagonal.
+
+    Args:
+        gram: the matrix.
+        classes: the class of each row; 0 to K - 1 where it is not given.
+    """
     figure = Figure(figsize=(4.2, 3.6), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(numpy.asarray(gram), cmap="RdBu_r", vmin=-1, vmax=1)
@@ -127,7 +145,9 @@ def plot_gram(gram: Any) -> Figure:
     axis.set_xlabel("class")
     axis.set_ylabel("class")
     for ticks in (axis.xaxis, axis.yaxis):
-        ticks.set_major_locator(MaxNLocator(integer=True))
+        ticks.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        if classes is not None:
+            ticks.set_major_formatter(lambda at, _: str(classes[int(at)]) if 0 <= at < len(classes) else "")
     figure.colorbar(image)
     return figure
 
@@ -138,32 +158,35 @@ def draw(
     xlabel: str,
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     colors: Sequence[Any] = _COLORS,
-    styles: Sequence[str] = (),
+    style: Any = "-",
     legend: bool = True,
 ) -> None:
-    """One panel: curves by label, each a pair of x and y, on a log axis; values of zero are marked at the lower edge."""
-    positive = [y for _, ys in curves.values() for y in ys if y > 0 and numpy.isfinite(y)]
-    floor = min(positive, default=1.0) / 3
+    """Curves by label, each a pair of x and y, on a log axis; values of zero are triangles at its lower edge."""
     for index, (label, (xs, ys)) in enumerate(curves.items()):
-        color, style = colors[index % len(colors)], styles[index] if styles else "-"
-        y = numpy.asarray(ys, dtype=float)
-        zero = y == 0
+        color, x, y = colors[index % len(colors)], numpy.asarray(xs), numpy.asarray(ys, dtype=float)
+        seen = numpy.isfinite(y) & (y > 0)
+        alone = seen & ~numpy.append(seen[1:], False) & ~numpy.append(False, seen[:-1])
+        known = {line.get_label() for line in axis.lines}
         axis.plot(
-            xs,
-            numpy.where(zero, floor, y),
-            style,
+            x,
+            numpy.where(seen, y, numpy.nan),
+            linestyle=style,
             color=color,
-            label=label,
+            label=f"_{label}" if label in known else label,
             linewidth=1.6,
-            marker="o" if len(y) < 2 else None,
+            marker="o" if alone.any() else None,
             markersize=4,
+            markevery=alone.nonzero()[0].tolist(),
         )
-        if zero.any():
-            axis.plot(numpy.asarray(xs)[zero], y[zero] + floor, "v", color=color, markersize=5)
+        if (zero := y == 0).any():
+            axis.plot(x[zero], zero[zero] * 0.0, "v", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
     axis.set_yscale("log")
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(xlabel)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
     axis.grid(True, which="major", alpha=0.3)
+    if not any(numpy.isfinite(line.get_ydata()).any() for line in axis.lines):
+        axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", va="center", color="0.4")
     if legend and len(curves) > 1:
         axis.legend(fontsize=8, framealpha=0.8)
 
@@ -179,7 +202,7 @@ def _curves(rows: Run) -> dict[tuple[str, str, str], tuple[list[float], list[flo
                 xs.append(row["epoch"])
                 ys.append(value)
     # By stage, and the classifier's input last and on top, in whatever order a logger has its columns.
-    order = sorted(curves, key=lambda key: (list(_STYLES).index(key[0].split("_")[0]), key[1] == ""))
+    order = sorted(curves, key=lambda key: (list(_DASHES).index(key[0].split("_")[0]), key[0], key[1] == ""))
     return {key: curves[key] for key in order}
 
 
@@ -196,10 +219,18 @@ def _order(measure: str) -> int:
     return list(_TITLES).index(measure) if measure in _TITLES else len(_TITLES)
 
 
-def _label(key: tuple[str, str, str], layered: bool) -> str:
-    stage, layer, measure = key
-    name = (layer or "features") if layered else measure
-    return name if stage == "train" else f"{name}, {stage}"
+def _title(members: Sequence[str]) -> str:
+    """Of a panel: the measure, or what several have in common."""
+    (first, *others) = members
+    if not others:
+        return _TITLES.get(first, first)
+    return _TITLES.get(first[:3], "other measures")
+
+
+def _style(stage: str) -> Any:
+    """Solid for training, dashed for validation, dotted for test, and more dashes for their further data loaders."""
+    name, _, loader = stage.partition("_")
+    return (0, _DASHES[name] + (3, 1.5) * int(loader or 0)) if _DASHES[name] else "-"
 
 
 def _color(layer: str, layers: Sequence[str], member: int) -> Any:
@@ -207,7 +238,12 @@ def _color(layer: str, layers: Sequence[str], member: int) -> Any:
     if not layers:
         return _COLORS[member % len(_COLORS)]
     depth = layers.index(layer) if layer else len(layers)
-    return matplotlib.colormaps["viridis_r"](0.1 + 0.9 * depth / len(layers))
+    return matplotlib.colormaps["viridis_r"](0.25 + 0.75 * depth / len(layers))
+
+
+def natural(name: str) -> list[int | str]:
+    """A key that sorts layer2 before layer10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _share_scales(figure: Figure) -> None:

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_nc.plotting import Run
+from lightning_nc.functional import MEASURES
+from lightning_nc.plotting import Run, natural
 
-__all__ = ["read_run"]
+__all__ = ["find_log", "read_run"]
+
+
+def find_log(path: str | Path) -> Path:
+    """The file of a logger: the path itself, or the newest in a directory, at any depth.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(path)
+    if path.is_file() and any(path.match(pattern) for pattern in (*_readers(), "*.csv")):
+        return path
+    found = [file for pattern in _readers() for file in path.rglob(pattern)]
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is, or holds, none of {', '.join(_readers())}; give the file or the directory that a logger wrote"
+        )
+    return max(found, key=lambda file: file.stat().st_mtime)
 
 
 def read_run(path: str | Path) -> Run:
-    """The rows of a run that hold measurements, each with ``epoch`` and values by key.
+    """The rows of a run that hold measurements, each with ``epoch`` and values by key, layers in natural order.
 
     Args:
         path: a CSV file, or a directory that holds, at any depth, ``metrics.csv``, TensorBoard's ``events.out.tfevents*`` or
@@ -22,30 +40,27 @@ def read_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no measurement of neural collapse.
+        ValueError: if it holds no measurement of neural collapse, or is damaged.
         ImportError: if the package that wrote it is not installed.
     """
-    path = Path(path)
-    readers = {
-        "*.csv" if path.is_file() else "metrics.csv": _csv,
-        "events.out.tfevents*": _tensorboard,
-        "run-*.wandb": _wandb,
-    }
-    found = [
-        (file, read)
-        for pattern, read in readers.items()
-        for file in ([path] if path.is_file() and path.match(pattern) else path.rglob(pattern))
-    ]
-    if not found:
-        raise FileNotFoundError(
-            f"{path} is, or holds, none of {', '.join(readers)}; give the file or the directory that a logger wrote"
-        )
-    file, read = max(found, key=lambda pair: pair[0].stat().st_mtime)
+    file = find_log(path)
+    read = next((read for pattern, read in _readers().items() if file.match(pattern)), _csv)
     rows = [row for row in read(file) if any(key.startswith("nc/") for key in row)]
     if not rows:
-        raise ValueError(f"{file} holds no key that starts with nc/; was NeuralCollapseCallback in the Trainer?")
+        raise ValueError(
+            f"{file} holds no row with an epoch and a key that starts with nc/; was NeuralCollapseCallback in the Trainer?"
+        )
+    # Some loggers sort their columns by name, some not at all.
+    return [{key: row[key] for key in sorted(row, key=_order)} for row in rows]
 
-    return rows
+
+def _readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
+    return {"metrics.csv": _csv, "events.out.tfevents*": _tensorboard, "run-*.wandb": _wandb}
+
+
+def _order(key: str) -> tuple[Any, ...]:
+    layer, _, measure = key.rpartition("/")
+    return natural(layer), list(MEASURES).index(measure) if measure in MEASURES else len(MEASURES), measure
 
 
 def _csv(file: Path) -> Iterator[dict[str, Any]]:
@@ -78,7 +93,10 @@ def _wandb(file: Path) -> Iterator[dict[str, Any]]:
 
     for payload in _records(file.read_bytes()):
         record = proto.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(payload)
+        try:
+            record.ParseFromString(payload)
+        except Exception as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
         if record.WhichOneof("record_type") == "history":
             row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             values = {key: float(value) for key, value in row.items() if key.startswith("nc/") and _is_number(value)}

@@ -179,21 +179,59 @@ def test_stages_differ_by_style_and_measures_without_layers_share_their_familys_
     rows = history(("",), (("train", ""), ("validate", "val/")), ("nc1", "nc2_of", "nc2_etf", "bias_collapse"))
     figure = plot_history(rows)
     assert [len(axis.lines) for axis in figure.axes] == [2, 4, 2]
-    assert {line.get_label(): line.get_linestyle() for line in figure.axes[1].lines} == {
-        "nc2_of": "-",
-        "nc2_etf": "-",
-        "nc2_of, validate": "--",
-        "nc2_etf, validate": "--",
-    }
+    assert [axis.get_title() for axis in figure.axes] == [
+        "NC1, within-class variability",
+        "NC2, class means to frame",
+        "bias_collapse",
+    ]
+    assert [(line.get_label(), line.get_linestyle()) for line in figure.axes[1].lines] == [
+        ("nc2_of", "-"),
+        ("nc2_etf", "-"),
+        ("_nc2_of", "--"),
+        ("_nc2_etf", "--"),
+    ]
+    (legend,) = figure.subfigs[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["train", "validate"]
+
+
+def test_loaders_of_a_stage_differ():
+    rows = history(("",), (("validate", "val/"), ("validate", "val_1/")), ("nc1",))
+    first, second = plot_history(rows).axes[0].lines
+    assert first._dash_pattern != second._dash_pattern
 
 
 def test_zeros_and_holes_are_seen_on_a_log_axis():
     rows = [{"stage": "train", "epoch": e, "nc/nc1": v} for e, v in enumerate([1.0, 0.0, math.nan, 1e-3])]
-    line, zeros = plot_history(rows).axes[0].lines
+    figure = plot_runs({"a": rows, "b": [{**row, "nc/nc1": row["nc/nc1"] * 1e-9} for row in rows]})
+    line, zeros = figure.axes[0].lines
     assert zeros.get_marker() == "v"
     assert list(zeros.get_xdata()) == [1]
-    assert zeros.get_ydata()[0] == pytest.approx(1e-3 / 3)
-    assert math.isnan(line.get_ydata()[2])
+    edge = zeros.get_transform().transform((1, zeros.get_ydata()[0]))[1]
+    assert edge == pytest.approx(figure.axes[0].transData.transform((1, figure.axes[0].get_ylim()[0]))[1])
+    assert np.isnan(line.get_ydata()[[1, 2]]).all()
+    assert line.get_markevery() == [0, 3]  # without a neighbour, no line would show them
+    nothing = plot_history([{"stage": "train", "epoch": e, "nc/nc1": math.nan} for e in range(3)])
+    assert [text.get_text() for text in nothing.axes[0].texts] == ["no finite value"]
+
+
+def test_layers_lie_in_natural_order_whatever_the_order_of_a_file(tmp_path):
+    layers = ["layer10", "layer9", "layer1", "layer2"]
+    with (tmp_path / "metrics.csv").open("w") as file:
+        csv.writer(file).writerows([["epoch", *(f"nc/{layer}/nc1" for layer in layers), "nc/nc1"], [0, 1, 2, 3, 4, 5]])
+    figure = plot_history(read_run(tmp_path))
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert labels == ["layer1", "layer2", "layer9", "layer10", "features"]
+    brightness = [sum(line.get_color()[:3]) for line in figure.axes[0].lines]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+def test_callbacks_that_share_a_trainer_share_a_figure(tmp_path):
+    both = [NeuralCollapseCallback(), NeuralCollapseCallback(stages=("validate",), metrics=("nc1",))]
+    fit(tmp_path, both, logger=CSVLogger(tmp_path, name="", version="both"), val=loader(False))
+    alone = NeuralCollapseCallback(stages=("train", "validate"))
+    fit(tmp_path, [alone], logger=CSVLogger(tmp_path, name="", version="alone"), val=loader(False))
+    sizes = [Image.open(tmp_path / name / "neural_collapse.png").size for name in ("both", "alone")]
+    assert sizes[0] == sizes[1]
 
 
 def test_the_value_at_a_frame_of_the_other_kind_is_marked():
@@ -216,6 +254,8 @@ def test_a_gram_matrix_shows_all_pairs_of_classes():
     (image,) = plot_gram(gram).axes[0].images
     assert np.allclose(image.get_array(), gram)
     assert image.get_clim() == (-1, 1)
+    axis = plot_gram(gram, classes=[1, 2, 3, 5, 8]).axes[0]
+    assert [axis.xaxis.get_major_formatter()(at, None) for at in (-1, 0, 3, 4, 5)] == ["", "1", "5", "8", ""]
 
 
 def test_the_command_draws_runs_and_says_what_is_wrong(tmp_path, capsys):
@@ -223,12 +263,21 @@ def test_the_command_draws_runs_and_says_what_is_wrong(tmp_path, capsys):
         train(tmp_path, CSVLogger(tmp_path / name, name="", version=""))
     out = tmp_path / "both.png"
     assert main(["plot", str(tmp_path / "a"), str(tmp_path / "b" / "metrics.csv"), "-k", "3", "-o", str(out)]) == 0
-    assert "12 measurements of 2 runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'a' / 'metrics.csv'}: 6 measurements" in said
+    assert f"{out}: 2 runs" in said
     assert is_picture(out)
     assert main(["plot", str(tmp_path / "none")]) == 1
     assert "none of metrics.csv, events.out.tfevents*, run-*.wandb" in capsys.readouterr().err
     with (tmp_path / "other.csv").open("w") as file:
         csv.writer(file).writerows([["epoch", "loss"], [0, 1.0]])
     assert main(["plot", str(tmp_path / "other.csv")]) == 1
-    assert "no key that starts with nc/" in capsys.readouterr().err
+    assert "no row with an epoch and a key that starts with nc/" in capsys.readouterr().err
+    (tmp_path / "run-a.wandb").write_bytes(bytes(7) + b"\0\0\0\0\x08\0\x01" + b"\xff" * 8)
+    assert main(["plot", str(tmp_path / "run-a.wandb")]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plot", str(tmp_path / "a"), "-k", "1"])
+    assert main(["plot", str(tmp_path / "a"), "-o", str(tmp_path / "plain")]) == 0
+    assert is_picture(tmp_path / "plain.png")
     assert main(["plot", str(tmp_path / "a"), "-o", str(tmp_path / "a.xyz")]) == 1
