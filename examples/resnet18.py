@@ -216,11 +216,13 @@ class Images(LightningDataModule):
         for part, (images, target) in parts.items():
             if size and images.shape[-2:] != (size, size):
                 images = nn.functional.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
-            setattr(self, part, InMemory(((images - mean) / deviation).to(device), target.to(device)))
+            images = (images.float() - mean) / deviation.clamp(min=1e-6)  # a channel may be constant
+            setattr(self, part, InMemory(images.to(device), target.to(device)))
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; without the last one, whose few images would upset the batch norm of the whole epoch."""
-        return self._loader(self.train, shuffle=True, drop_last=len(self.train) > self.hparams.batch_size)
+        own = len(self.train) // (self.trainer.world_size if self.trainer else 1)
+        return self._loader(self.train, shuffle=True, drop_last=own > self.hparams.batch_size)
 
     def val_dataloader(self) -> DataLoader | list:
         """The test images: nothing is chosen by them here."""
@@ -295,7 +297,27 @@ def npz(path: str) -> Parts:
                 f"{', '.join(arrays) or 'none'}"
             )
         names = [part for part in ("train", "test") if f"x_{part}" in arrays and f"y_{part}" in arrays]
-        return {part: channels_first(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in names}
+        parts = {part: checked(path, part, arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in names}
+    classes = int(parts["train"][1].max()) + 1
+    for part, (_, target) in parts.items():
+        if not 0 <= int(target.min()) <= int(target.max()) < classes:
+            raise ValueError(f"{path}: y_{part} must hold labels from 0 to {classes - 1}, the largest of y_train")
+    return parts
+
+
+def checked(path: str, part: str, images: numpy.ndarray, target: numpy.ndarray) -> tuple[Tensor, Tensor]:
+    """Arrays of the user's own as tensors, or what is wrong with them."""
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 2, 3, 4)):
+        raise ValueError(
+            f"{path}: x_{part} must be (N, H, W) or (N, H, W, C) with C at most 4, got {images.shape}; reshape flat images, and "
+            "transpose(0, 2, 3, 1) those whose channels come first"
+        )
+    if not numpy.issubdtype(target.dtype, numpy.integer) or target.size != len(images) or len(target) != len(images):
+        raise ValueError(
+            f"{path}: y_{part} must be {len(images)} integers, one for each image, got {target.dtype} {target.shape}; take the "
+            "argmax of one-hot labels"
+        )
+    return channels_first(images, target)
 
 
 def channels_first(images: object, target: object) -> tuple[Tensor, Tensor]:
@@ -312,9 +334,17 @@ def folder(path: str, part: str, size: int) -> torchvision.datasets.ImageFolder 
         return None
     steps = torchvision.transforms
     normal = steps.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return torchvision.datasets.ImageFolder(
+    found = torchvision.datasets.ImageFolder(
         directory, steps.Compose([steps.Resize((size, size)), steps.ToTensor(), normal])
     )
+    if part == "test":  # which may lack a class: its labels are those of the training images
+        labels = folder(path, "train", size).class_to_idx
+        if unknown := found.class_to_idx.keys() - labels.keys():
+            raise ValueError(
+                f"{directory} has the classes {', '.join(sorted(unknown))}, which the training images lack"
+            )
+        found.samples = [(file, labels[found.classes[label]]) for file, label in found.samples]
+    return found
 
 
 def first_of_each(target: Tensor, count: int) -> Tensor:
@@ -340,11 +370,15 @@ class CLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """``--ckpt_path last`` is the newest of all runs: each run has a directory of its own."""
+        """``--ckpt_path last`` is that of the run whose config.yaml is given, else the newest of all runs."""
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
         if options.ckpt_path == "last":
-            found = sorted(RESULTS.glob("resnet18/*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+            beside = [Path(str(file)).parent / "checkpoints" / "last.ckpt" for file in options.get("config") or []]
+            found = [file for file in beside if file.is_file()]
+            found = found or sorted(
+                RESULTS.glob("resnet18/*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime
+            )
             if not found:
                 raise FileNotFoundError(f"--ckpt_path last: no run in {RESULTS / 'resnet18'} has a checkpoint")
             options.ckpt_path = str(found[-1])
@@ -359,27 +393,34 @@ class CLI(LightningCLI):
         directory = Path(self.trainer.log_dir or ".")  # all processes ask together
         if not self.trainer.is_global_zero:
             return
-        curves = {
-            name: [curve.get(row["epoch"], math.nan) for row in history] for name, curve in self.model.curves.items()
-        }
         print(f"\n{'':36}{'first':>12}{'best':>12}{'last':>12}")
-        for key in [key for key in history[0] if key.startswith("nc/")]:
-            values = [row[key] for row in history]
+        for key in dict.fromkeys(key for row in history for key in row if key.startswith("nc/")):
+            values = [row[key] for row in history if key in row]
             print(f"{key:36}{values[0]:12.3e}{min(values):12.3e}{values[-1]:12.3e}")
-        accuracy = curves["accuracy"]
+        epochs = [row["epoch"] for row in history if row["stage"] == "train"]
+        curves = {name: [curve.get(epoch, math.nan) for epoch in epochs] for name, curve in self.model.curves.items()}
+        accuracy = list(self.model.curves["accuracy"].values())
         print(f"{'accuracy':36}{accuracy[0]:12.4f}{max(accuracy):12.4f}{accuracy[-1]:12.4f}")
         picture = directory / "neural_collapse.png"
-        plot_history([figure5(row) for row in history], objective=curves).savefig(picture, dpi=150)
-        print(f"\nvalues:  {directory / 'metrics.csv'}\nfigure:  {picture}")
-        last = directory / "checkpoints" / "last.ckpt"
-        if last.exists():
-            print(f"test:    python {sys.argv[0]} test --config {directory / 'config.yaml'} --ckpt_path {last}")
+        plot_history(figure5(history), objective=curves if epochs else None).savefig(picture, dpi=150)
+        print()
+        values, config, last = (directory / name for name in ("metrics.csv", "config.yaml", "checkpoints/last.ckpt"))
+        if values.exists():
+            print(f"values:  {values}")
+        print(f"figure:  {picture}")
+        if config.exists() and last.exists():
+            print(f"test:    python {sys.argv[0]} test --config {config} --ckpt_path {last}")
 
 
-def figure5(row: dict) -> dict:
-    """Of a measurement, what the paper's figure shows: NC1 and NC2 at every depth and NC3, of centred means."""
-    shown = ("epoch", "nc1", "nc2_etf_centered", "nc3_centered")
-    return {key.replace("network.", ""): value for key, value in row.items() if key.split("/")[-1] in shown}
+def figure5(history: list[dict]) -> list[dict]:
+    """Of the measurements, what the paper's figure shows: NC1 and NC2 at every depth and NC3, of centred means.
+
+    All of them, where other measures were asked for.
+    """
+    shown = ("stage", "epoch", "nc1", "nc2_etf_centered", "nc3_centered")
+    rows = [{key: value for key, value in row.items() if key.split("/")[-1] in shown} for row in history]
+    chosen = rows if any(key.startswith("nc/") for row in rows for key in row) else history
+    return [{key.replace("network.", ""): value for key, value in row.items()} for row in chosen]
 
 
 def main(args: ArgsType = None) -> None:

@@ -153,6 +153,77 @@ def test_an_npz_of_the_users_own(directory):
         resnet18.Images("wrong.npz")
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_train": (20, 3, 16, 16)}, r"x_train must be \(N, H, W\) or \(N, H, W, C\).*transpose\(0, 2, 3, 1\)"),
+        ({"x_train": (20, 784)}, "reshape flat images"),
+        ({"y_train": numpy.eye(4)[numpy.arange(20) % 4]}, "take the argmax of one-hot labels"),
+        ({"y_train": numpy.arange(20) % 4 + 0.7}, "must be 20 integers"),
+        ({"y_train": numpy.arange(19) % 4}, "must be 20 integers"),
+        ({"y_train": numpy.arange(20) % 4 - 1}, "must hold labels from 0 to 2"),
+        ({"x_test": (5, 8, 8), "y_test": numpy.arange(5)}, "y_test must hold labels from 0 to 3"),
+    ],
+)
+def test_arrays_that_are_no_images_or_labels_get_a_clear_answer(directory, arrays, message):
+    arrays = {"x_train": (20, 8, 8), "y_train": numpy.arange(20) % 4} | arrays
+    numpy.savez("own.npz", **{k: numpy.zeros(v, numpy.uint8) if isinstance(v, tuple) else v for k, v in arrays.items()})
+    with pytest.raises(ValueError, match=message):
+        resnet18.Images("own.npz")
+
+
+def test_arrays_of_any_type_and_a_constant_channel_are_trained_on(directory):
+    images = numpy.random.default_rng(0).random((40, 8, 8, 4))
+    images[..., 3] = 1
+    numpy.savez("own.npz", x_train=images, y_train=(numpy.arange(40) % 4)[:, None])
+    run("fit --data.dataset own.npz --data.batch_size 10 --trainer.max_epochs 1")
+    assert float(rows()[-1]["nc/nc1"]) > 0
+
+
+def test_stages_other_measures_and_other_loggers_end_with_a_table_and_a_figure(directory, capsys, caplog):
+    few = "fit --data.samples_per_class 10 --data.batch_size 50 --trainer.max_epochs 2"
+    run(f"{few} --neural_collapse.stages [train,validate]")
+    text = capsys.readouterr().out
+    assert "nc/val/network.layer1/nc1" in text
+    assert "nc/nc3_centered" in text
+    run(
+        f"{few} --neural_collapse.metrics [nc1_trace,nc3_gram] --trainer.logger TensorBoardLogger "
+        "--trainer.logger.save_dir results --trainer.logger.name tb"
+    )
+    text = capsys.readouterr().out
+    assert "nc/nc1_trace" in text
+    assert "metrics.csv" not in text
+    with caplog.at_level("INFO"):
+        run("test --config results/tb/version_0/config.yaml --ckpt_path last")
+    assert "results/tb/version_0/checkpoints/last.ckpt" in caplog.text
+
+
+def test_a_process_drops_no_batch_that_is_its_only_one(directory):
+    class Two:
+        world_size = 2
+
+    data = resnet18.Images(samples_per_class=20)
+    data.setup("fit")
+    assert data.train_dataloader().drop_last
+    data.trainer = Two()
+    assert not data.train_dataloader().drop_last
+
+
+def test_test_images_that_lack_a_class_keep_the_labels_of_training(directory):
+    for part, names in {"train": "abcd", "test": "bd"}.items():
+        for name in names:
+            place = directory / "own" / part / name
+            place.mkdir(parents=True)
+            Image.new("L", (8, 8)).save(place / "0.png")
+    data = resnet18.Images("own", image_size=8)
+    data.setup("fit")
+    assert [label for _, label in data.train] == [0, 1, 2, 3]
+    assert [label for _, label in data.test] == [1, 3]
+    (directory / "own" / "test" / "b").rename(directory / "own" / "test" / "z")
+    with pytest.raises(ValueError, match="has the classes z, which the training images lack"):
+        data.setup("fit")
+
+
 def resnet18_digits():
     data = resnet18.Images()
     data.setup("fit")
