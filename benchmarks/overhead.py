@@ -1,6 +1,6 @@
 """Cost of measuring batches as they pass, as a ratio to the same batches of the same run without the callback.
 
-    python benchmarks/overhead.py [--rounds 40]
+    python benchmarks/overhead.py [--rounds 20]
 
 In every round of three batches one is measured, one passes the hooks on an epoch that is not measured, and one passes a network
 without hooks, in an order that changes from round to round: what else the machine does falls on all three alike.
@@ -84,7 +84,7 @@ class TakingTurns(NeuralCollapseCallback):
 def main() -> None:
     """Print a line per stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40, help="of three batches each, in training and in validation")
+    parser.add_argument("--rounds", type=int, default=20, help="of three batches each, in training and in validation")
     rounds = parser.parse_args().rounds
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -183,7 +183,7 @@ def draw(
     axis.set_yscale("log")
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(xlabel)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
     axis.grid(True, which="major", alpha=0.3)
     if not any(numpy.isfinite(line.get_ydata()).any() for line in axis.lines):
         axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", va="center", color="0.4")
