@@ -158,7 +158,7 @@ class NeuralCollapseCallback(Callback):
         self._measured: tuple[int, int] | None = None  # epoch and step
         self._validated = -1  # the last epoch whose validation loop was measured
         self._fitting = True
-        self._partial = self._warned = self._told = False
+        self._partial = False
 
     @property
     @override
@@ -180,7 +180,7 @@ class NeuralCollapseCallback(Callback):
         self._probe.forget()
         self._fitting = stage == "fit"
         self._streams, self._active = {}, set()
-        self._epoch_began, self._partial, self._warned = None, False, False
+        self._epoch_began, self._partial = None, False
         others = [c for c in trainer.callbacks if isinstance(c, NeuralCollapseCallback) and c is not self]  # type: ignore[attr-defined]
         if any(set(self.stages) & set(other.stages) and self._settings() != other._settings() for other in others):
             raise MisconfigurationException(
@@ -437,12 +437,12 @@ class NeuralCollapseCallback(Callback):
         if values is None:
             return {}
         took = perf_counter() - began
-        if self._epoch_began is not None and not self._told and took > 1 and took > 0.25 * (began - self._epoch_began):
-            self._told = True
+        epoch_took = math.inf if self._epoch_began is None else began - self._epoch_began
+        if took > max(1, 0.25 * epoch_took) and self._probe.first_time("slow"):
             rank_zero_info(
-                f"measuring neural collapse took {took:.1f} s, {100 * took / (began - self._epoch_began):.0f} % of the "
-                f"{began - self._epoch_began:.1f} s of the epoch before it; NeuralCollapseCallback(every_n_epochs=...) "
-                "measures less often, mode='online' without an extra pass"
+                f"measuring neural collapse took {took:.1f} s, {100 * took / epoch_took:.0f} % of the {epoch_took:.1f} s of the "
+                "epoch before it; NeuralCollapseCallback(every_n_epochs=...) measures less often, mode='online' without an "
+                "extra pass"
             )
         return self._remember(trainer, "train", _KEYS["train"], values, epoch)
 
@@ -474,14 +474,13 @@ class NeuralCollapseCallback(Callback):
         except Exception as error:
             if self.strict:
                 raise
-            if not self._warned:
+            if self._probe.first_time("cannot be measured"):
                 # On every process: the reason may be known to one of them alone.
                 warnings.warn(
                     f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
                     "raises instead)",
                     stacklevel=2,
                 )
-                self._warned = True
             return None
 
     def _values(self, moments: Moments, stage: str) -> dict[str, float]:

@@ -172,11 +172,10 @@ def exact_pass(
     wide = {prefix: m for prefix, m in moments.items() if not m.knows_scatter}
     if wide and any(MEASURES[name].scatter for name in metrics):
         sizes = ", ".join(f"{prefix[:-1] or 'classifier input'} {m.means.shape[1]}" for prefix, m in wide.items())
-        if not probe.told:
+        if probe.first_time("two passes"):
             rank_zero_info(
                 f"neural collapse: features too wide for a scatter matrix ({sizes}) take a second pass over the data"
             )
-            probe.told = True
         bases = {prefix: m.span() for prefix, m in wide.items()}
         if agree_on is not None:
             for basis in bases.values():

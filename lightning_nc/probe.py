@@ -52,7 +52,6 @@ class Probe:
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     pool: Pool = "mean"
     strict: bool = True  # else a layer that is not there warns, and the others are measured
-    told: bool = field(init=False, repr=False, default=False)  # that features are too wide, which is said once
     classes: int = field(init=False, repr=False, default=0)
     _recorder: Recorder | None = field(init=False, repr=False, default=None)
     _head: tuple[str, nn.Module] | None = field(init=False, repr=False, default=None)
@@ -60,9 +59,7 @@ class Probe:
     _sharded: list[str] = field(init=False, repr=False, default_factory=list)
     _whole: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
     _target: Tensor | None = field(init=False, repr=False, default=None)
-    _said: bool = field(init=False, repr=False, default=False)
-    _missed: bool = field(init=False, repr=False, default=False)
-    _repeated: bool = field(init=False, repr=False, default=False)
+    _said: set[str] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):
@@ -117,7 +114,13 @@ class Probe:
         """Be ready for another model."""
         self.detach()
         self._head = None
-        self._missed = False
+        self._said = set()
+
+    def first_time(self, topic: str) -> bool:
+        """Whether nothing was said of a topic yet, for what is said once in a run."""
+        first = topic not in self._said
+        self._said.add(topic)
+        return first
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Run the model on a batch."""
@@ -221,8 +224,8 @@ class Probe:
             yield f"{name}/", features_of(name, calls, size)
         if self._head is not None:
             own = [(self._head[0], tensor) for name, tensor in calls if name == _INPUT]
-            if not self._repeated and sum(tensor is not None and len(tensor) == size for _, tensor in own) > 1:
-                self._repeated = True
+            fitting = [tensor for _, tensor in own if tensor is not None and len(tensor) == size]
+            if len(fitting) > 1 and self.first_time("several calls"):
                 warnings.warn(
                     f"the classifier {self._head[0]!r} is called several times with {size} rows; the last call is measured. If "
                     "its features are not those of the labels, use mode='exact' with dataloader= and forward_fn=",
@@ -235,8 +238,8 @@ class Probe:
         for name in self._sharded:
             if (part := _part(module, name)) is not None:
                 self._whole[name] = part.clone()
-        if features.dim() == 3 and isinstance(module, nn.Linear) and self.pool == "mean" and not self._said:
-            self._said = True
+        sequence = features.dim() == 3 and isinstance(module, nn.Linear) and self.pool == "mean"
+        if sequence and self.first_time("sequence"):
             warnings.warn(
                 f"the classifier {self._head[0] if self._head else ''!r} is called on a sequence of shape "
                 f"{tuple(features.shape)}; the mean over its positions is measured. If the model takes one of them, the last "
@@ -251,8 +254,7 @@ class Probe:
                 match_layers(model, [pattern])
             except LookupError as error:
                 patterns.remove(pattern)
-                if not self._missed:
-                    self._missed = True
+                if self.first_time("layers"):
                     warnings.warn(f"neural collapse: {error}; what can be found is measured", stacklevel=2)
         return match_layers(model, patterns)
 
