@@ -18,7 +18,8 @@ from torchmetrics import MeanMetric
 from lightning_nc import NeuralCollapseCallback, measure
 
 KILLED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 sys.path.insert(0, sys.argv[2])
 from test_callback import Classifier, NeuralCollapseCallback, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
