@@ -226,9 +226,10 @@ def _contrasts(means: Tensor) -> Tensor:
 
 def _nc1(s: Summary) -> Tensor:
     contrasts = _contrasts(s.means)
-    eps = torch.finfo(contrasts.dtype).eps
-    # Directions as weak as the rounding of the means are none; with T = U diag(s) V', this is V diag(1/s) U'.
-    cut = {"atol": 10 * eps * _norm(s.means.detach()), "rtol": eps * max(contrasts.shape)}
+    # Directions as weak as the rounding of the features are none: where the means have a lower rank than K - 1, the scatter
+    # along them would be divided by nothing. With T = U diag(s) V', this is V diag(1/s) U'.
+    eps = torch.finfo(torch.float32 if s.moments.rounded > 0 else contrasts.dtype).eps
+    cut = {"atol": 10 * eps * _norm(s.means.detach()), "rtol": torch.finfo(contrasts.dtype).eps * max(contrasts.shape)}
     if len(contrasts) > contrasts.shape[1] and not contrasts.requires_grad:
         contrasts = torch.linalg.qr(contrasts, mode="r").R  # T = QR, and U is all that Q would change
     whitening = torch.linalg.pinv(contrasts, **cut)
@@ -399,6 +400,8 @@ def check_measures(names: Sequence[str]) -> tuple[str, ...]:
     """The names as a tuple; ``ValueError`` for one that is not in :data:`MEASURES`, with the nearest ones."""
     if isinstance(names, str):
         raise ValueError(f"metrics must be a sequence of names, got the string {names!r}; write ({names!r},)")
+    if not names:
+        raise ValueError(f"metrics is empty; name some of {', '.join(MEASURES)}")
     for name in names:
         if name in _FORMULAS.keys() - MEASURES.keys():
             raise ValueError(f"{name} needs all features at once; use lightning_nc.{name.upper()} or functional.{name}")

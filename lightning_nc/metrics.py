@@ -69,6 +69,7 @@ class NeuralCollapse(Metric):
     recent: Tensor
     mislabelled: Tensor
     nonfinite: Tensor
+    rounded: Tensor
 
     def __init__(
         self,
@@ -299,6 +300,10 @@ def _check_sizes(num_classes: int, num_features: int, weight: Weight | None, bia
     if not isinstance(num_features, int | numpy.integer) or num_features < 1:
         raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
     for name, part, shape in (("weight", weight, (num_classes, num_features)), ("bias", bias, (num_classes,))):
+        if part is not None and (isinstance(part, torch.nn.Module) or not (callable(part) or isinstance(part, Tensor))):
+            raise ValueError(
+                f"{name} must be a tensor or a callable that returns one, got {type(part).__name__}; of a layer, its .{name}"
+            )
         if isinstance(part, Tensor) and part.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(part.shape)}")
 
@@ -318,7 +323,7 @@ def synchronise(
     has seen no sample too, and one that could not go on: it gives its ``error``, and after the first sum all processes raise.
     """
     counted = [torch.cat([m.counts, (m.means * m.counts.unsqueeze(1)).flatten()]) for m in moments]
-    tallies = [torch.stack([m.mislabelled, m.nonfinite]).to(m.means.dtype) for m in moments]
+    tallies = [torch.stack([m.mislabelled, m.nonfinite, m.rounded]).to(m.means.dtype) for m in moments]
     failed = moments[0].counts.new_full((1,), error is not None)
     *first, failed = _all_reduce([*counted, *tallies, failed], group)
     if failed:

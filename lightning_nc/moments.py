@@ -46,6 +46,7 @@ class ClassMoments:
             d x d float64 numbers after every batch would cost as much as the product itself.
         mislabelled: how many labels were outside [0, K), ().
         nonfinite: how many samples held an infinity or a nan, ().
+        rounded: how many samples were given in float32 or less, ().
         basis: orthonormal columns that span the class means, (d, r), where the scatter is known in that span alone.
     """
 
@@ -56,6 +57,7 @@ class ClassMoments:
     recent: Tensor
     mislabelled: Tensor
     nonfinite: Tensor
+    rounded: Tensor
     basis: Tensor | None = None
 
     @classmethod
@@ -78,6 +80,7 @@ class ClassMoments:
             recent=zeros(side, side, dtype=torch.float32),
             mislabelled=zeros(dtype=torch.long),
             nonfinite=zeros(dtype=torch.long),
+            rounded=zeros(dtype=torch.long),
         )
 
     @property
@@ -103,6 +106,7 @@ class ClassMoments:
             valid = (target >= 0) & (target < self.counts.numel())
             target = target.clamp(0, self.counts.numel() - 1)
             self.mislabelled += (~valid).sum()
+            self.rounded += _rounded(features)
             self.nonfinite += (~features.sum(dim=1, dtype=self.means.dtype).isfinite()).sum()
 
             # The first sample of each class in the batch stands for its class: only the classes that are here are touched.
@@ -142,6 +146,7 @@ class ClassMoments:
             recent=torch.zeros_like(self.recent),
             mislabelled=self.mislabelled + other.mislabelled,
             nonfinite=self.nonfinite + other.nonfinite,
+            rounded=self.rounded + other.rounded,
         )
 
     def select(self, classes: Tensor) -> ClassMoments:
@@ -183,6 +188,7 @@ class ClassDeviations:
         deviations: features minus the mean of their class, (N, d).
         target: class indices, (N,).
         nonfinite: how many samples held an infinity or a nan, ().
+        rounded: how many samples were given in float32 or less, ().
     """
 
     counts: Tensor
@@ -190,10 +196,12 @@ class ClassDeviations:
     deviations: Tensor
     target: Tensor
     nonfinite: Tensor
+    rounded: Tensor
 
     @classmethod
     def of(cls, features: Tensor, target: Tensor, num_classes: int) -> ClassDeviations:
         """From features (N, d) and class indices (N,), computed in the widest type of their device."""
+        rounded = torch.as_tensor(_rounded(features), device=features.device)
         features, target = features.to(state_dtype(features.device)), target.long()
         counts = torch.zeros(num_classes, dtype=features.dtype, device=features.device)
         counts = counts.index_add(0, target, counts.new_ones(len(target)))
@@ -206,7 +214,7 @@ class ClassDeviations:
             means = class_mean(features)
             means = means + class_mean(features - means[target])  # takes the rounding of the first sum out
             nonfinite = (~features.isfinite().all(dim=1)).sum()
-            return cls(counts, means, features - means[target], target, nonfinite)
+            return cls(counts, means, features - means[target], target, nonfinite, rounded)
 
     @property
     def samples(self) -> Tensor:
@@ -233,8 +241,17 @@ class ClassDeviations:
         return (self.deviations @ directions).square().sum()
 
 
+def _rounded(features: Tensor) -> Tensor | int:
+    """How many samples carry no more than float32 holds, in whatever type they come."""
+    if features.dtype != torch.float64:
+        return len(features)
+    return (features.detach() == features.detach().float()).all(dim=1).sum()
+
+
 def check_batch(features: Tensor, target: Tensor, num_features: int | None = None) -> None:
     """Raise ``ValueError`` unless features are floating (B, d) and labels are integer (B,). Looks at no value."""
+    if not isinstance(features, Tensor):
+        raise ValueError(f"features must be a tensor of shape (B, d), got {type(features).__name__}")
     if not features.is_floating_point() or features.dim() != 2:
         raise ValueError(
             f"features must be floating and of shape (B, d), got {_describe(features)}; pool or flatten them first"

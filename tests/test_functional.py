@@ -6,7 +6,7 @@ import reference
 import torch
 from conftest import clusters
 
-from lightning_nc import functional
+from lightning_nc import NC1, functional
 from lightning_nc.functional import MEASURES, nc1, nc2, nc2_equinorm, nc2_maxangle, nc3
 
 
@@ -198,3 +198,17 @@ def test_a_weight_that_does_not_fit_is_refused():
         nc3(features, target, torch.randn(3, 4))
     with pytest.raises(ValueError, match="frame must be"):
         nc2(features, target, frame="simplex")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [4, 5, 12])
+def test_class_means_of_a_low_rank_are_measured_in_the_directions_that_they_have(classes, dtype):
+    # NC1 does not change when two dimensions are mapped into 64, where rounding alone fills the others.
+    points, target = clusters(classes, 30, 2, 0.1, seed=classes, dtype=torch.float64)
+    wide = (points.float() @ torch.randn(2, 64) + 3).to(dtype)
+    expected = reference.nc1_by_axes(points.numpy(), target.numpy())
+    assert nc1(wide, target).item() == pytest.approx(expected, rel=1e-3)
+    metric = NC1(classes, 64)
+    metric.update(wide[:50], target[:50])
+    metric.update(wide[50:], target[50:])
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-3)
