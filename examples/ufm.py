@@ -488,6 +488,8 @@ def verdict(model: UFM, row: dict[str, float]) -> str:
         listed = ", ".join(f"{key} {level:.9f}" for key, level in known.items())
         return f"objective {value:.9f} ({listed}): " + (f"reached the {name}" if reached else "at neither of them")
     ((frame, lowest),) = known.items()
+    if not math.isfinite(value):
+        return f"objective {value}, theory {lowest:.12f}: diverged; take a smaller --step than {c.step:g}"
     text = f"objective {value:.12f}, theory {lowest:.12f}, relative difference {value / lowest - 1:.1e}: "
     if abs(value / lowest - 1) < 1e-9:
         return text + f"reached the global minimum, {frame} (NC1 {row['nc1']:.1e}, NC3 {row['nc3']:.1e})"
@@ -729,6 +731,13 @@ def main(argv: list[str] | None = None) -> None:
                 "; figures 5 and 10 are practical networks: python examples/resnet18.py" if option == "figure" else ""
             )
             parser.error(f"--{option} must be one of {listed}, got {chosen[option]}{hint}")
+    asked = [f"--{option}" for option in ("figure", "theorem", "sweep") if chosen[option] is not None]
+    if len(asked) > 1:
+        parser.error(f"{' and '.join(asked)} cannot be drawn together; run one after the other")
+    if (chosen.theorem or chosen.sweep) and (chosen.model != "plain" or chosen.loss != "mse" or chosen.seeds > 1):
+        parser.error(
+            f"{asked[0]} is of the plain model with MSE loss from one seed; leave --model, --loss and --seeds out"
+        )
     if chosen.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {chosen.seeds}")
     # A figure, the theorem and the sweep bring defaults of their own; what is given besides still counts.

@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_nc.evaluation import Moved, exact_pass, undisturbed, values_of
 from lightning_nc.features import Pool
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures
+from lightning_nc.loaders import check_loader
 from lightning_nc.loggers import publish_figures
 from lightning_nc.moments import state_dtype
 from lightning_nc.probe import Moments, Probe
@@ -125,6 +126,7 @@ class NeuralCollapseCallback(Callback):
     ) -> None:
         try:
             self.metrics = check_measures(metrics)
+            check_loader(dataloader)
             self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
@@ -408,13 +410,14 @@ class NeuralCollapseCallback(Callback):
                 raise stream.error
 
     def _publish_streams(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Outside of a fit the epoch is that of the weights, the last one measured as far as is known.
+        last = max((row["epoch"] for row in self.history), default=0)
+        epoch = trainer.current_epoch if trainer.state.fn == "fit" else last
         for key in sorted(key for key in self._streams if key[0] == stage and stage in self._active):
             values = self._guarded(partial(self._values_of_stream, trainer, stage, self._streams[key])) or {}
             prefix = _KEYS[stage] + (f"_{key[1]}" if key[1] else "")
             marks = {"partial": True} if stage == "train" and self._partial else {}
-            self._publish(
-                trainer, pl_module, self._remember(trainer, stage, prefix, values, trainer.current_epoch, marks)
-            )
+            self._publish(trainer, pl_module, self._remember(trainer, stage, prefix, values, epoch, marks))
         self._begin(stage, False)
 
     def _values_of_stream(self, trainer: Trainer, stage: str, stream: Stream) -> dict[str, float]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lightning_nc.features import Pool, copied
 from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures, evaluate
+from lightning_nc.loaders import check_loader
 from lightning_nc.metrics import synchronise
 from lightning_nc.probe import Moments, Probe
 from lightning_nc.processes import agree
@@ -75,6 +76,7 @@ def measure(
         {'nc1': 0.0, 'nc2_of': 0.0}
     """
     metrics = check_measures(metrics)
+    check_loader(dataloader)
     probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -278,6 +278,12 @@ def pool_features(features: Tensor, pool: Pool, module: nn.Module | None = None,
     map (B, d, ...). The mean of a sequence is over the positions where ``mask``, (B, T), is not zero.
     """
     features = features.detach()
+    if features.is_nested:  # what torch's own encoder hands on in eval mode, without the padding
+        if pool != "mean":
+            raise ValueError(
+                "sequences of different lengths come as a nested tensor, of which only pool='mean' can be had"
+            )
+        return torch.stack([sequence.mean(dim=0) for sequence in features.unbind()])
     if features.dim() <= 2:
         return (features if features.dim() == 2 else features[:, None]).clone()
     if callable(pool):

@@ -371,7 +371,9 @@ def evaluate(
     nan = moments.means.new_full((), math.nan)
     for name, part in (("weight", weight), ("bias", bias)):
         if part is not None and len(part) != len(seen):
-            raise ValueError(f"{name} must have a row for each of the {len(seen)} classes, got {tuple(part.shape)}")
+            raise ValueError(
+                f"{name} must have a row for each of the {len(seen)} classes, got {tuple(part.shape)}; is num_classes right?"
+            )
     if weight is not None and weight.shape[1:] != moments.means.shape[1:]:
         features = moments.means.shape[1]
         raise ValueError(f"weight must have a column for each of the {features} features, got {tuple(weight.shape)}")

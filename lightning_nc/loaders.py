@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -18,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-__all__ = ["has_own_iteration", "is_distributed", "measurement_loader"]
+__all__ = ["check_loader", "has_own_iteration", "is_distributed", "measurement_loader"]
 
 
 def measurement_loader(
@@ -83,6 +84,15 @@ class _First:
 def is_distributed(loader: Any) -> bool:
     """Whether the loader gives each process a part of the data."""
     return isinstance(getattr(loader, "sampler", None), DistributedSampler)
+
+
+def check_loader(dataloader: Any) -> None:
+    """Raise ``ValueError`` for what gives single samples instead of batches."""
+    if isinstance(dataloader, Dataset):
+        raise ValueError(
+            f"dataloader must give batches, got the data set {type(dataloader).__name__}; write DataLoader(dataset, "
+            "batch_size=...)"
+        )
 
 
 def has_own_iteration(loader: DataLoader[Any]) -> bool:

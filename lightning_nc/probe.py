@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,7 +144,7 @@ class Probe:
             if self._head is not None and module is self._head[1]:
                 self._see(module, tensor)
             # A function may turn other layouts, of a sequence-first layer say, into one row per sample.
-            fits = tensor.dim() and (len(tensor) == size or (callable(self.pool) and tensor.dim() > 2))
+            fits = tensor.dim() and (tensor.size(0) == size or (callable(self.pool) and tensor.dim() > 2))
             return pool_features(tensor, self.pool, module, mask) if fits else tensor
 
         self._recorder.arm(keep)
@@ -167,9 +167,7 @@ class Probe:
         assert self._recorder is not None
         assert self._target is not None
         target = self._target[:rows]
-        for prefix, features in list(self._features(self._recorder.take(), len(self._target))):
-            features = features[:rows]
-            check_batch(features, target)
+        for prefix, features in self._fitting(self._recorder.take(), moments, rows).items():
             width = features.shape[1]
             if prefix not in moments:
                 small = 12 * width**2 <= SCATTER_LIMIT  # bytes, in float64 and float32
@@ -203,9 +201,10 @@ class Probe:
         """As :meth:`absorb`, with the features of the layers in ``bases`` alone, multiplied by their basis (d, r)."""
         assert self._recorder is not None
         assert self._target is not None
-        for prefix, features in self._features(self._recorder.take(), len(self._target)):
-            if prefix in bases:
-                moments[prefix].update(features.to(bases[prefix].dtype) @ bases[prefix], self._target)
+        calls = self._recorder.take()
+        for prefix, basis in bases.items():
+            features = self._features(prefix[:-1], calls, len(self._target))
+            moments[prefix].update(features.to(basis.dtype) @ basis, self._target)
 
     def classifier_parts(self) -> dict[str, Tensor]:
         """Weight (K, d) and bias (K,) of the classifier as they are now; the first rows where it has more outputs."""
@@ -219,19 +218,40 @@ class Probe:
                 parts[name] = part[: self.classes].flatten(start_dim=1) if name == "weight" else part[: self.classes]
         return parts
 
-    def _features(self, calls: list[tuple[str, Tensor | None]], size: int) -> Iterator[tuple[str, Tensor]]:
-        for name in self._names:
-            yield f"{name}/", features_of(name, calls, size)
-        if self._head is not None:
-            own = [(self._head[0], tensor) for name, tensor in calls if name == _INPUT]
-            fitting = [tensor for _, tensor in own if tensor is not None and len(tensor) == size]
-            if len(fitting) > 1 and self.first_time("several calls"):
-                warnings.warn(
-                    f"the classifier {self._head[0]!r} is called several times with {size} rows; the last call is measured. If "
-                    "its features are not those of the labels, use mode='exact' with dataloader= and forward_fn=",
-                    stacklevel=2,
-                )
-            yield "", features_of(self._head[0], own, size)
+    def _fitting(self, calls: list[tuple[str, Tensor | None]], moments: Moments, rows: int | None) -> dict[str, Tensor]:
+        """The features of the first ``rows`` samples by prefix.
+
+        A layer that does not fit is left out for the rest of the run, unless it is the first to be asked for, has been measured
+        before, or the user asked for strictness.
+        """
+        assert self._target is not None
+        size, target = len(self._target), self._target[:rows]
+        found = {}
+        for name in ["", *self._names] if self._head is not None else list(self._names):
+            prefix = name and f"{name}/"
+            try:
+                features = self._features(name, calls, size)[:rows]
+                check_batch(features, target)
+                found[prefix] = features
+            except (LookupError, ValueError) as error:
+                if self.strict or not found or prefix in moments:
+                    raise
+                self._names.remove(name)
+                warnings.warn(f"neural collapse: the layer {name!r} is left out: {error}", stacklevel=2)
+        return found
+
+    def _features(self, name: str, calls: list[tuple[str, Tensor | None]], size: int) -> Tensor:
+        if name or self._head is None:
+            return features_of(name, calls, size)
+        own = [(self._head[0], tensor) for called, tensor in calls if called == _INPUT]
+        fitting = [tensor for _, tensor in own if tensor is not None and tensor.dim() and tensor.size(0) == size]
+        if len(fitting) > 1 and self.first_time("several calls"):
+            warnings.warn(
+                f"the classifier {self._head[0]!r} is called several times with {size} rows; the last call is measured. If its "
+                "features are not those of the labels, use mode='exact' with dataloader= and forward_fn=",
+                stacklevel=2,
+            )
+        return features_of(self._head[0], own, size)
 
     def _see(self, module: nn.Module, features: Tensor) -> None:
         """The classifier at work: where its parameters are sharded, this is the time when they are whole."""
@@ -259,7 +279,12 @@ class Probe:
         return match_layers(model, patterns)
 
     def _targets(self, batch: Any) -> Tensor:
-        target: Tensor = (self.target_fn or targets_of)(batch)
+        try:
+            target: Tensor = (self.target_fn or targets_of)(batch)
+        except Exception as error:
+            if self.target_fn is None:
+                raise
+            raise LookupError(f"target_fn failed on a batch: {type(error).__name__}: {error}") from error
         check_target(target)
         return target
 
@@ -278,6 +303,10 @@ class Probe:
                     return None, self.num_classes
                 raise
         outputs = outputs_of(modules[name])
+        if set(getattr(modules[name], "kernel_size", {1})) != {1}:
+            raise LookupError(
+                f"the classifier {name!r} is a convolution of more than one position, no linear layer; name another"
+            )
         if self.num_classes is None and outputs is None:
             raise LookupError(f"{name!r} is no linear layer, so the number of classes is unknown; pass num_classes=...")
         if self.num_classes is None and outputs == 1:

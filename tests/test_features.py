@@ -1,5 +1,6 @@
 import copy
 import pickle
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -365,3 +366,41 @@ def test_a_call_that_fails_names_the_way_out(batch, reason):
 def test_a_column_of_labels_gets_its_own_remedy():
     with pytest.raises(ValueError, match=r"got int64 \(4, 1\); take squeeze\(1\)"):
         measure(nn.Linear(6, 4), [(torch.randn(4, 6), torch.arange(4)[:, None])], progress=False)
+
+
+def test_torchs_own_encoder_is_measured_where_it_leaves_the_padding_out():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+            self.encoder, self.fc = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+        def forward(self, x, attention_mask):
+            hidden = self.encoder(x, src_key_padding_mask=attention_mask == 0)
+            weights = attention_mask[..., None]
+            return self.fc((hidden * weights).sum(dim=1) / weights.sum(dim=1))
+
+    model, mask = Encoder(), torch.ones(12, 5)
+    mask[3:, 3:] = 0
+    batch = {"x": torch.randn(12, 5, 8), "attention_mask": mask, "labels": torch.arange(12) % 3}
+    values = measure(model, [batch], layers=["encoder.layers.1"], progress=False)
+    assert values["encoder.layers.1/nc1"] == pytest.approx(values["nc1"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_fn": lambda batch: {}["foo"]}, "target_fn failed on a batch: KeyError: 'foo'"),
+        ({"classifier": "conv"}, "'conv' is a convolution of more than one position"),
+    ],
+)
+def test_what_does_not_fit_is_named(arguments, message):
+    model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 5, 3), flat=nn.Flatten(), fc=nn.Linear(20, 4)))
+    with pytest.raises(LookupError, match=message):
+        measure(model, [(torch.randn(8, 3, 4, 4), torch.arange(8) % 4)], progress=False, **arguments)
+
+
+def test_a_data_set_is_no_loader():
+    data = torch.utils.data.TensorDataset(torch.randn(8, 6), torch.arange(8) % 4)
+    with pytest.raises(ValueError, match=r"got the data set TensorDataset; write DataLoader"):
+        measure(nn.Linear(6, 4), data, progress=False)

@@ -265,3 +265,22 @@ def test_measuring_as_it_passes_changes_nothing_in_the_training(tmp_path):
         assert plain[1] == measured[1]
         assert torch.equal(plain[2], measured[2])
         assert (plain[3] == measured[3]).all()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mode": "online"}])
+def test_a_layer_that_does_not_fit_is_left_out_and_the_others_are_measured(tmp_path, arguments):
+    class Nodes(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.nodes = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return super().forward(self.nodes(x.repeat(3, 1))[: len(x)])
+
+    callback = NeuralCollapseCallback(["nodes", "net.2"], **arguments)
+    with pytest.warns(UserWarning, match="the layer 'nodes' is left out: no call of 'nodes' has a row"):
+        fit(tmp_path, [callback], model=Nodes())
+    assert len(callback.history) == 3
+    assert all("nc/net.2/nc1" in row and "nc/nc1" in row and "nc/nodes/nc1" not in row for row in callback.history)
+    with pytest.raises(LookupError, match="no call of 'nodes' has a row"):
+        fit(tmp_path, [NeuralCollapseCallback(["nodes"], strict=True, **arguments)], model=Nodes())

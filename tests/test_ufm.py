@@ -221,6 +221,12 @@ def test_an_unfinished_run_does_not_claim_to_have_arrived():
     assert "not converged after 0 iterations; give more --iterations" in ufm.verdict(m, ufm.measure_now(m, 0))
 
 
+def test_a_run_that_diverges_is_told_to_take_smaller_steps():
+    m = ufm.build(replace(SMALL, step=100.0), 0)
+    ufm.descend([m], 500)
+    assert "diverged; take a smaller --step than 100" in ufm.verdict(m, ufm.measure_now(m, 500))
+
+
 def test_too_strong_a_regularization_descends_to_zero():
     c = replace(SMALL, lambda_w=0.2, lambda_h=0.2, iterations=2000)
     m = ufm.build(c, 0)
@@ -284,6 +290,8 @@ def test_the_sweep_over_lambda_b_writes_descent_beside_theory(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--figure", "3", "--sweep", "lambda-b"], "--figure and --sweep cannot be drawn together"),
+        (["--sweep", "lambda-b", "--model", "relu"], "--sweep is of the plain model"),
         (["--figure", "5"], "--figure must be one of 1 2 3 4 6 7 8 9, got 5; figures 5 and 10 are practical networks"),
         (["--theorem", "3.1"], "--theorem must be one of 5.1, got 3.1"),
         (["--sweep", "lambda-w"], "--sweep must be one of lambda-b"),

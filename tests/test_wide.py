@@ -33,7 +33,7 @@ def test_a_second_pass_gives_the_nc1_of_all_features(classes, width, noise, capl
     assert expected < (1 if noise == 0.3 else 1e-7)
     assert values["nc1"] == values["0/nc1"] == pytest.approx(expected, rel=1e-6)
     assert [record.message for record in caplog.records] == [
-        f"neural collapse: features too wide for a scatter matrix (0 {width}, classifier input {width}) take a second pass "
+        f"neural collapse: features too wide for a scatter matrix (classifier input {width}, 0 {width}) take a second pass "
         "over the data"
     ]
 
