@@ -8,6 +8,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -127,50 +128,9 @@ def exact_pass(
         steps: how often the model must run at least, on the first batch again if need be: where its parameters are sharded
             every process must take part in every step of the others.
     """
-    moments: Moments = {}
-    error: Exception | None = None
-    try:
-        iterator = iter(batches)
-        first = next(iterator, None)
-        if first is None:
-            raise LookupError("the data loader gave no batch, so there is nothing to measure")
-        spare = copied(first) if steps else first
-        probe.attach(model, first, forward_context)
-        if agree_on is not None:
-            moments = probe.empty(model, first, forward_context)
-    except Exception as caught:
-        if agree_on is None:
-            raise
-        error = caught
-    if agree_on is not None:
-        steps = agree(agree_on, error, moments, list(model.buffers()), steps)
-
-    def gather(moments: Moments, batches: Iterable[Any], absorb: Callable[[Moments, int], Any]) -> Moments:
-        error, taken = None, 0
-        try:
-            for index, batch in enumerate(batches):
-                probe.arm(batch)
-                taken += 1
-                with forward_context():
-                    probe.forward(model, batch)
-                absorb(moments, index)
-            if not taken:
-                raise LookupError(
-                    "the data loader gave no batch the second time; features too wide for a scatter matrix take two passes, "
-                    "and a generator gives its batches only once"
-                )
-        except Exception as caught:
-            if agree_on is None:
-                raise
-            error = caught
-        for _ in range(taken, steps):
-            with forward_context():
-                probe.forward(model, copied(spare))
-        if agree_on is None:
-            return moments
-        return dict(zip(moments, synchronise(list(moments.values()), error=error), strict=True))
-
-    moments = gather(moments, chain([first], iterator), probe.absorb)
+    passes = _Passes(probe, model, forward_context, agree_on, steps)
+    moments, first = passes.begin(batches)
+    moments = passes.gather(moments, first, probe.absorb)
     wide = {prefix: m for prefix, m in moments.items() if not m.knows_scatter}
     if wide and any(MEASURES[name].scatter for name in metrics):
         sizes = ", ".join(f"{prefix[:-1] or 'classifier input'} {m.means.shape[1]}" for prefix, m in wide.items())
@@ -182,9 +142,70 @@ def exact_pass(
         if agree_on is not None:
             for basis in bases.values():
                 torch.distributed.broadcast(basis, src=0)
-        projected = gather(probe.empty_in(bases), batches, lambda into, index: probe.project(into, bases))
+        projected = passes.gather(probe.empty_in(bases), batches, lambda into, index: probe.project(into, bases))
         moments |= {prefix: m.with_scatter_of(projected[prefix], bases[prefix]) for prefix, m in wide.items()}
     return moments
+
+
+@dataclass
+class _Passes:
+    """Runs of a model over the batches of a loader, on all processes of a distributed run alike."""
+
+    probe: Probe
+    model: nn.Module
+    forward_context: Any
+    agree_on: torch.device | None
+    steps: int
+    spare: Any = None  # a batch to take part in the steps of other processes with
+
+    def begin(self, batches: Iterable[Any]) -> tuple[Moments, Iterable[Any]]:
+        """Attach the probe on the first batch; empty moments of the right shapes, and all batches, the first included."""
+        moments: Moments = {}
+        error: Exception | None = None
+        taken: Iterable[Any] = ()
+        try:
+            iterator = iter(batches)
+            first = next(iterator, None)
+            if first is None:
+                raise LookupError("the data loader gave no batch, so there is nothing to measure")
+            taken = chain([first], iterator)
+            self.spare = copied(first) if self.steps else None
+            self.probe.attach(self.model, first, self.forward_context)
+            if self.agree_on is not None:
+                moments = self.probe.empty(self.model, first, self.forward_context)
+        except Exception as caught:
+            if self.agree_on is None:
+                raise
+            error = caught
+        if self.agree_on is not None:
+            self.steps = agree(self.agree_on, error, moments, list(self.model.buffers()), self.steps)
+        return moments, taken
+
+    def gather(self, moments: Moments, batches: Iterable[Any], absorb: Callable[[Moments, int], Any]) -> Moments:
+        """One pass: ``absorb`` adds what was recorded of a batch to ``moments``."""
+        error, taken = None, 0
+        try:
+            for index, batch in enumerate(batches):
+                self.probe.arm(batch)
+                taken += 1
+                with self.forward_context():
+                    self.probe.forward(self.model, batch)
+                absorb(moments, index)
+            if not taken:
+                raise LookupError(
+                    "the data loader gave no batch the second time; features too wide for a scatter matrix take two passes, "
+                    "and a generator gives its batches only once"
+                )
+        except Exception as caught:
+            if self.agree_on is None:
+                raise
+            error = caught
+        for _ in range(taken, self.steps):
+            with self.forward_context():
+                self.probe.forward(self.model, copied(self.spare))
+        if self.agree_on is None:
+            return moments
+        return dict(zip(moments, synchronise(list(moments.values()), error=error), strict=True))
 
 
 def values_of(moments: Moments, metrics: Sequence[str], probe: Probe) -> dict[str, float]:

@@ -130,22 +130,15 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
         LookupError: if no such layer ran, if the model has several heads, or if it returns the output of no linear layer
             and one was not called.
     """
-    linear, pointwise = {}, {}
-    first: dict[nn.Module, str] = {}  # a module may be registered under several names
     modules = named_modules(model)
-    for name, module in modules.items():
-        first.setdefault(module, name)
-    for module, name in first.items():
-        if isinstance(module, nn.Linear):
-            linear[name] = module
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) == {1}:
-            pointwise[name] = module
-    if not linear and not pointwise:
+    layers = _linear_layers(modules)
+    linear = {name: module for name, module in layers.items() if isinstance(module, nn.Linear)}
+    if not layers:
         raise LookupError(
             f"{type(model).__name__} has no torch.nn.Linear layer, so its classifier cannot be found; name a module with "
             "classifier=..., or give num_classes=... and layers=[...] to measure layers alone"
         )
-    recorder = Recorder({**linear, **pointwise})
+    recorder = Recorder(layers)
     recorder.arm(keep=lambda module, output: output)
     try:
         output = forward()
@@ -160,40 +153,32 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
             f"none of the linear layers ({_listed(linear)}) was called in the forward pass; hooks see only calls of the "
             "module itself: write self.fc(x) instead of F.linear(x, self.fc.weight), or name a layer with layers=[...]"
         )
-    outputs = {name: outputs_of(module) for name, module in (linear | pointwise).items()}
+    outputs = {name: outputs_of(module) for name, module in layers.items()}
     fitting = [name for name in heads or names if outputs[name] == num_classes]
     if len(heads) > 1 and len(fitting) != 1:
         raise LookupError(
             f"the model returns the outputs of several linear layers, {_listed(heads)}; name one with classifier=..."
         )
-    # The projection inside torch's attention is a Linear that is never called.
-    internal = nn.modules.linear.NonDynamicallyQuantizableLinear
-    uncalled = [name for name, module in linear.items() if name not in names and not isinstance(module, internal)]
-    if uncalled and not heads and not fitting:
-        raise LookupError(
-            f"no linear layer gives the model's output, and {_listed(uncalled)} was not called: hooks see only calls of the "
-            "module itself, self.fc(x) instead of F.linear(x, self.fc.weight); name the classifier with classifier=..."
-        )
     last = (fitting or heads or names)[-1]
-    if num_classes is not None and outputs[last] != num_classes:
-        uncalled = [name for name in uncalled if outputs[name] == num_classes]
+    if not fitting:
+        # The projection inside torch's attention is a Linear that is never called.
+        internal = nn.modules.linear.NonDynamicallyQuantizableLinear
+        uncalled = [name for name, module in linear.items() if name not in names and not isinstance(module, internal)]
+        if heads:
+            uncalled = [name for name in uncalled if num_classes is not None and outputs[name] == num_classes]
         if uncalled:
             raise LookupError(
-                f"{_listed(uncalled)}, with {num_classes} outputs, was not called in the forward pass, and {last!r} has "
-                f"{outputs[last]}; pass forward_fn=lambda module, batch: ..., a function that calls the classifier"
+                f"{_listed(uncalled)} was not called in the forward pass, and {last!r}, the last linear layer that was, may "
+                "not be the classifier: hooks see only calls of the module itself, self.fc(x) instead of "
+                "F.linear(x, self.fc.weight); pass forward_fn, a function of the module and the batch that calls the "
+                "classifier, or name it with classifier=..."
             )
-    if (
-        not heads
-        and not fitting
-        and isinstance(output, Tensor)
-        and output.dim() == 2
-        and outputs[last] != output.shape[1]
-    ):
-        raise LookupError(
-            f"the model returns {output.shape[1]} columns, which come from no linear layer; the last that was called, {last!r}, "
-            f"has {outputs[last]} outputs. Hooks see only calls of a module itself, self.fc(x) instead of "
-            "F.linear(x, self.weight); name the classifier with classifier=..."
-        )
+        if not heads and _is_made_otherwise(output, calls, outputs[last]):
+            raise LookupError(
+                f"the model returns {output.shape[1]} columns, which come from no linear layer; the last that was called, "
+                f"{last!r}, has {outputs[last]} outputs. Hooks see only calls of a module itself, self.fc(x) instead of "
+                "F.linear(x, self.weight); name the classifier with classifier=..."
+            )
     others = [] if heads else [name for name in names if outputs[name] == outputs[last] and name != last]
     if beside := _without_way_to(last, others, modules, forward):
         raise LookupError(
@@ -201,6 +186,26 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
             "returns the output of none of them, and none feeds the last; name one with classifier=..."
         )
     return last
+
+
+def _linear_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """By one name each, the linear layers, and after them the convolutions with a kernel of 1."""
+    first: dict[nn.Module, str] = {}  # a module may be registered under several names
+    for name, module in modules.items():
+        first.setdefault(module, name)
+    linear = {name: module for module, name in first.items() if isinstance(module, nn.Linear)}
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return linear | {
+        name: module for module, name in first.items() if isinstance(module, kinds) and set(module.kernel_size) == {1}
+    }
+
+
+def _is_made_otherwise(output: Any, calls: Sequence[tuple[str, Tensor | None]], columns: int | None) -> bool:
+    """Whether a model's output has other columns than the last linear layer's, of which it is no slice either."""
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] == columns:
+        return False
+    results = {tensor.untyped_storage().data_ptr() for _, tensor in calls if tensor is not None}
+    return output.untyped_storage().data_ptr() not in results
 
 
 def _without_way_to(

@@ -291,7 +291,7 @@ class Embedding(nn.Module):
 
 def test_a_classifier_that_the_forward_does_not_call_is_named_with_the_way_out():
     model, rows = Embedding(), torch.randn(8, 6)
-    with pytest.raises(LookupError, match=r"'classifier', with 4 outputs, was not called.* pass forward_fn="):
+    with pytest.raises(LookupError, match=r"'classifier' was not called.* pass forward_fn"):
         find_classifier(model, lambda: model(rows), num_classes=4)
     batches = [(rows, torch.arange(8) % 4)]
     with pytest.raises(LookupError, match="in the training step alone, pass forward_fn"):
@@ -315,6 +315,16 @@ def test_an_output_that_no_linear_layer_can_have_given_is_an_error():
         LookupError, match=r"returns 4 columns, which come from no linear layer; the last .*'body', has 8"
     ):
         find_classifier(model, lambda: model(torch.randn(5, 6)))
+
+
+def test_a_slice_of_the_outputs_is_still_the_classifiers():
+    class Sliced(Net):
+        def forward(self, x):
+            return super().forward(x)["logits"][:, :2]
+
+    model = Sliced()
+    model.unused = nn.Identity()
+    assert find_classifier(model, lambda: model(torch.randn(5, 6)), num_classes=3) == "head"
 
 
 def test_outputs_are_found_inside_a_dataclass():
