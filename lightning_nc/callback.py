@@ -464,7 +464,7 @@ class NeuralCollapseCallback(Callback):
                 batches,
                 trainer.precision_plugin.forward_context,
                 device_to_agree_on(trainer),
-                steps=0 if model is pl_module else total or 0,
+                steps=total or 0,
             )
             return self._values(moments, "train")
 

@@ -275,6 +275,7 @@ class _Attributes:
     def __init__(self, module: nn.Module) -> None:
         self.own = vars(module)
         self.values = {name: value for name, value in self.own.items() if not (name.startswith("_") or _trained(value))}
+        self.trained = {name: value for name, value in self.own.items() if not name.startswith("_") and _trained(value)}
         self.contents = [_contents(value) for value in self.values.values()]
 
     def restore(self) -> None:
@@ -282,18 +283,34 @@ class _Attributes:
             if name not in self.values:
                 del self.own[name]
         self.own.update(self.values)
+        for name, value in self.trained.items():
+            self.own.setdefault(name, value)
         for put_back in self.contents:
             put_back()
 
 
 def _trained(value: Any) -> bool:
     """Whether it is a parameter in disguise: FSDP puts views of what it shards in the place of parameters."""
-    return isinstance(value, Tensor) and (value.requires_grad or value.untyped_storage().size() == 0)
+    if not isinstance(value, Tensor) or value.requires_grad:
+        return isinstance(value, Tensor)
+    return (
+        value.layout == torch.strided
+        and not value.is_nested
+        and not value.is_meta
+        and value.untyped_storage().size() == 0
+    )
 
 
 def _contents(value: Any, limit: float = _LARGEST) -> Callable[[], None]:
     """A function that gives a tensor or a container back what it holds now."""
-    if isinstance(value, Tensor) and not is_lazy(value) and value.numel() * value.element_size() <= limit:
+    if (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_nested
+        and not value.is_meta
+        and not is_lazy(value)
+        and value.numel() * value.element_size() <= limit
+    ):
         return partial(_put_numbers_back, value, value.detach().clone())
     if type(value) not in (list, deque, set, dict, defaultdict, OrderedDict):
         return _nothing

@@ -163,7 +163,12 @@ def find_classifier(model: nn.Module, forward: Callable[[], Any], num_classes: i
     if not fitting:
         # The projection inside torch's attention is a Linear that is never called.
         internal = nn.modules.linear.NonDynamicallyQuantizableLinear
-        uncalled = [name for name, module in linear.items() if name not in names and not isinstance(module, internal)]
+        order = list(layers)
+        uncalled = [
+            name
+            for name, module in linear.items()
+            if name not in names and not isinstance(module, internal) and order.index(name) > order.index(last)
+        ]
         if heads:
             uncalled = [name for name in uncalled if num_classes is not None and outputs[name] == num_classes]
         if uncalled:
