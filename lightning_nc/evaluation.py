@@ -125,8 +125,8 @@ def exact_pass(
         forward_context: makes a context for each run of the model.
         agree_on: in a distributed run, the device of its collectives: the buffers become those of the first process, the
             moments those of all, and where one process cannot go on all of them raise. Three collectives for one pass.
-        steps: how often the model must run at least, on the first batch again if need be: where its parameters are sharded
-            every process must take part in every step of the others.
+        steps: in a distributed run, how many batches there are in this process. The model runs as often in all of them, on the
+            first batch again if need be: it may hold collectives, of its sharded parameters or of the user's.
     """
     passes = _Passes(probe, model, forward_context, agree_on, steps)
     moments, first = passes.begin(batches)
@@ -169,7 +169,7 @@ class _Passes:
             if first is None:
                 raise LookupError("the data loader gave no batch, so there is nothing to measure")
             taken = chain([first], iterator)
-            self.spare = copied(first) if self.steps else None
+            self.spare = copied(first) if self.agree_on is not None else None
             self.probe.attach(self.model, first, self.forward_context)
             if self.agree_on is not None:
                 moments = self.probe.empty(self.model, first, self.forward_context)
@@ -200,11 +200,14 @@ class _Passes:
             if self.agree_on is None:
                 raise
             error = caught
-        for _ in range(taken, self.steps):
-            with self.forward_context():
-                self.probe.forward(self.model, copied(self.spare))
         if self.agree_on is None:
             return moments
+        try:
+            for _ in range(taken, self.steps):
+                with self.forward_context():
+                    self.probe.forward(self.model, copied(self.spare))
+        except Exception as caught:
+            error = error or caught
         return dict(zip(moments, synchronise(list(moments.values()), error=error), strict=True))
 
 
@@ -251,15 +254,15 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         numpy.random.set_state(numpys)
+        for module, flag in training.items():
+            module.training = flag
         for module in loggers:
             vars(module).pop("log", None)
             vars(module).pop("log_dict", None)
-        for kept in attributes:
-            kept.restore()
-        for module, flag in training.items():
-            module.training = flag
         for metric, state in states:
             vars(metric).update(state)
+        for kept in attributes:
+            kept.restore()
         for own, name, buffer, put_back in buffers:
             own[name] = buffer
             put_back()
@@ -274,13 +277,14 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self.own = vars(module)
-        self.values = {name: value for name, value in self.own.items() if not (name.startswith("_") or _trained(value))}
-        self.trained = {name: value for name, value in self.own.items() if not name.startswith("_") and _trained(value)}
+        public = {name: value for name, value in self.own.items() if not name.startswith("_")}
+        self.values = {name: value for name, value in public.items() if not _is_trained(value)}
+        self.trained = {name: value for name, value in public.items() if _is_trained(value)}
         self.contents = [_contents(value) for value in self.values.values()]
 
     def restore(self) -> None:
-        for name in [name for name, value in self.own.items() if not (name.startswith("_") or _trained(value))]:
-            if name not in self.values:
+        for name, value in list(self.own.items()):
+            if not (name.startswith("_") or name in self.values or _is_trained(value)):
                 del self.own[name]
         self.own.update(self.values)
         for name, value in self.trained.items():
@@ -289,38 +293,32 @@ class _Attributes:
             put_back()
 
 
-def _trained(value: Any) -> bool:
-    """Whether it is a parameter in disguise: FSDP puts views of what it shards in the place of parameters."""
-    if not isinstance(value, Tensor) or value.requires_grad:
-        return isinstance(value, Tensor)
-    return (
-        value.layout == torch.strided
-        and not value.is_nested
-        and not value.is_meta
-        and value.untyped_storage().size() == 0
-    )
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor lie in one piece of memory that can be looked at."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta or is_lazy(tensor))
+
+
+def _is_trained(value: Any) -> bool:
+    """Whether training goes through it. FSDP puts views of what it shards, and frees, in the place of parameters."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.requires_grad or (_has_memory(value) and value.untyped_storage().size() == 0)
 
 
 def _contents(value: Any, limit: float = _LARGEST) -> Callable[[], None]:
     """A function that gives a tensor or a container back what it holds now."""
-    if (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not value.is_nested
-        and not value.is_meta
-        and not is_lazy(value)
-        and value.numel() * value.element_size() <= limit
-    ):
+    if isinstance(value, Tensor) and _has_memory(value) and value.numel() * value.element_size() <= limit:
         return partial(_put_numbers_back, value, value.detach().clone())
     if type(value) not in (list, deque, set, dict, defaultdict, OrderedDict):
         return _nothing
-    items = list(value.values() if isinstance(value, dict) else value)
-    inner = [_contents(item) for item in items if isinstance(item, Tensor | list | deque | set | dict)]
-    return partial(_put_items_back, value, list(value.items()) if isinstance(value, dict) else items, inner)
+    items = list(value.items() if isinstance(value, dict) else value)
+    inside = value.values() if isinstance(value, dict) else value
+    inner = [_contents(item) for item in inside if isinstance(item, Tensor | list | deque | set | dict)]
+    return partial(_put_items_back, value, items, inner)
 
 
 def _put_numbers_back(tensor: Tensor, kept: Tensor) -> None:
-    if not _trained(tensor) and not torch.equal(tensor, kept):  # some cannot be written to
+    if not _is_trained(tensor) and not torch.equal(tensor, kept):  # some cannot be written to
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             tensor.copy_(kept)
 
@@ -328,11 +326,20 @@ def _put_numbers_back(tensor: Tensor, kept: Tensor) -> None:
 def _put_items_back(container: Any, items: list[Any], inner: list[Callable[[], None]]) -> None:
     for put_back in inner:
         put_back()
+    now = list(container.items() if isinstance(container, dict) else container)
+    if len(now) == len(items) and all(map(_is_same, now, items)):  # somebody may be iterating over it
+        return
     container.clear()
     if isinstance(container, list | deque):
         container.extend(items)
     else:
         container.update(items)
+
+
+def _is_same(item: Any, other: Any) -> bool:
+    if type(item) is type(other) is tuple:  # an entry of a dict, for one
+        return len(item) == len(other) and all(map(_is_same, item, other))
+    return item is other
 
 
 def _nothing() -> None:

@@ -400,7 +400,7 @@ def _entries(module: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], di
 
 def _is_lightnings(kind: type, method: str) -> bool:
     """Whether the method is that of LightningModule, of either package, and so not the user's."""
-    module: str = getattr(kind, method).__module__
+    module: str = getattr(kind, method).__module__ or ""  # a traced module's method has none
     return module.startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
