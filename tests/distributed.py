@@ -64,13 +64,13 @@ class Features(Callback):
         self.handle.remove()
 
 
-def fit(callbacks, model=None, val=False, **kwargs):
+def fit(callbacks, model=None, val=False, data=TRAIN, **kwargs):
     defaults = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 2, "num_sanity_val_steps": 0}
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(callbacks=callbacks, **{**defaults, **quiet, **kwargs})
     seed_everything(3, verbose=False)
     model = model or Classifier()
-    trainer.fit(model, DataLoader(TRAIN, 8, shuffle=True), DataLoader(OTHER, 4) if val else None)
+    trainer.fit(model, DataLoader(data, 8, shuffle=True), DataLoader(OTHER, 4) if val else None)
     return trainer, model
 
 
@@ -118,6 +118,34 @@ def one_gives_up_midway():
     rank = torch.distributed.get_rank()
     labels = lambda batch: batch[1] if rank == 0 or len(batch[1]) > 1 else batch[1].float()  # noqa: E731
     return gives_up(NeuralCollapseCallback(target_fn=labels))
+
+
+class Gathering(Classifier):
+    """Without a forward of its own, so that its validation step is run, which has a collective."""
+
+    forward = LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.all_gather(self.net(batch[0]).mean(dim=0))
+
+
+def uneven():
+    """Nine samples and eight: two batches on one rank and one on the other."""
+    callback = NeuralCollapseCallback(strict=True)
+    trainer, _ = fit([callback], Gathering(norm=False), data=TensorDataset(*(part[:17] for part in TRAIN.tensors)))
+    return {"history": callback.history, "steps": trainer.global_step}
+
+
+def one_fails_in_its_forward():
+    def forward_fn(module, batch):
+        if torch.distributed.get_rank() == 1 and not module.training and len(batch[1]) == 1:
+            raise RuntimeError("in the forward of one")
+        return module(batch[0])
+
+    return gives_up(NeuralCollapseCallback(classifier="net.4", forward_fn=forward_fn))
 
 
 def other_width():
@@ -212,17 +240,8 @@ def fsdp2(model):
 def main(part, folder):
     results = {}
     if part == "ddp":
-        for function in (
-            exact,
-            every_stage,
-            online,
-            one_gives_up,
-            one_gives_up_midway,
-            other_width,
-            collectives,
-            wide,
-            model_parallel,
-        ):
+        failing = (one_gives_up, one_gives_up_midway, one_fails_in_its_forward, other_width)
+        for function in (exact, every_stage, online, uneven, *failing, collectives, wide, model_parallel):
             results[function.__name__] = function()
     if part == "nodes":
         callback = NeuralCollapseCallback(LAYERS, strict=True)

@@ -63,7 +63,7 @@ def check_as_one_process(row, state, data=TRAIN, prefix="nc", rel=1e-6):
     )
 
 
-@pytest.mark.parametrize("part", ["exact", "every_stage", "online", "wide", "model_parallel"])
+@pytest.mark.parametrize("part", ["exact", "every_stage", "online", "uneven", "wide", "model_parallel"])
 def test_both_ranks_have_the_same_history(part):
     first, second = run("ddp")[0]
     assert first[part]["history"] == second[part]["history"]
@@ -106,6 +106,7 @@ def test_online_mode_measures_what_both_ranks_were_trained_on():
     [
         ("one_gives_up", "targets must lie in [0, 3)"),
         ("one_gives_up_midway", "targets must hold class indices of shape (B,), got float32 (1,)"),
+        ("one_fails_in_its_forward", "in the forward of one"),
         ("other_width", "features have other shapes in other processes"),
     ],
 )

@@ -317,6 +317,26 @@ def test_an_output_that_no_linear_layer_can_have_given_is_an_error():
         find_classifier(model, lambda: model(torch.randn(5, 6)))
 
 
+def test_layers_before_the_head_that_are_not_called_do_not_stand_in_the_way():
+    class Projected(nn.Module):
+        """As Swin's attention, which takes the weight of its projection and not the layer."""
+
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(nn.functional.linear(x, self.qkv.weight)).log_softmax(dim=1)
+
+    model = Projected()
+    assert find_classifier(model, lambda: model(torch.randn(5, 6))) == "head"
+
+
+def test_a_traced_model_is_measured():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    assert measure(traced, [(torch.randn(9, 6), torch.arange(9) % 3)], progress=False)["nc1"] > 0
+
+
 def test_a_slice_of_the_outputs_is_still_the_classifiers():
     class Sliced(Net):
         def forward(self, x):

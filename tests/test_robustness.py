@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -192,6 +193,45 @@ def test_a_step_that_empties_or_changes_its_batch_is_trained_and_measured_as_eve
     callback = NeuralCollapseCallback(strict=True, **arguments)
     assert all(torch.equal(a, b) for a, b in zip(run([callback]), run([]), strict=True))
     assert len(callback.history) == 3
+
+
+def test_tensors_of_every_kind_that_a_module_keeps_are_the_same_after_the_pass(tmp_path):
+    class Keeping(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.adjacencies = [torch.eye(8).to_sparse()]
+            self.cycle = {}
+            self.cycle["inner"] = [torch.zeros(2, device="meta")]
+
+        def forward(self, x):
+            self.features = self.net[:4](x)
+            return self.net[4](self.features)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert self.features.requires_grad
+            assert self.net[1].training
+
+    def run(callbacks):
+        seed_everything(3, verbose=False)
+        return list(fit(tmp_path, callbacks, model=Keeping())[1].state_dict().values())
+
+    assert all(torch.equal(a, b) for a, b in zip(run([]), run([NeuralCollapseCallback(strict=True)]), strict=True))
+    model = nn.Sequential(nn.Linear(6, 8), nn.utils.spectral_norm(nn.Linear(8, 3)))
+    model(DATA.tensors[0])
+    measure(model, loader(False), progress=False)
+    assert model[1].weight.requires_grad
+
+
+def test_a_container_that_did_not_change_is_left_alone():
+    class Replay(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 3)
+            self.replay = deque(range(5))
+
+    model = Replay()
+    iterator = iter(model.replay)
+    measure(model, loader(False), progress=False)
+    assert list(iterator) == list(range(5))
 
 
 def test_finding_the_classifier_changes_no_batch():
