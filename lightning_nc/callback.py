@@ -413,8 +413,13 @@ class NeuralCollapseCallback(Callback):
         # Outside of a fit the epoch is that of the weights, the last one measured as far as is known.
         last = max((row["epoch"] for row in self.history), default=0)
         epoch = trainer.current_epoch if trainer.state.fn == "fit" else last
-        for key in sorted(key for key in self._streams if key[0] == stage and stage in self._active):
-            values = self._guarded(partial(self._values_of_stream, trainer, stage, self._streams[key])) or {}
+        keys = sorted(key for key in self._streams if key[0] == stage)
+        if trainer.world_size > 1:  # all processes together, one to which no batch came too
+            loaders = {"validate": trainer.num_val_batches, "test": trainer.num_test_batches}.get(stage, [0])
+            keys = [(stage, index) for index in range(len(loaders))]
+        for key in keys if stage in self._active else ():
+            stream = self._streams.get(key) or Stream(self._probe, error=LookupError("no batch came to this process"))
+            values = self._guarded(partial(self._values_of_stream, trainer, stage, stream)) or {}
             prefix = _KEYS[stage] + (f"_{key[1]}" if key[1] else "")
             marks = {"partial": True} if stage == "train" and self._partial else {}
             self._publish(trainer, pl_module, self._remember(trainer, stage, prefix, values, epoch, marks))

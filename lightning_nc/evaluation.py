@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -178,7 +178,7 @@ class _Passes:
                 raise
             error = caught
         if self.agree_on is not None:
-            self.steps = agree(self.agree_on, error, moments, list(self.model.buffers()), self.steps)
+            self.steps = agree(self.agree_on, error, moments, _saved_buffers(self.model), self.steps)
         return moments, taken
 
     def gather(self, moments: Moments, batches: Iterable[Any], absorb: Callable[[Moments, int], Any]) -> Moments:
@@ -211,6 +211,16 @@ class _Passes:
         return dict(zip(moments, synchronise(list(moments.values()), error=error), strict=True))
 
 
+def _saved_buffers(model: nn.Module) -> list[Tensor]:
+    """The buffers that a checkpoint holds. Others, the cache of a rotary embedding say, may differ in shape."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
 def values_of(moments: Moments, metrics: Sequence[str], probe: Probe) -> dict[str, float]:
     """The measures by name; those that need the classifier's weight for its input alone."""
     values = {}
@@ -240,7 +250,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     training = {module: module.training for module in modules}
     buffers = [(m._buffers, name, b, _contents(b, math.inf)) for m in modules for name, b in m._buffers.items()]
     states = [(m, _state_of(m)) for m in modules if isinstance(m, Metric)]
-    attributes = [_Attributes(m) for m in modules if not isinstance(m, Metric | LazyModuleMixin)]
+    attributes = [_Attributes(m) for m in modules if not isinstance(m, LazyModuleMixin)]
     loggers = [module for module in modules if hasattr(type(module), "log_dict")]
     python, numpys = random.getstate(), numpy.random.get_state()
     devices = [device] if device.type == "cuda" else []
@@ -277,14 +287,15 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self.own = vars(module)
-        public = {name: value for name, value in self.own.items() if not name.startswith("_")}
+        self.states = module._defaults if isinstance(module, Metric) else ()  # which are put back by themselves
+        public = {name: v for name, v in self.own.items() if not name.startswith("_") and name not in self.states}
         self.values = {name: value for name, value in public.items() if not _is_trained(value)}
         self.trained = {name: value for name, value in public.items() if _is_trained(value)}
         self.contents = [_contents(value) for value in self.values.values()]
 
     def restore(self) -> None:
         for name, value in list(self.own.items()):
-            if not (name.startswith("_") or name in self.values or _is_trained(value)):
+            if not (name.startswith("_") or name in self.values or name in self.states or _is_trained(value)):
                 del self.own[name]
         self.own.update(self.values)
         for name, value in self.trained.items():
@@ -309,11 +320,17 @@ def _contents(value: Any, limit: float = _LARGEST) -> Callable[[], None]:
     """A function that gives a tensor or a container back what it holds now."""
     if isinstance(value, Tensor) and _has_memory(value) and value.numel() * value.element_size() <= limit:
         return partial(_put_numbers_back, value, value.detach().clone())
-    if type(value) not in (list, deque, set, dict, defaultdict, OrderedDict):
+    if isinstance(value, numpy.ndarray) and value.flags.writeable and value.nbytes <= limit:
+        return partial(numpy.copyto, value, value.copy())
+    if type(value) not in (tuple, list, deque, set, dict, defaultdict, OrderedDict, Counter):
         return _nothing
     items = list(value.items() if isinstance(value, dict) else value)
     inside = value.values() if isinstance(value, dict) else value
-    inner = [_contents(item) for item in inside if isinstance(item, Tensor | list | deque | set | dict)]
+    inner = [
+        _contents(item)
+        for item in inside
+        if isinstance(item, Tensor | numpy.ndarray | tuple | list | deque | set | dict)
+    ]
     return partial(_put_items_back, value, items, inner)
 
 
@@ -330,10 +347,12 @@ def _put_items_back(container: Any, items: list[Any], inner: list[Callable[[], N
     if len(now) == len(items) and all(map(_is_same, now, items)):  # somebody may be iterating over it
         return
     container.clear()
-    if isinstance(container, list | deque):
-        container.extend(items)
-    else:
+    if isinstance(container, dict):
+        dict.update(container, items)  # a Counter's own would count them
+    elif isinstance(container, set):
         container.update(items)
+    else:
+        container.extend(items)
 
 
 def _is_same(item: Any, other: Any) -> bool:

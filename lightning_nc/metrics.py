@@ -275,9 +275,10 @@ class NC4(Metric):
         self.target.append(target.long())
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        if not self.features:  # the others would wait for a process that has nothing to give
-            self.features = [torch.zeros(0, self.num_features, device=self.device)]
-            self.target = [torch.zeros(0, dtype=torch.long, device=self.device)]
+        # The others would wait for a process that has nothing to give, or gives another type.
+        none = torch.zeros(0, self.num_features, device=self.device)
+        self.features = [dim_zero_cat([none, *self.features]).to(state_dtype(self.device))]
+        self.target = [dim_zero_cat([none[:, 0].long(), *self.target])]
         super()._sync_dist(*args, **kwargs)
 
     def compute(self) -> Tensor:

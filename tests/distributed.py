@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_nc import NeuralCollapseCallback, probe
 from lightning_nc.evaluation import exact_pass, undisturbed, values_of
@@ -64,13 +64,13 @@ class Features(Callback):
         self.handle.remove()
 
 
-def fit(callbacks, model=None, val=False, data=TRAIN, **kwargs):
+def fit(callbacks, model=None, val=None, data=TRAIN, **kwargs):
     defaults = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 2, "num_sanity_val_steps": 0}
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(callbacks=callbacks, **{**defaults, **quiet, **kwargs})
     seed_everything(3, verbose=False)
     model = model or Classifier()
-    trainer.fit(model, DataLoader(data, 8, shuffle=True), DataLoader(OTHER, 4) if val else None)
+    trainer.fit(model, DataLoader(data, 8, shuffle=True), DataLoader(OTHER, 4) if val is True else val)
     return trainer, model
 
 
@@ -103,8 +103,8 @@ def online():
     return {"history": callback.history, "features": features, "state": state_of(model)}
 
 
-def gives_up(callback):
-    trainer, _ = fit([callback])
+def gives_up(callback, *args, **kwargs):
+    trainer, _ = fit([callback], *args, **kwargs)
     return {"history": callback.history, "steps": trainer.global_step}
 
 
@@ -137,6 +137,34 @@ def uneven():
     callback = NeuralCollapseCallback(strict=True)
     trainer, _ = fit([callback], Gathering(norm=False), data=TensorDataset(*(part[:17] for part in TRAIN.tensors)))
     return {"history": callback.history, "steps": trainer.global_step}
+
+
+class Caching(Classifier):
+    """A buffer that is no part of a checkpoint, as long as what a rank has seen."""
+
+    def __init__(self):
+        super().__init__(norm=False)
+        self.register_buffer("cache", torch.zeros(4), persistent=False)
+
+    def training_step(self, batch, batch_idx):
+        self.cache = torch.zeros(5 + 3 * self.global_rank)
+        return super().training_step(batch, batch_idx)
+
+
+class Some(IterableDataset):
+    """Batches for the first rank alone."""
+
+    def __iter__(self):
+        yield from () if torch.distributed.get_rank() else OTHER
+
+
+def other_caches():
+    return gives_up(NeuralCollapseCallback(strict=True), Caching())
+
+
+def validates_alone():
+    callback = NeuralCollapseCallback(stages=("train", "validate"))
+    return gives_up(callback, Classifier(norm=False), val=DataLoader(Some(), 4))
 
 
 def one_fails_in_its_forward():
@@ -241,7 +269,18 @@ def main(part, folder):
     results = {}
     if part == "ddp":
         failing = (one_gives_up, one_gives_up_midway, one_fails_in_its_forward, other_width)
-        for function in (exact, every_stage, online, uneven, *failing, collectives, wide, model_parallel):
+        for function in (
+            exact,
+            every_stage,
+            online,
+            uneven,
+            other_caches,
+            validates_alone,
+            *failing,
+            collectives,
+            wide,
+            model_parallel,
+        ):
             results[function.__name__] = function()
     if part == "nodes":
         callback = NeuralCollapseCallback(LAYERS, strict=True)

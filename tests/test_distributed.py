@@ -116,6 +116,15 @@ def test_no_rank_waits_for_one_that_cannot_measure(part, reason):
     assert reason in errors  # which the second rank alone may know
 
 
+@pytest.mark.parametrize("part", ["other_caches", "validates_alone"])
+def test_ranks_that_differ_in_a_cache_or_in_validation_batches_stop_nothing(part):
+    (first, second), errors = run("ddp")
+    assert first[part] == second[part]
+    assert first[part]["steps"] == 8
+    assert [row["stage"] for row in first[part]["history"]] == ["train", "train"]
+    assert "no batch came to this process" in errors
+
+
 @pytest.mark.parametrize("layers", [[], LAYERS])
 @pytest.mark.parametrize("norm", [True, False])
 def test_a_measurement_takes_three_collectives_however_many_the_layers(layers, norm):

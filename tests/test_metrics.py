@@ -238,8 +238,8 @@ def _one_rank(rank, world_size, port, queue):
     features, target = data()
     parts = [slice(0, 60), slice(60, None), slice(0, 0)]  # the third rank sees nothing
     near = kept()
-    if rank < 2:
-        fill(near, features[parts[rank]], target[parts[rank]])
+    if rank < 2:  # in float64 on one rank, in float32 on the other
+        fill(near, features[parts[rank]].to((torch.float64, torch.float32)[rank]), target[parts[rank]])
     values = {"nc4": near.compute().item()}
     reduce = torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda tensor, **kwargs: (calls.append(tensor.numel()), reduce(tensor, **kwargs))

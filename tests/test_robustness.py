@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
@@ -15,6 +16,7 @@ from test_callback import DATA, Classifier, fit, hooks_of, loader
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
+from torchmetrics.wrappers import MinMaxMetric
 
 from lightning_nc import NeuralCollapseCallback, measure
 
@@ -131,6 +133,8 @@ def test_what_a_forward_changes_in_the_module_is_put_back(tmp_path):
             self.net = Classifier().net
             self.loss, self.outputs, self.steps, self.losses = MeanMetric(), [], 0, []
             self.kept, self.hidden = {"losses": []}, torch.zeros(3)
+            self.counts, self.array, self.pair = Counter(), np.zeros(2), ([], 0)
+            self.range = MinMaxMetric(MeanMetric())
             self.register_buffer("calls", torch.zeros(()))
             self.register_buffer("grid", torch.arange(5.0).expand(4, 5))  # cannot be written to
 
@@ -142,11 +146,17 @@ def test_what_a_forward_changes_in_the_module_is_put_back(tmp_path):
             self.steps += 1
             self.calls += 1
             self.kept["losses"].append(self.steps)
+            self.counts.update([self.steps])
+            self.array += 1
+            self.pair[0].append(self.steps)
+            self.range(batch[0].abs().sum())
             self.hidden += 1
             self.seen_before = True
 
         def on_validation_epoch_end(self):
             self.losses.append(torch.stack(self.outputs).mean().item() + len(self.kept["losses"]) + self.hidden.sum())
+            states = sum(self.counts.values()), self.array.sum(), len(self.pair[0]), self.range.compute()["max"].item()
+            self.losses.append(states)
             self.outputs.clear()
 
         def configure_optimizers(self):
