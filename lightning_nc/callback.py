@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -18,21 +19,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_nc.evaluation import Moved, exact_pass, undisturbed, values_of
-from lightning_nc.features import Pool
-from lightning_nc.functional import MEASURES, PAPER_MEASURES, check_measures
-from lightning_nc.loaders import check_loader
+from lightning_nc.functional import check_metrics
+from lightning_nc.keys import STAGES, make_key, parse_key
 from lightning_nc.loggers import publish_figures
+from lightning_nc.measuring.batches import Pool
+from lightning_nc.measuring.distributed import all_max
+from lightning_nc.measuring.evaluation import Collector, MappedBatches, exact_pass
+from lightning_nc.measuring.loaders import check_loader, own_samples, warn_if_moved
+from lightning_nc.measuring.loops import RunningLoops
+from lightning_nc.measuring.probe import Probe
+from lightning_nc.measuring.snapshot import evaluation_mode, fingerprint
 from lightning_nc.moments import state_dtype
-from lightning_nc.probe import Moments, Probe
-from lightning_nc.streams import Stream
 from lightning_nc.trainers import (
     Progress,
-    device_to_agree_on,
-    is_last,
+    is_last_epoch,
+    loader_at,
     model_to_call,
-    own_samples,
-    steps_of_epoch,
+    move_to_end,
+    ranks_of,
     to_device,
     training_data,
 )
@@ -43,15 +47,14 @@ if TYPE_CHECKING:
 __all__ = ["NeuralCollapseCallback", "log_spaced"]
 
 _T = TypeVar("_T")
-_KEYS = {"train": "nc", "validate": "nc/val", "test": "nc/test"}
-_IN_PROGRESS_BAR = ("nc1", "nc2_etf_centered", "nc3_centered")
+_IN_PROGRESS_BAR = ("nc/nc1", "nc/nc2_etf_centered", "nc/nc3_centered")
 
 
 def log_spaced(per_decade: int = 10) -> Callable[[int], bool]:
     """A schedule for ``every_n_epochs``: about ``per_decade`` measurements while the number of epochs grows tenfold.
 
-    Collapse is slow and is drawn on log axes. After 1, 2, 3, 4, 6, 7, 8, 10, 13, 16, 20, ... epochs with 10 per
-    decade.
+    Collapse is slow and is drawn on log axes. With 10 per decade it measures after 1, 2, 3, 4, 6, 7, 8, 10, 13, 16, 20, ...
+    epochs.
 
     Raises:
         ValueError: if ``per_decade`` is not a positive integer.
@@ -74,32 +77,32 @@ def _is_log_spaced(per_decade: int, epoch: int) -> bool:
 class NeuralCollapseCallback(Callback):
     r"""Measures neural collapse on the training data at the end of an epoch, and changes nothing in the training.
 
-    The classifier (the last linear layer) is found by itself; its input, over all training samples in eval mode, is what
-    is measured, in one extra pass. Values go to every logger, to the progress bar and to ``trainer.callback_metrics``
-    under ``nc/nc1``, ``nc/nc2_etf`` and so on (``nc/layer3/nc1`` for a layer), before ModelCheckpoint and EarlyStopping
-    look at this epoch. Weights, optimizer, random streams and batch order are those of a run without the callback.
+    The classifier (the last linear layer) is detected; its input is measured over all training samples, in eval mode, in an
+    extra pass. Values go to every logger, to the progress bar and to ``trainer.callback_metrics`` under ``nc/nc1``,
+    ``nc/nc2_etf`` and so on (``nc/layer3/nc1`` for a layer), before ModelCheckpoint and EarlyStopping look at this epoch.
+    Weights, optimizer, random streams and batch order are those of a run without the callback.
 
     Args:
         layers: names (shell patterns allowed) of modules whose outputs are measured too.
-        classifier: name of the last linear layer; found by itself where it is not given.
-        num_classes: K; the classifier's number of outputs where it is not given.
-        metrics: names in :data:`lightning_nc.functional.MEASURES`; the paper's six by default. Those that need the
+        classifier: name of the last linear layer; detected by default.
+        num_classes: K; by default the classifier's number of outputs.
+        metrics: ``"paper"`` (six metrics), or a name or names in :data:`lightning_nc.functional.METRICS`. Metrics that need the
             classifier's weight exist for the classifier's input alone.
-        stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured from the batches of their loops, at
-            no extra pass, under ``nc/val/`` and ``nc/test/`` (``nc/val_1/`` for a second data loader).
-        mode: how training data are measured: ``"exact"`` in an extra pass, in eval mode; ``"online"`` from the training
-            batches as they pass, in train mode and with weights that move within the epoch.
-        every_n_epochs: an int, or a callable from epoch to bool such as :func:`log_spaced`. The first and the last epoch
-            are always measured; with an int n also epochs n - 1, 2n - 1 and so on, those at which
-            ``ModelCheckpoint(every_n_epochs=n)`` acts. ``callback_metrics`` keeps the last value in between.
-        dataloader: what the exact pass runs over in place of the training data, for example the same images without
+        stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured from the batches of their loops, without
+            an extra pass, under ``nc/val/`` and ``nc/test/`` (``nc/val_1/`` for a second dataloader).
+        mode: how training data are measured: ``"exact"`` in an extra pass in eval mode; ``"online"`` reuses the features computed
+            during training, in train mode and with weights that change within the epoch.
+        every_n_epochs: an int, or a callable from epoch to bool such as :func:`log_spaced`. The first and the last epoch are
+            always measured; with an int n also epochs n - 1, 2n - 1 and so on, when ``ModelCheckpoint(every_n_epochs=n)`` acts.
+        dataloader: what the exact pass runs over instead of the training data, for example the same images without
             augmentation.
         target_fn: batch -> (B,) class indices; by default the second item of a pair, or ``label``, ``labels``, ``target``,
             ``targets`` or ``y`` of a mapping.
-        forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch, or on the
-            entries of a mapping that its ``forward`` takes.
-        pool: features of more than two dimensions: ``"mean"`` over positions, ``"flatten"``, or a callable.
-        strict: raise when something cannot be measured; by default it warns once, says why, and training goes on.
+        forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch, or with the
+            entries of a mapping that match its argument names.
+        pool: how features of more than two dimensions become (B, d): ``"mean"``, ``"mean_channels_first"``,
+            ``"mean_channels_last"``, ``"flatten"`` or a callable; see :func:`lightning_nc.measure`.
+        strict: raise when a measurement fails; by default it warns once, says why, and training goes on.
 
     Raises:
         MisconfigurationException: for arguments that do not fit.
@@ -114,7 +117,7 @@ class NeuralCollapseCallback(Callback):
         layers: Sequence[str] | None = None,
         classifier: str | None = None,
         num_classes: int | None = None,
-        metrics: Sequence[str] = PAPER_MEASURES,
+        metrics: str | Sequence[str] = "paper",
         stages: Sequence[str] = ("train",),
         mode: str = "exact",
         every_n_epochs: int | Callable[[int], bool] = 1,
@@ -125,42 +128,35 @@ class NeuralCollapseCallback(Callback):
         strict: bool = False,
     ) -> None:
         try:
-            self.metrics = check_measures(metrics)
+            self.metrics = check_metrics(metrics)
             check_loader(dataloader)
             self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        if not callable(every_n_epochs) and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
+        _check_schedule(every_n_epochs)
+        if isinstance(stages, str) or not stages or not set(stages) <= STAGES.keys():
             raise MisconfigurationException(
-                f"every_n_epochs must be a positive integer or a callable from epoch to bool, got {every_n_epochs!r}"
-            )
-        if getattr(every_n_epochs, "__name__", "") == log_spaced.__name__:
-            raise MisconfigurationException("every_n_epochs=log_spaced lacks its parentheses; write log_spaced()")
-        if isinstance(stages, str) or not stages or not set(stages) <= _KEYS.keys():
-            raise MisconfigurationException(
-                f"stages must be a sequence of any of {', '.join(map(repr, _KEYS))}, got {stages!r}"
+                f"stages must be a sequence of any of {', '.join(map(repr, STAGES))}, got {stages!r}"
             )
         if mode not in ("exact", "online"):
             raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
         if mode == "online" and dataloader is not None:
             raise MisconfigurationException(
-                "mode='online' measures the training batches as they pass, so there is nothing for dataloader= to do; "
-                "leave one of them out"
+                "mode='online' measures the batches of the training loop, so dataloader= has no effect; leave one of them out"
             )
         self.stages, self.mode = tuple(stages), mode
-        self.every_n_epochs = every_n_epochs
-        self.dataloader = dataloader
-        self.strict = strict
+        self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history: list[dict[str, Any]] = []
+        self.previous_histories: list[list[dict[str, Any]]] = []
         self.class_means: Tensor | None = None
-        self._classes: list[int] = []  # whose means they are
-        self._streams: dict[tuple[str, int], Stream] = {}  # by stage and data loader
-        self._active: set[str] = set()  # stages whose batches are measured as they pass, at present
+        self._classes: list[int] = []  # the classes of these means
+        self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
-        self._measured: tuple[int, int] | None = None  # epoch and step
-        self._validated = -1  # the last epoch whose validation loop was measured
-        self._fitting = True
-        self._partial = False
+        self._measured: tuple[int, int] | None = None  # epoch and step of the last measurement of training data
+        self._weights = ""  # fingerprint of the weights of that measurement
+        self._marks: dict[str, Any] = {}  # for the next row: partial, weights
+        self._validation_due = self._fitting = False
+        self._fits = 0
 
     @property
     @override
@@ -175,36 +171,32 @@ class NeuralCollapseCallback(Callback):
 
         return plot_history(self.history, num_classes=None if self.class_means is None else len(self.class_means))
 
+    def should_measure(self, trainer: Trainer) -> bool:
+        """Whether the current epoch is measured: the first, the last as far as is known, and those of ``every_n_epochs``.
+
+        Override it to choose by any other rule.
+        """
+        epoch = trainer.current_epoch
+        every = self.every_n_epochs
+        scheduled = every(epoch) if callable(every) else (epoch + 1) % every == 0
+        return epoch == 0 or scheduled or is_last_epoch(trainer)
+
     # ------------------------------------------------------------------------------------------ around the run
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._probe.forget()
+        self._probe.reset()
         self._fitting = stage == "fit"
-        self._streams, self._active = {}, set()
-        self._epoch_began, self._partial = None, False
+        self._loops = RunningLoops(self._probe, self.metrics)
+        self._epoch_began = None
         others = [c for c in trainer.callbacks if isinstance(c, NeuralCollapseCallback) and c is not self]  # type: ignore[attr-defined]
         if any(set(self.stages) & set(other.stages) and self._settings() != other._settings() for other in others):
             raise MisconfigurationException(
                 "two NeuralCollapseCallbacks would log different numbers under the same keys; give them different stages, or "
                 "measure the second with lightning_nc.measure"
             )
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measured, self._validated = None, -1
-        if (
-            trainer.global_step
-        ):  # resumed: monitors look for the last values, and the last epoch may be measured already
-            known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
-            trainer.callback_metrics.update(_tensors(known, pl_module.device))
-            steps = [(row["epoch"], row["step"]) for row in self.history if row["stage"] == "train"]
-            self._measured = steps[-1] if steps else None
-        if "validate" in self.stages and not trainer.enable_validation:
-            rank_zero_warn(
-                "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give "
-                "the Trainer validation data and the module a validation_step"
-            )
+        if self._fitting:
+            move_to_end(trainer, self)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,6 +204,25 @@ class NeuralCollapseCallback(Callback):
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "define_metric"):  # W&B: epochs, not steps, along the x axis
                 experiment.define_metric("nc/*", step_metric="epoch")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measured, self._validation_due = None, False
+        if trainer.global_step or trainer.current_epoch:
+            # Resumed: monitors look for the last values, and the last epoch may be measured already.
+            known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
+            trainer.callback_metrics.update(_tensors(known, pl_module.device))
+            steps = [(row["epoch"], row["step"]) for row in self.history if row["stage"] == "train"]
+            self._measured = steps[-1] if steps else None
+        elif self._fits and self.history:  # another training, of cross-validation for example
+            self.previous_histories.append(self.history)
+            self.history = []
+        self._fits += 1
+        if "validate" in self.stages and not trainer.enable_validation:
+            rank_zero_warn(
+                "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give "
+                "the Trainer validation data and the module a validation_step"
+            )
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,7 +234,7 @@ class NeuralCollapseCallback(Callback):
         for logger in trainer.loggers:
             try:
                 publish_figures(logger, history, means, classes)
-            except Exception as error:  # a full disk, a server that is gone: the run itself is done and saved
+            except Exception as error:  # a full disk or a server that is gone: the run itself is done and saved
                 rank_zero_warn(
                     f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"
                 )
@@ -242,7 +253,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A checkpoint that is tested, the best one say, may be older than the history.
+        # trainer.test may load an older checkpoint, the best one, whose history is shorter.
         if self._fitting or not self.history:
             self.history = [dict(row) for row in state_dict["history"]]
 
@@ -250,86 +261,100 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch_began = perf_counter()
-        if self.mode == "online":
-            self._begin("train", self._is_due(trainer, ahead=steps_of_epoch(trainer)))
+        self._epoch_began = None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._epoch_began is None:  # resumed in the middle of an epoch
-            self.on_train_epoch_start(trainer, pl_module)
-            self._partial = batch_idx > 0
-        self._open(trainer, pl_module, "train", batch)
+        if self._epoch_began is None:  # the first batch, or the first one after a resume in the middle of an epoch
+            self._epoch_began = perf_counter()
+            due = self.should_measure(trainer)
+            self._validation_due = self._validation_due or due
+            self._loops.begin("train", due and self.mode == "online" and "train" in self.stages)
+            self._marks = {"partial": True} if batch_idx and self.mode == "online" else {}
+            if self._loops.is_active("train"):
+                self._loops.watch_inputs(pl_module, batch)
+        self._start(trainer, pl_module, "train", batch)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._probe.disarm()
+        self._probe.pause()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._close("train")
-        # Before the validation loop, so that what monitors a value there sees the one of this epoch.
+        self._loops.check_inputs()
+        self._loops.finish("train", 0, None)
+        # Before the validation loop, so that callbacks that monitor a value there see the one of this epoch.
         if trainer.is_last_batch:
             self._finish_epoch(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # An epoch that was cut short, by max_steps say, has no last batch.
+        # An epoch that max_steps ended has no last batch.
         self._finish_epoch(trainer, pl_module)
-        self._epoch_began = None
-        self._partial = False
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Nobody knew that the epoch was the last one: it was stopped early. Lightning's own logging is closed by now.
-        if "train" not in self.stages or self.mode == "online" or not trainer.global_step:
-            return
-        if self._measured is not None and self._measured[1] == trainer.global_step:
-            return
-        epoch = max(trainer.current_epoch - 1, 0)
-        values = self._measure(trainer, pl_module, epoch)
-        trainer.callback_metrics.update(_tensors(values, pl_module.device))
-        for logger in trainer.loggers if values else ():
-            logger.log_metrics({**values, "epoch": epoch}, step=trainer.global_step - 1)
-
-    def _is_due(self, trainer: Trainer, ahead: float = 0) -> bool:
-        return is_last(trainer, ahead) or self._is_scheduled(trainer.current_epoch)
-
-    def _is_scheduled(self, epoch: int) -> bool:
-        if epoch == 0:
-            return True
-        return self.every_n_epochs(epoch) if callable(self.every_n_epochs) else (epoch + 1) % self.every_n_epochs == 0
 
     def _finish_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "train" not in self.stages or self._measured == (trainer.current_epoch, trainer.global_step):
             return
         if self.mode == "online":
             self._measured = trainer.current_epoch, trainer.global_step
-            self._publish_streams(trainer, pl_module, "train")
-        elif self._is_due(trainer):
+            self._finish_loop(trainer, pl_module, "train")
+        elif self.should_measure(trainer):
             self._publish(trainer, pl_module, self._measure(trainer, pl_module, trainer.current_epoch))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Early stopping ended training after an epoch that was not due, or weight averaging has replaced the weights.
+        if "train" not in self.stages or self.mode == "online" or not trainer.global_step:
+            return
+        if self._measured is not None and self._measured[1] == trainer.global_step:
+            if not self._has_swapped(trainer, pl_module):
+                return
+            self._marks = {"weights": "swapped"}
+            rank_zero_info(
+                "neural collapse: another callback replaced the weights at the end of training (weight averaging, for example); "
+                "the last row of history, with weights='swapped', is about the model that fit leaves"
+            )
+        epoch = max(trainer.current_epoch - 1, 0)
+        values = self._measure(trainer, pl_module, epoch)
+        # Lightning's own logging is closed by now.
+        trainer.callback_metrics.update(_tensors(values, pl_module.device))
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics({**values, "epoch": epoch}, step=trainer.global_step - 1)
+
+    def _has_swapped(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether, on any rank, the weights are others than when the training data were measured."""
+        changed, ranks = fingerprint(pl_module) != self._weights, ranks_of(trainer)
+        return changed if ranks is None else bool(all_max(changed, ranks))
 
     # ------------------------------------------------------------------------------------- validation and test
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = trainer.state.fn != "fit" or self._is_due(trainer, ahead=steps_of_epoch(trainer))
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:  # there may be no loop in the epochs that are due
-            passed = range(self._validated + 1, trainer.current_epoch)
-            due = due or any(self._is_scheduled(epoch) for epoch in passed)
-            self._validated = trainer.current_epoch if due else self._validated
-        self._begin("validate", due and not trainer.sanity_checking)
+        if "validate" not in self.stages or trainer.sanity_checking:
+            return
+        # If validation is less frequent, the next loop after an epoch that is due is measured.
+        due = trainer.state.fn != "fit" or self._validation_due or self.should_measure(trainer)
+        self._loops.begin("validate", due)
+        self._validation_due, self._marks = False, {}
+        measured = self._measured == (trainer.current_epoch, trainer.global_step)
+        if due and measured and trainer.state.fn == "fit" and self._has_swapped(trainer, pl_module):
+            self._marks = {"weights": "swapped"}
+            if self._probe.is_new("swapped"):
+                rank_zero_info(
+                    "neural collapse: validation runs with other weights than those being trained (weight averaging, for "
+                    "example), so nc/val/ and nc/ of one epoch are about different weights; the rows say weights='swapped'"
+                )
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.sanity_checking and self._streaming() and self._is_ready(pl_module):
-            # Nothing to measure, but a model that is compiled at its first call must have its hooks before.
+        if trainer.sanity_checking and self._uses_loops() and self._is_ready(pl_module):
+            # Nothing to measure, but a model that is compiled in its first call must have its hooks before.
             self._guarded(lambda: self._attach(trainer, pl_module, batch))
-        self._open(trainer, pl_module, "validate", batch, dataloader_idx)
+        self._start(trainer, pl_module, "validate", batch, dataloader_idx)
 
     @override
     def on_validation_batch_end(
@@ -341,21 +366,21 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._close("validate", dataloader_idx, own_samples(trainer, trainer.val_dataloaders, dataloader_idx))
+        self._loops.finish("validate", dataloader_idx, _own(trainer, trainer.val_dataloaders, dataloader_idx))
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._publish_streams(trainer, pl_module, "validate")
+        self._finish_loop(trainer, pl_module, "validate")
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin("test", True)
+        self._loops.begin("test", "test" in self.stages)
 
     @override
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._open(trainer, pl_module, "test", batch, dataloader_idx)
+        self._start(trainer, pl_module, "test", batch, dataloader_idx)
 
     @override
     def on_test_batch_end(
@@ -367,123 +392,101 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._close("test", dataloader_idx, own_samples(trainer, trainer.test_dataloaders, dataloader_idx))
+        self._loops.finish("test", dataloader_idx, _own(trainer, trainer.test_dataloaders, dataloader_idx))
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._publish_streams(trainer, pl_module, "test")
+        self._finish_loop(trainer, pl_module, "test")
 
-    # ------------------------------------------------------------------------------- batches measured as they pass
+    # ------------------------------------------------------------------------------------------- running loops
 
-    def _streaming(self) -> bool:
+    def _uses_loops(self) -> bool:
         return self.mode == "online" or self.stages != ("train",)
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
-        """Whether no layer waits for the first batch of the training to take its shape from, and its numbers."""
+        """False while a lazy layer waits for the first training batch to take its shape, and its numbers, from."""
         return self._probe.attached or not any(map(is_lazy, chain(pl_module.parameters(), pl_module.buffers())))
-
-    def _begin(self, stage: str, due: bool) -> None:
-        self._streams = {key: stream for key, stream in self._streams.items() if key[0] != stage}
-        self._active.discard(stage)
-        if due and stage in self.stages:
-            self._active.add(stage)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if not self._probe.attached:
-            with undisturbed(pl_module, trainer.strategy.root_device):
+            with evaluation_mode(pl_module, trainer.strategy.root_device):
                 self._probe.attach(model_to_call(trainer, pl_module), batch, trainer.precision_plugin.forward_context)
 
-    def _open(self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, index: int = 0) -> None:
-        """Before a batch passes."""
-        if stage in self._active and self._is_ready(pl_module):
-            stream = self._streams.setdefault((stage, index), Stream(self._probe))
-            stream.open(batch, lambda: self._attach(trainer, pl_module, batch))
-            if self.strict and stream.error is not None:
-                raise stream.error
+    def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, loader: int = 0) -> None:
+        if self._loops.is_active(stage) and self._is_ready(pl_module):
+            self._loops.start(stage, loader, batch, lambda: self._attach(trainer, pl_module, batch))
 
-    def _close(self, stage: str, index: int = 0, share: int | None = None) -> None:
-        """After a batch has passed."""
-        stream = self._streams.get((stage, index)) if stage in self._active else None
-        if stream is not None:
-            stream.close(share)
-            if self.strict and stream.error is not None:
-                raise stream.error
-
-    def _publish_streams(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Outside of a fit the epoch is that of the weights, the last one measured as far as is known.
+    def _finish_loop(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self._loops.is_active(stage):
+            return
+        # Outside of fit the epoch is that of the weights, the last one measured as far as is known.
         last = max((row["epoch"] for row in self.history), default=0)
         epoch = trainer.current_epoch if trainer.state.fn == "fit" else last
-        keys = sorted(key for key in self._streams if key[0] == stage)
-        if trainer.world_size > 1:  # all processes together, one to which no batch came too
-            loaders = {"validate": trainer.num_val_batches, "test": trainer.num_test_batches}.get(stage, [0])
-            keys = [(stage, index) for index in range(len(loaders))]
-        for key in keys if stage in self._active else ():
-            stream = self._streams.get(key) or Stream(self._probe, error=LookupError("no batch came to this process"))
-            values = self._guarded(partial(self._values_of_stream, trainer, stage, stream)) or {}
-            prefix = _KEYS[stage] + (f"_{key[1]}" if key[1] else "")
-            marks = {"partial": True} if stage == "train" and self._partial else {}
-            self._publish(trainer, pl_module, self._remember(trainer, stage, prefix, values, epoch, marks))
-        self._begin(stage, False)
+        batches = {"validate": trainer.num_val_batches, "test": trainer.num_test_batches}.get(stage, [0])
+        marks = self._marks
+        for loader, collector in self._loops.end(stage, len(batches) if trainer.world_size > 1 else None).items():
+            values = self._guarded(partial(self._values_of_loop, trainer, pl_module, collector, stage)) or {}
+            self._marks = marks
+            self._publish(trainer, pl_module, self._remember(trainer, values, epoch, stage, loader))
 
-    def _values_of_stream(self, trainer: Trainer, stage: str, stream: Stream) -> dict[str, float]:
-        moments = stream.total(device_to_agree_on(trainer))
-        if any(MEASURES[name].scatter for name in self.metrics) and not all(m.knows_scatter for m in moments.values()):
-            rank_zero_warn(
-                "neural collapse: features too wide for a scatter matrix need a second pass, which only mode='exact' makes on "
-                "the training data; their nc1 is left out here. pool='mean' makes them narrow"
+    def _values_of_loop(
+        self, trainer: Trainer, pl_module: LightningModule, collector: Collector, stage: str
+    ) -> dict[str, float]:
+        collector.synchronize(ranks_of(trainer))
+        if wide := collector.too_wide():
+            self._probe.warn_once(
+                "wide",
+                f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
+                "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
             )
-        return self._values(moments, stage)
+        return self._values(collector, stage)
 
     # ------------------------------------------------------------------------------------------- the exact pass
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
-        """The values by key, appended to the history too; nothing where they could not be measured."""
+        """Measure the training data; the values by key, also appended to the history."""
         self._measured, began = (trainer.current_epoch, trainer.global_step), perf_counter()
         values = self._guarded(lambda: self._run(trainer, pl_module))
-        if not self._streaming():
+        if not self._uses_loops():
             self._probe.detach()
         if values is None:
             return {}
         took = perf_counter() - began
         epoch_took = math.inf if self._epoch_began is None else began - self._epoch_began
-        if took > max(1, 0.25 * epoch_took) and self._probe.first_time("slow"):
+        if took > max(1, 0.25 * epoch_took) and self._probe.is_new("slow"):
             rank_zero_info(
                 f"measuring neural collapse took {took:.1f} s, {100 * took / epoch_took:.0f} % of the {epoch_took:.1f} s of the "
                 "epoch before it; NeuralCollapseCallback(every_n_epochs=...) measures less often, mode='online' without an "
                 "extra pass"
             )
-        return self._remember(trainer, "train", _KEYS["train"], values, epoch)
+        return self._remember(trainer, values, epoch, "train")
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        with undisturbed(pl_module, trainer.strategy.root_device):
+        self._weights = fingerprint(pl_module)
+        with evaluation_mode(pl_module, trainer.strategy.root_device):
             try:
                 loader, total = training_data(trainer, self.dataloader)
-            except Exception as error:  # which the pass tells the other processes
+            except Exception as error:  # which the pass tells the other ranks
                 loader, total = _raising(error), None
-            batches = Moved(Progress(trainer, loader, total), lambda batch: to_device(trainer, pl_module, batch))
-            model = model_to_call(trainer, pl_module)
-            moments = exact_pass(
-                self._probe,
-                self.metrics,
-                model,
-                batches,
-                trainer.precision_plugin.forward_context,
-                device_to_agree_on(trainer),
-                steps=total or 0,
-            )
-            return self._values(moments, "train")
+            batches = MappedBatches(Progress(trainer, loader, total), lambda batch: to_device(trainer, pl_module, batch))
+            collector = Collector(self._probe, self.metrics)
+            context = trainer.precision_plugin.forward_context
+            with warn_if_moved(loader):
+                model = model_to_call(trainer, pl_module)
+                exact_pass(collector, model, batches, context, ranks_of(trainer), total or 0)
+            return self._values(collector, "train")
 
     # ---------------------------------------------------------------------------------------- what becomes of values
 
     def _guarded(self, measure: Callable[[], _T]) -> _T | None:
-        """What ``measure`` gives, None where it raises."""
+        """Call ``measure``; warn and return None if it raises."""
         try:
             return measure()
         except Exception as error:
             if self.strict:
                 raise
-            if self._probe.first_time("cannot be measured"):
-                # On every process: the reason may be known to one of them alone.
+            if self._probe.is_new("cannot be measured"):
+                # On every rank: the reason may be known to one of them alone.
                 warnings.warn(
                     f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
                     "raises instead)",
@@ -491,38 +494,34 @@ class NeuralCollapseCallback(Callback):
                 )
             return None
 
-    def _values(self, moments: Moments, stage: str) -> dict[str, float]:
-        values = values_of(moments, self.metrics, self._probe)
-        if "" in moments and (stage == "train" or "train" not in self.stages):
-            seen = moments[""].counts > 0
-            self.class_means, self._classes = moments[""].means[seen].cpu(), seen.nonzero().flatten().tolist()
+    def _values(self, collector: Collector, stage: str) -> dict[str, float]:
+        values = collector.values()
+        if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
+            self.class_means, self._classes = means
         return values
 
     def _remember(
-        self,
-        trainer: Trainer,
-        stage: str,
-        prefix: str,
-        values: dict[str, float],
-        epoch: int,
-        marks: dict[str, Any] | None = None,
+        self, trainer: Trainer, values: dict[str, float], epoch: int, stage: str, loader: int = 0
     ) -> dict[str, float]:
-        values = {f"{prefix}/{name}": value for name, value in values.items()}
-        if values:
-            self.history.append(
-                {"stage": stage, "epoch": epoch, "step": trainer.global_step, **(marks or {}), **values}
-            )
-        return values
+        """Append a row to the history; the values by the keys under which they are logged."""
+        logged = {}
+        for key, value in values.items():
+            parts = parse_key(key)
+            logged[make_key(parts.metric, parts.layer, stage, loader)] = value
+        if logged:
+            self.history.append({"stage": stage, "epoch": epoch, "step": trainer.global_step, **self._marks, **logged})
+        self._marks = {}
+        return logged
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
         tensors = _tensors(values, pl_module.device)
         for key, value in tensors.items():
-            # The maximum of one value is the value itself, in its own precision. All processes have the same, so none needs
+            # The maximum of one value is the value itself, in its own precision. All ranks have the same value, so none needs
             # to ask the others.
             pl_module.log(
                 key,
                 value,
-                prog_bar=key.removeprefix("nc/") in _IN_PROGRESS_BAR,
+                prog_bar=key in _IN_PROGRESS_BAR,
                 on_step=False,
                 on_epoch=True,
                 reduce_fx="max",
@@ -536,6 +535,19 @@ class NeuralCollapseCallback(Callback):
     def _settings(self) -> tuple[Any, ...]:
         p = self._probe
         return self.mode, self.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool
+
+
+def _check_schedule(every_n_epochs: Any) -> None:
+    if not callable(every_n_epochs) and (not isinstance(every_n_epochs, numbers.Integral) or every_n_epochs < 1):
+        raise MisconfigurationException(
+            f"every_n_epochs must be a positive integer or a callable from epoch to bool, got {every_n_epochs!r}"
+        )
+    if getattr(every_n_epochs, "__name__", "") == log_spaced.__name__:
+        raise MisconfigurationException("every_n_epochs=log_spaced lacks its parentheses; write log_spaced()")
+
+
+def _own(trainer: Trainer, loaders: Any, index: int) -> int | None:
+    return own_samples(loader_at(loaders, index)) if trainer.world_size > 1 else None
 
 
 def _raising(error: Exception) -> Iterator[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain, islice
 from typing import Any
@@ -19,7 +21,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-__all__ = ["check_loader", "has_own_iteration", "is_distributed", "measurement_loader"]
+__all__ = [
+    "check_loader",
+    "has_own_iteration",
+    "is_distributed",
+    "measurement_loader",
+    "own_samples",
+    "rank_of",
+    "warn_if_moved",
+]
 
 
 def measurement_loader(
@@ -36,7 +46,7 @@ def measurement_loader(
     """
     if not isinstance(loader, DataLoader):
         raise LookupError(
-            f"the training data come from a {type(loader).__name__}, and which of its samples to measure is not clear; pass "
+            f"the training data come from a {type(loader).__name__}, and which of its samples to measure is unclear; pass "
             "dataloader=, a DataLoader to measure on"
         )
     if has_own_iteration(loader):
@@ -86,8 +96,41 @@ def is_distributed(loader: Any) -> bool:
     return isinstance(getattr(loader, "sampler", None), DistributedSampler)
 
 
+def rank_of(loader: Any) -> tuple[int, int]:
+    """This rank's number and the number of ranks that share the data of a loader; 0 and 1 if it is not shared."""
+    sampler = getattr(loader, "sampler", None)
+    return (sampler.rank, sampler.num_replicas) if isinstance(sampler, DistributedSampler) else (0, 1)
+
+
+def own_samples(loader: Any) -> int | None:
+    """How many samples of a loader belong to this rank, if its sampler pads with samples of other ranks."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+
+
+@contextmanager
+def warn_if_moved(loader: Any) -> Iterator[None]:
+    """Warn if a number that the data set keeps, the cursor of a stream for example, changes meanwhile."""
+    dataset = getattr(loader, "dataset", None)
+    before = _numbers(dataset)
+    yield
+    moved = [name for name, value in _numbers(dataset).items() if before.get(name, value) != value]
+    if moved:
+        warnings.warn(
+            f"neural collapse: measuring moved {', '.join(moved)} of the data set {type(dataset).__name__}, so training goes on "
+            "from another place; pass dataloader=, over a copy of the data",
+            stacklevel=3,
+        )
+
+
+def _numbers(dataset: Any) -> dict[str, Any]:
+    return {name: value for name, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, int | float)}
+
+
 def check_loader(dataloader: Any) -> None:
-    """Raise ``ValueError`` for what gives single samples instead of batches."""
+    """Raise ValueError for a data set, which gives samples instead of batches."""
     if isinstance(dataloader, Dataset):
         raise ValueError(
             f"dataloader must give batches, got the data set {type(dataloader).__name__}; write DataLoader(dataset, "
@@ -96,7 +139,7 @@ def check_loader(dataloader: Any) -> None:
 
 
 def has_own_iteration(loader: DataLoader[Any]) -> bool:
-    """Whether a subclass changes what a loader gives: normalises batches, prefetches them, goes on for ever."""
+    """Whether a subclass changes what a loader gives: normalizes batches, prefetches them, never ends."""
     return type(loader).__iter__ is not DataLoader.__iter__
 
 

@@ -1,0 +1,164 @@
+"""What a batch holds: inputs and labels; and how features of more than two dimensions become one row per sample."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+__all__ = ["POOLS", "Pool", "copy_batch", "first_rows", "listed", "pool_features", "run_forward", "targets_of"]
+
+LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+POOLS = ("mean", "mean_channels_first", "mean_channels_last", "flatten")
+
+Pool = str | Callable[[Tensor], Tensor]
+
+
+def targets_of(batch: Any) -> Any:
+    """The labels of a batch: the second item of a sequence, or the first of the usual keys of a mapping.
+
+    Raises:
+        LookupError: if there are none.
+    """
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS:
+            if key in batch:
+                return batch[key]
+        raise LookupError(
+            f"a batch has the keys {listed(batch)}, none of {listed(LABEL_KEYS)}; pass target_fn, a function from a batch to "
+            "its class indices"
+        )
+    if isinstance(batch, Sequence) and len(batch) > 1:
+        return batch[1]
+    raise LookupError(
+        f"a batch of type {type(batch).__name__} has no labels as its second item; pass target_fn, a function from a batch "
+        "to its class indices"
+    )
+
+
+def copy_batch(batch: Any) -> Any:
+    """A batch that a model may change or empty; the batch itself if it cannot be copied."""
+    try:
+        return deepcopy(batch)
+    except Exception:
+        return batch
+
+
+def first_rows(batch: Any, size: int, rows: int) -> Any:
+    """A copy of a batch of ``size`` samples with its first ``rows`` samples."""
+
+    def shorten(tensor: Tensor) -> Tensor:
+        return tensor[:rows].clone() if tensor.dim() and len(tensor) == size else tensor.clone()
+
+    return apply_to_collection(batch, Tensor, shorten)
+
+
+def pool_features(
+    features: Tensor, pool: Pool = "mean", axis: int | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """(B, ...) to (B, d), in memory of its own.
+
+    Args:
+        features: the output of a layer.
+        pool: ``"mean"`` over all axes but the first and ``axis``, ``"flatten"``, or a function that is called on features of
+            more than two dimensions.
+        axis: the axis of the features, for ``"mean"``.
+        mask: (B, T); the mean of (B, T, d) is over the positions where it is not zero.
+    """
+    features = features.detach()
+    if features.is_nested:  # torch's own encoder drops the padding in eval mode
+        if pool not in ("mean", "mean_channels_last"):
+            raise ValueError(
+                "sequences of different lengths come as a nested tensor, which only pool='mean' can pool; got "
+                f"pool={pool!r}"
+            )
+        return torch.stack([sequence.mean(dim=0) for sequence in features.unbind()])
+    if features.dim() <= 2:
+        return (features if features.dim() == 2 else features[:, None]).clone()
+    if callable(pool):
+        return pool(features).detach().clone()
+    if pool == "flatten":
+        return features.flatten(start_dim=1).clone()
+    assert axis is not None
+    rows = features.movedim(axis, -1)
+    if mask is not None and mask.shape == rows.shape[:-1]:
+        wide = torch.promote_types(features.dtype, torch.float32)  # a sum may leave float16
+        weights = mask.to(wide).unsqueeze(-1)
+        return (rows * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    return rows.flatten(1, -2).mean(dim=1)
+
+
+def run_forward(model: nn.Module, batch: Any) -> Any:
+    """Call the model on the first item of a sequence, or on the entries of a mapping that its forward takes.
+
+    A LightningModule that defines no forward of its own runs its ``validation_step``.
+
+    Raises:
+        LookupError: if the model cannot be called this way.
+    """
+    module = _unwrapped(model)
+    if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented" or _is_lightnings(
+        type(module), "forward"
+    ):
+        if not hasattr(module, "validation_step") or _is_lightnings(type(module), "validation_step"):
+            raise LookupError(
+                f"{type(module).__name__} has neither a forward nor a validation_step to run; define one, or pass forward_fn, "
+                "a function of the module and the batch"
+            )
+        return module.validation_step(batch, 0)  # type: ignore[operator]
+    if isinstance(batch, Mapping):
+        positional, named = _arguments(module, batch)
+        return model(*positional, **named)
+    if not isinstance(batch, Sequence):
+        raise LookupError(
+            f"a batch of type {type(batch).__name__} has no first item to call the model on; pass forward_fn, a function of "
+            "the module and the batch"
+        )
+    return model(batch[0])
+
+
+def listed(names: Any) -> str:
+    """Names for a message, at most ten."""
+    names = list(names)
+    return ", ".join(repr(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, FSDP, DDP or Fabric, whose wrappers take any argument."""
+    model = getattr(model, "_orig_mod", model)
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    takes_anything = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return getattr(model, "module", model) if takes_anything and not _is_lightnings(type(model), "forward") else model
+
+
+def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The positional and the named arguments that a mapping gives to the forward of a module."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return [], dict(batch)
+    required = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind != parameter.VAR_POSITIONAL
+    }
+    taken = {name: value for name, value in batch.items() if name in parameters}
+    if taken and required <= taken.keys():
+        return [], taken
+    inputs = [value for name, value in batch.items() if name not in LABEL_KEYS]
+    if len(inputs) == 1 and len(required) == 1:
+        return inputs, {}
+    raise LookupError(
+        f"a batch has the keys {listed(batch)}, and the forward of {type(module).__name__} takes {listed(parameters)}; pass "
+        "forward_fn, a function of the module and the batch"
+    )
+
+
+def _is_lightnings(kind: type, method: str) -> bool:
+    """Whether LightningModule defines the method, of either package, and not the user."""
+    module: str = getattr(kind, method).__module__ or ""  # a traced module's method has none
+    return module.startswith(("lightning.pytorch.", "pytorch_lightning."))

@@ -1,0 +1,344 @@
+"""The pass over a dataloader, and the collector that it shares with running loops; ``measure``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device, rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lightning_nc.functional import METRICS, check_metrics
+from lightning_nc.keys import make_key
+from lightning_nc.measuring.batches import Pool, copy_batch
+from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes
+from lightning_nc.measuring.loaders import check_loader, has_own_iteration, measurement_loader, rank_of, warn_if_moved
+from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe, match_layers
+from lightning_nc.measuring.snapshot import evaluation_mode
+from lightning_nc.metrics import NeuralCollapse
+from lightning_nc.moments import state_dtype
+
+__all__ = ["SCATTER_LIMIT", "Collector", "MappedBatches", "exact_pass", "measure"]
+
+SCATTER_LIMIT = 2**30
+"""Bytes that the scatter matrices of all layers may take together; features beyond it need a second pass."""
+
+
+def measure(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    layers: Sequence[str] | None = None,
+    classifier: str | None = None,
+    num_classes: int | None = None,
+    metrics: str | Sequence[str] = "paper",
+    target_fn: Callable[[Any], Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    pool: Pool = "mean",
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    sync: bool = True,
+) -> dict[str, float]:
+    """Measure a model on all samples of a dataloader, in eval mode, and leave the model and the random streams unchanged.
+
+    A ``DataLoader`` is not iterated itself: the pass uses a copy of it that visits every sample once, in order. Where
+    ``torch.distributed`` is initialized, all ranks call ``measure``, each with its share of the data.
+
+    Args:
+        model: any module; not moved to another device.
+        dataloader: gives batches.
+        layers: names (shell patterns allowed) of modules whose outputs are measured too, under ``"<layer>/<metric>"``. A
+            layer that cannot be measured is left out with a warning that says why.
+        classifier: name of the last linear layer; detected by default.
+        num_classes: K; by default the classifier's number of outputs.
+        metrics: ``"paper"``, or a name or names in :data:`lightning_nc.functional.METRICS`.
+        target_fn: batch -> (B,) class indices; by default the second item, or one of the usual keys of a mapping.
+        forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch.
+        pool: how features of more than two dimensions become (B, d): ``"mean"`` over positions, with the axis of the features
+            taken from the layers around; ``"mean_channels_first"`` or ``"mean_channels_last"`` to say which axis it is;
+            ``"flatten"``; or a callable.
+        device: where batches are moved to; by default the device of the model's first parameter.
+        progress: show a progress bar.
+        sync: in a process group, return the values of all ranks together, on all ranks; False measures each rank's own data.
+
+    Returns:
+        The metrics by key, each a float without unit; nan where a metric is not defined.
+
+    Raises:
+        LookupError: if the classifier, layers, features or labels cannot be found.
+        ValueError: for names, features or labels that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_nc import measure
+        >>> data = [(torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4))]
+        >>> values = measure(torch.nn.Linear(3, 3), data, metrics=("nc1", "nc2_of"), progress=False)
+        >>> {name: round(value, 6) for name, value in values.items()}
+        {'nc1': 0.0, 'nc2_of': 0.0}
+    """
+    check_loader(dataloader)
+    probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool)
+    collector = Collector(probe, check_metrics(metrics))
+    match_layers(model, layers or ())
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    on, total = torch.device(device), None
+    ranks = on if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+    loader = dataloader
+    if isinstance(dataloader, DataLoader) and not has_own_iteration(dataloader):
+        loader, total = measurement_loader(dataloader, None, *rank_of(dataloader))
+    bar = tqdm(loader, "Neural collapse", total, leave=False, disable=not progress)
+    batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
+    try:
+        with evaluation_mode(model, on), warn_if_moved(dataloader):
+            exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
+            return collector.values()
+    finally:
+        probe.detach()
+
+
+class MappedBatches:
+    """The batches of a dataloader, each passed through ``function``; can be iterated as often as the dataloader."""
+
+    def __init__(self, loader: Iterable[Any], function: Callable[[Any], Any]) -> None:
+        self.loader, self.function = loader, function
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.function, self.loader)
+
+
+class Collector:
+    """The metrics of one dataloader by layer, updated batch by batch.
+
+    In a running loop nothing is raised before :meth:`check`, where all ranks of a distributed run meet.
+
+    Args:
+        probe: what to measure of a batch.
+        names: the names of the metrics.
+    """
+
+    def __init__(self, probe: Probe, names: Sequence[str]) -> None:
+        self.probe, self.names = probe, names
+        self.metrics: dict[str, NeuralCollapse] = {}
+        self.projected: dict[str, NeuralCollapse] = {}  # NC1 of features that are too wide for a scatter matrix
+        self.spans: dict[str, Tensor] = {}
+        self.batches = self.samples = 0
+        self.error: Exception | None = None
+        self._missed: NotCalledError | None = None  # a step may leave the model out; an error only if all do
+
+    def start(self, batch: Any, attach: Callable[[], None]) -> None:
+        """Before the model runs on a batch; ``attach`` attaches the probe if it is not attached yet."""
+        if self.error is None:
+            try:
+                attach()
+                self.probe.start(batch)
+            except Exception as error:
+                self.error = error
+
+    def finish(self, own: int | None = None) -> None:
+        """After the model ran; of a padded dataloader only the first ``own`` samples in all belong to this rank."""
+        if self.error is None:
+            try:
+                self.update(own)
+                self.batches += 1
+            except NotCalledError as error:
+                self._missed = error
+            except Exception as error:
+                self.error = error
+
+    def update(self, own: int | None = None) -> None:
+        """Update the metrics with the features that the probe recorded."""
+        features, target = self.probe.features()
+        rows = slice(None if own is None else max(own - self.samples, 0))
+        self.samples += len(target[rows])
+        for layer, values in features.items():
+            if self.spans:
+                if layer in self.spans:
+                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target[rows])
+            elif (metric := self._metric(layer, values.shape[1], values.device)) is not None:
+                if metric.num_features != values.shape[1]:
+                    raise ValueError(
+                        f"features must have {metric.num_features} columns as in the first batch, got {values.shape[1]}; inputs "
+                        "of varying size need pool='mean' or a callable"
+                    )
+                metric.update(values[rows], target[rows])
+
+    def prepare(self, device: torch.device) -> None:
+        """Create the metrics, so that a rank without samples has them too."""
+        for layer, width in self.probe.widths.items():
+            self._metric(layer, width, device)
+
+    def synchronize(self, ranks: torch.device | None) -> None:
+        """Merge over the ranks, whose collectives are on the device ``ranks``, if any; raise what went wrong on one."""
+        all_raise(self.error or (None if self.batches else self._missed), ranks)
+        if ranks is not None:
+            check_same_shapes({layer: metric.num_features for layer, metric in self.metrics.items()}, ranks)
+            for metric in self.metrics.values():
+                metric.sync()
+
+    def project(self, ranks: torch.device | None) -> bool:
+        """Prepare a second pass, for the NC1 of features that are too wide; False if none are.
+
+        NC1 does not change when the features are projected on the span of the class means.
+        """
+        for layer in self.too_wide():
+            span = self.metrics[layer].span()
+            if ranks is not None:
+                dist.broadcast(span, src=0)
+            if span.shape[1]:  # else all class means coincide, and nc1 is not defined
+                self.spans[layer] = span
+                self.projected[layer] = self._create(span.shape[1], ["nc1"], span.device)
+        return bool(self.spans)
+
+    def too_wide(self) -> dict[str, int]:
+        """The layers, with the widths of their features, whose NC1 needs a second pass."""
+        wanted = any(METRICS[name].scatter for name in self.names)
+        return {
+            layer: metric.num_features
+            for layer, metric in self.metrics.items()
+            if wanted and not any(METRICS[name].scatter for name in metric.metrics)
+        }
+
+    def values(self) -> dict[str, float]:
+        """The values by key; those that need the classifier's weight for its input alone."""
+        values = {}
+        for layer, metric in self.metrics.items():
+            computed = metric.compute()
+            if layer in self.projected:
+                computed = {**computed, **self.projected[layer].compute()}
+            values |= {make_key(name, layer): float(computed[name]) for name in self.names if name in computed}
+        return values
+
+    def class_means(self) -> tuple[Tensor, list[int]] | None:
+        """The means of the classifier's input, (K, d), of the classes that have samples; and these classes."""
+        if INPUT not in self.metrics:
+            return None
+        seen = self.metrics[INPUT].counts > 0
+        return self.metrics[INPUT].means[seen].cpu(), seen.nonzero().flatten().tolist()
+
+    def _metric(self, layer: str, width: int, device: torch.device) -> NeuralCollapse | None:
+        if layer in self.metrics:
+            return self.metrics[layer]
+        weight, bias = self._parts() if layer == INPUT else (None, None)
+        given = {part for part, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
+        names = [name for name in self.names if given.issuperset(METRICS[name].needs)]
+        if not names:
+            return None
+        taken = sum(12 * m.num_features**2 for m in self.metrics.values() if any(METRICS[n].scatter for n in m.metrics))
+        if 12 * width**2 > SCATTER_LIMIT - taken and self.probe.classes < width:  # else a projection gains nothing
+            names = [name for name in names if not METRICS[name].scatter] or ["nc1_trace"]  # for its class means
+        head = self.probe.head
+        self.metrics[layer] = self._create(
+            width,
+            names,
+            device,
+            weight=None if weight is None or head is None else lambda: head.parts()[0],
+            bias=None if bias is None or head is None else lambda: head.parts()[1],
+        )
+        return self.metrics[layer]
+
+    def _create(self, width: int, names: Sequence[str], device: torch.device, **parts: Any) -> NeuralCollapse:
+        with torch.device(device):
+            return NeuralCollapse(self.probe.classes, width, metrics=names, sync_on_compute=False, **parts)
+
+    def _parts(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the classifier; says once which metrics are left out without them."""
+        head = self.probe.head
+        weight, bias = (None, None) if head is None else head.parts()
+        missing = [name for name in self.names if "weight" in METRICS[name].needs]
+        if weight is None and head is not None and missing:
+            self.probe.warn_once(
+                "weight",
+                f"{', '.join(missing)} left out: the classifier {head.name!r}, a {type(head.module).__name__}, does not "
+                "compute x W' + b with a weight that it shows (a cosine head, for example), or it cannot be called alone",
+            )
+        return weight, bias
+
+
+def exact_pass(
+    collector: Collector,
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward_context: Any = nullcontext,
+    ranks: torch.device | None = None,
+    steps: int = 0,
+) -> None:
+    """Run ``model`` over ``batches``; run it twice if features are too wide for a scatter matrix.
+
+    Args:
+        collector: collects the features; its probe is attached on the first batch.
+        model: in eval mode, without gradients.
+        batches: on the device of the model.
+        forward_context: makes a context for each run of the model.
+        ranks: in a distributed run, the device of its collectives. All ranks use the buffers of the first rank, and if one
+            rank fails, all raise.
+        steps: in a distributed run, the number of batches on this rank. The model runs equally often on all ranks, on the
+            first batch again if need be, since it may hold collectives.
+    """
+    probe, error, spare, taken = collector.probe, None, None, batches
+    try:
+        iterator = iter(batches)
+        first = next(iterator, None)
+        if first is None:
+            raise LookupError("the dataloader gave no batch, so there is nothing to measure")
+        spare, taken = None if ranks is None else copy_batch(first), chain([first], iterator)
+        probe.attach(model, first, forward_context)
+        if ranks is not None:
+            collector.prepare(ranks)
+    except Exception as caught:
+        error = caught
+    all_raise(error, ranks)
+    if ranks is not None:
+        check_same_shapes(probe.widths, ranks)
+        broadcast_buffers(model, ranks)
+    steps = 0 if ranks is None else int(all_max(steps, ranks))
+
+    def run(batch: Any) -> None:
+        with forward_context():
+            probe.forward(model, batch)
+
+    _run_all(collector, run, taken, spare, steps)
+    collector.synchronize(ranks)
+    if collector.project(ranks):
+        sizes = ", ".join(f"{layer or 'classifier input'} {width}" for layer, width in collector.too_wide().items())
+        if probe.is_new("two passes"):
+            rank_zero_info(
+                f"neural collapse: the features of {sizes} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} "
+                "GiB together, so their nc1 takes a second pass over the data; fewer layers or pool='mean' avoid it"
+            )
+        _run_all(collector, run, batches, spare, steps)
+        all_raise(collector.error, ranks)
+        for metric in collector.projected.values() if ranks is not None else ():
+            metric.sync()
+
+
+def _run_all(
+    collector: Collector, run: Callable[[Any], None], batches: Iterable[Any], spare: Any, steps: int
+) -> None:
+    """Run the model on all batches and collect; an error is kept in the collector, and the remaining steps are taken."""
+    taken = 0
+    try:
+        for batch in batches:
+            collector.probe.start(batch)
+            taken += 1
+            run(batch)
+            collector.update()
+            collector.batches += 1
+        if not taken:
+            raise LookupError(
+                "the dataloader gave no batch the second time; features too wide for a scatter matrix take two passes, and a "
+                "generator gives its batches only once"
+            )
+    except Exception as error:
+        collector.error = error
+    try:
+        for _ in range(taken, steps):
+            run(copy_batch(spare))
+    except Exception as error:
+        collector.error = collector.error or error

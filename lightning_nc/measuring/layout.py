@@ -1,0 +1,133 @@
+"""Which axis of a layer's output holds the features.
+
+Nothing is guessed from a class name. The features' axis is known at convolutions, linear layers and norms, from the kind of
+the layer and its number of channels. It carries over to other modules that pass on the same tensor, and to those whose
+neighbors in the order of the calls say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_nc.measuring.hooks import Call
+
+__all__ = ["feature_axis"]
+
+_Key = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm
+_LAST = nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.Bilinear
+
+
+class _Known(NamedTuple):
+    """A layer whose features' axis is known: its tensor's key and shape, the axis, and the number of channels there."""
+
+    key: _Key
+    shape: tuple[int, ...]
+    axis: int
+    position: int  # in the order of the calls
+
+
+def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> int:
+    """The axis that holds the features in what a module returned, or received, of three dimensions or more.
+
+    Args:
+        calls: all calls of one run, in the order they finished.
+        position: which of them.
+        outputs: whether the output or the input is asked for.
+
+    Raises:
+        LookupError: if nothing says which axis it is, or if the layers around it disagree.
+    """
+    call = calls[position]
+    tensor = call.output if outputs else call.input
+    assert tensor is not None
+    own = _axis(call.module, tensor, outputs)
+    if own is not None:
+        return own
+    givers, takers = _known(calls, outputs=True), _known(calls, outputs=False)
+    # The same tensor, as the output of one layer or as the input of another.
+    same = {known.axis for known in (*givers, *takers) if known.key == _key(tensor)}
+    if len(same) == 1:
+        return same.pop()
+    before = next((known for known in reversed(givers) if known.position < position), None)
+    after = next((known for known in takers if known.position > position), None)
+    neighbors = [axis for known in (before, after) if known and (axis := _carried(known, tensor)) is not None]
+    conventions = {known.axis == 1 for known in (*givers, *takers)}  # channels first everywhere, or last everywhere
+    sure = len(neighbors) == 2 or len(conventions) == 1 or _is_only_axis_of_its_size(neighbors, tensor)
+    if len(set(neighbors)) == 1 and not same and sure:
+        return neighbors[0]
+    candidates = sorted({*same, *neighbors}) or range(1, tensor.dim())
+    raise LookupError(
+        f"which axis of its {'output' if outputs else 'input'} {tuple(tensor.shape)} holds the features is ambiguous; "
+        f"candidates are {' and '.join(f'axis {axis} ({tensor.shape[axis]})' for axis in candidates)}. Pass "
+        "pool='mean_channels_first', pool='mean_channels_last', or a function from the output to (B, d)"
+    )
+
+
+def _known(calls: Sequence[Call], outputs: bool) -> list[_Known]:
+    found = []
+    for position, call in enumerate(calls):
+        tensor = call.output if outputs else call.input
+        if tensor is not None and not tensor.is_nested and tensor.dim() > 2:
+            axis = _axis(call.module, tensor, outputs)
+            if axis is not None:
+                found.append(_Known(_key(tensor), tuple(tensor.shape), axis, position))
+    return found
+
+
+def _axis(module: nn.Module, tensor: Tensor, outputs: bool) -> int | None:
+    """The features' axis of what a layer returns or receives, None for a layer that does not say."""
+    last = tensor.dim() - 1
+    channels = _channels(module, outputs)
+    if channels is None:
+        return None
+    if isinstance(module, _FIRST):
+        return 1 if tensor.shape[1] == channels else None
+    if isinstance(module, _LAST) or type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return last if tensor.shape[last] == channels else None
+    # A norm of another library, or a subclass that permutes: its number of channels must fit one axis alone.
+    fitting = [axis for axis in range(1, last + 1) if tensor.shape[axis] == channels]
+    return fitting[0] if len(fitting) == 1 and fitting[0] in (1, last) else None
+
+
+def _channels(module: nn.Module, outputs: bool) -> int | None:
+    """The number of channels that a layer returns or receives."""
+    if isinstance(module, nn.RNNBase):
+        width = module.proj_size or module.hidden_size
+        return width * (1 + module.bidirectional) if outputs else module.input_size
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return module.normalized_shape[-1] if len(module.normalized_shape) == 1 else None
+    names = ("out_channels", "out_features") if outputs else ("in_channels", "in_features", "in1_features")
+    names += ("num_features", "num_channels", "embed_dim") + (("embedding_dim",) if outputs else ())
+    found = next((value for name in names if isinstance(value := getattr(module, name, None), int)), None)
+    leaf = next(module.children(), None) is None
+    if found is not None and (leaf or isinstance(module, _FIRST + _LAST)):
+        return found
+    scale = vars(module)["_parameters"].get("bias" if outputs else None) if leaf else None
+    scale = vars(module)["_parameters"].get("weight") if leaf and scale is None else scale
+    return len(scale) if isinstance(scale, Tensor) and scale.dim() == 1 else None
+
+
+def _carried(known: _Known, tensor: Tensor) -> int | None:
+    """The axis of ``tensor`` that a neighbor speaks of: the same one in the same shape, else the only one of that size."""
+    if known.shape == tuple(tensor.shape):
+        return known.axis
+    size = known.shape[known.axis]
+    fitting = [axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == size]
+    if len(fitting) > 1 and known.axis in (1, len(known.shape) - 1):
+        # Several axes of that size: the convention of the neighbor is kept, and another source has to confirm it.
+        conventional = 1 if known.axis == 1 else tensor.dim() - 1
+        return conventional if conventional in fitting else None
+    return fitting[0] if len(fitting) == 1 and fitting[0] in (1, tensor.dim() - 1) else None
+
+
+def _is_only_axis_of_its_size(axes: Sequence[int], tensor: Tensor) -> bool:
+    return bool(axes) and list(tensor.shape[1:]).count(tensor.shape[axes[0]]) == 1
+
+
+def _key(tensor: Tensor) -> _Key:
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())

@@ -1,0 +1,91 @@
+"""Running loops of training, validation and test, whose batches are measured without an extra pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nc.measuring.evaluation import Collector
+from lightning_nc.measuring.hooks import FirstInput, tensors_in
+from lightning_nc.measuring.probe import Probe
+
+__all__ = ["RunningLoops"]
+
+
+class RunningLoops:
+    """The collectors of loops that are running, by stage and dataloader.
+
+    Args:
+        probe: what to measure of a batch; raises from within a loop if it is strict.
+        names: the names of the metrics.
+    """
+
+    def __init__(self, probe: Probe, names: Sequence[str]) -> None:
+        self.probe, self.names = probe, names
+        self._collectors: dict[str, dict[int, Collector]] = {}
+        self._first_input: FirstInput | None = None
+        self._batch_tensors: list[Tensor] = []
+
+    def begin(self, stage: str, active: bool) -> None:
+        """Measure the batches of ``stage`` from now on, or stop measuring them."""
+        self._collectors.pop(stage, None)
+        if active:
+            self._collectors[stage] = {}
+
+    def is_active(self, stage: str) -> bool:
+        """Whether the batches of ``stage`` are measured."""
+        return stage in self._collectors
+
+    def start(self, stage: str, loader: int, batch: Any, attach: Callable[[], None]) -> None:
+        """Before the model runs on a batch; ``attach`` attaches the probe if it is not attached yet."""
+        collector = self._collectors[stage].setdefault(loader, Collector(self.probe, self.names))
+        collector.start(batch, attach)
+        self._raise_if_strict(collector)
+
+    def finish(self, stage: str, loader: int, own: int | None) -> None:
+        """After the model ran on a batch; see :meth:`Collector.finish`."""
+        if (collector := self._collectors.get(stage, {}).get(loader)) is not None:
+            collector.finish(own)
+            self._raise_if_strict(collector)
+
+    def end(self, stage: str, count: int | None = None) -> dict[int, Collector]:
+        """The collectors of ``stage`` by dataloader; of ``count`` dataloaders, if given, also those without a batch."""
+        collectors = self._collectors.pop(stage, {})
+        for loader in range(count or 0):
+            if loader not in collectors:
+                collectors[loader] = Collector(self.probe, self.names)
+                collectors[loader].error = LookupError("no batch came to this rank")
+        return dict(sorted(collectors.items()))
+
+    def watch_inputs(self, model: nn.Module, batch: Any) -> None:
+        """Look, in the next step, at what the model is called on."""
+        self._first_input, self._batch_tensors = FirstInput(model), list(tensors_in(batch))
+
+    def check_inputs(self) -> None:
+        """Warn, once in a run, if the model was called on other rows than those of the batch, as mixup does."""
+        if self._first_input is None:
+            return
+        taken, given = self._first_input.take(), self._batch_tensors
+        self._first_input, self._batch_tensors = None, []
+        if taken is not None and not any(_is_same(taken, tensor) for tensor in given):
+            self.probe.warn_once(
+                "inputs",
+                "the training step calls the model on other values than those of the batch. If it mixes or permutes samples "
+                "(mixup, CutMix, shuffling), features and labels do not belong together and the online values are wrong: use "
+                "mode='exact'. If it only scales or augments each sample, ignore this",
+            )
+
+    def _raise_if_strict(self, collector: Collector) -> None:
+        if self.probe.strict and collector.error is not None:
+            raise collector.error
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.device != other.device:
+        return False
+    if tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+        return True
+    return tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))

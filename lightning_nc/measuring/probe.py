@@ -1,0 +1,376 @@
+"""What to measure of a model, checked; and the labels and features of one batch, by layer."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy
+from lightning.fabric.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_nc.keys import is_reserved
+from lightning_nc.measuring.batches import (
+    POOLS,
+    Pool,
+    copy_batch,
+    first_rows,
+    listed,
+    pool_features,
+    run_forward,
+    targets_of,
+)
+from lightning_nc.measuring.classifier import Classifier, find_classifier, outputs_of
+from lightning_nc.measuring.distributed import is_sharded
+from lightning_nc.measuring.hooks import Call, Recorder, named_modules, trace
+from lightning_nc.measuring.layout import feature_axis
+from lightning_nc.moments import check_batch, check_labels, check_target
+
+__all__ = ["NotCalledError", "Probe", "match_layers"]
+
+INPUT = ""
+"""The name of the classifier's input among the layers."""
+
+
+class NotCalledError(LookupError):
+    """A layer was not called on a batch."""
+
+
+@dataclass
+class Probe:
+    """What to measure of a model; the arguments are those of :func:`lightning_nc.measure`, checked by the constructor.
+
+    Between :meth:`start` and :meth:`features` the model runs on a batch, by :meth:`forward` or in a training step.
+    """
+
+    layers: Sequence[str] | None = None
+    classifier: str | None = None
+    num_classes: int | None = None
+    target_fn: Callable[[Any], Tensor] | None = None
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    pool: Pool = "mean"
+    strict: bool = False  # raise for a layer that cannot be measured; else warn and leave it out
+    head: Classifier | None = field(init=False, repr=False, default=None)
+    classes: int = field(init=False, repr=False, default=0)
+    widths: dict[str, int] = field(init=False, repr=False, default_factory=dict)
+    _recorder: Recorder | None = field(init=False, repr=False, default=None)
+    _axes: dict[str, int] = field(init=False, repr=False, default_factory=dict)
+    _size: int = field(init=False, repr=False, default=0)
+    _target: Tensor | None = field(init=False, repr=False, default=None)
+    _said: set[str] = field(init=False, repr=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            raise ValueError(
+                f"layers must be a sequence of names, got the string {self.layers!r}; write [{self.layers!r}]"
+            )
+        if self.num_classes is not None and (
+            not isinstance(self.num_classes, int | numpy.integer) or self.num_classes < 2
+        ):
+            raise ValueError(f"num_classes must be an integer of at least 2, got {self.num_classes!r}")
+        if not callable(self.pool) and self.pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))}, or a callable, got {self.pool!r}")
+        for name in ("target_fn", "forward_fn"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ValueError(f"{name} must be a callable, got {getattr(self, name)!r}")
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are registered."""
+        return self._recorder is not None
+
+    def attach(self, model: nn.Module, batch: Any, forward_context: Any = nullcontext) -> None:
+        """Find the classifier and the axes of the features by running the model on a few samples; register the hooks.
+
+        Raises:
+            LookupError: if the classifier or all layers cannot be found.
+            ValueError: for labels that do not fit.
+        """
+        self.detach()
+        target = self.targets(copy_batch(batch))
+        names = self._match(model)
+        with forward_context():
+            trial = _Trial(self, model, batch, len(target))
+        self.head = self._find_head(model, trial)
+        # Reading labels makes the host wait for the device, so only those of the first batch are checked here.
+        check_labels(target, self.classes)
+        self._check_layers(names, trial)
+        modules = named_modules(model)
+        inputs = {} if self.head is None else {INPUT: self.head.module}
+        self._recorder = Recorder({name: modules[name] for name in self.widths if name != INPUT}, inputs)
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for hooks in (self._recorder, self.head):
+            if hooks is not None:
+                hooks.remove()
+        self._recorder = self.head = None
+
+    def reset(self) -> None:
+        """Prepare for another run."""
+        self.detach()
+        self._said = set()
+
+    def is_new(self, topic: str) -> bool:
+        """Whether ``topic`` was not mentioned yet in this run, for messages that appear once."""
+        new = topic not in self._said
+        self._said.add(topic)
+        return new
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Warn, once in a run."""
+        if self.is_new(topic):
+            warnings.warn(f"neural collapse: {message}", stacklevel=3)
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model on a batch."""
+        if self.forward_fn is not None:
+            return self.forward_fn(model, batch)
+        try:
+            return run_forward(model, batch)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise TypeError(
+                f"calling the model on the first item of a batch, or on the entries of a mapping, failed: {error}; pass "
+                "forward_fn, a function of the module and the batch"
+            ) from error
+
+    def start(self, batch: Any) -> None:
+        """Record the features of the calls to come, which are on ``batch``."""
+        assert self._recorder is not None
+        self._target = self.targets(batch)
+        self._size = len(self._target)
+        self._recorder.start(partial(self._pool, batch.get("attention_mask") if hasattr(batch, "get") else None))
+
+    def pause(self) -> None:
+        """Record no more of this batch: the backward pass may run layers again."""
+        if self._recorder is not None and self._recorder.calls:
+            self._recorder.pause()
+
+    def features(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Features (B, d) by layer, ``""`` for the classifier's input, and labels (B,) of the batch since :meth:`start`.
+
+        Raises:
+            NotCalledError: if the classifier or a layer was not called.
+            LookupError: if a layer has no row for each label.
+        """
+        assert self._recorder is not None
+        assert self._target is not None
+        calls = self._recorder.stop()
+        found = {}
+        for name in self.widths:
+            rows = _last_fitting(self._title(name), name, calls, self._size)
+            check_batch(rows, self._target)
+            found[name] = rows
+        own = [rows for name, rows in calls if name == INPUT and rows is not None and len(rows) == self._size]
+        if len(own) > 1:
+            self.warn_once(
+                "several calls",
+                f"the classifier {self._title(INPUT)} is called several times with {self._size} rows; the last call is measured. "
+                "If its features do not belong to the labels, use mode='exact' with dataloader= and forward_fn=",
+            )
+        return found, self._target
+
+    def _title(self, name: str) -> str:
+        return repr(name or (self.head.name if self.head is not None else "classifier"))
+
+    def _pool(self, mask: Tensor | None, name: str, tensor: Tensor) -> Tensor:
+        # A function may turn another layout, that of a sequence-first layer for example, into one row per sample.
+        pooled = tensor.dim() and (tensor.size(0) == self._size or (callable(self.pool) and tensor.dim() > 2))
+        return pool_features(tensor, self.pool, self._axes.get(name), mask) if pooled else tensor
+
+    def targets(self, batch: Any) -> Tensor:
+        """The labels of a batch."""
+        try:
+            target: Tensor = (self.target_fn or targets_of)(batch)
+        except Exception as error:
+            if self.target_fn is None:
+                raise
+            raise LookupError(f"target_fn failed on a batch: {type(error).__name__}: {error}") from error
+        check_target(target)
+        return target
+
+    def _match(self, model: nn.Module) -> list[str]:
+        patterns = list(self.layers or ())
+        for pattern in () if self.strict else tuple(patterns):
+            try:
+                match_layers(model, [pattern])
+            except LookupError as error:
+                patterns.remove(pattern)
+                self.warn_once(pattern, f"{error}; what can be found is measured")
+        return match_layers(model, patterns)
+
+    def _find_head(self, model: nn.Module, trial: _Trial) -> Classifier | None:
+        """The classifier; None if only layers are measured and there is none. Sets the number of classes."""
+        modules = named_modules(model)
+        try:
+            name = self.classifier or find_classifier(model, trial.output, trial.calls, trial.run, self.num_classes)
+        except LookupError:
+            if not (self.layers and self.num_classes):
+                raise
+            self.classes = self.num_classes
+            return None
+        if name not in modules:
+            match_layers(model, [name.replace("*", "[*]")])  # raises, with the nearest names
+        module = modules[name]
+        outputs = outputs_of(module)
+        if set(getattr(module, "kernel_size", {1})) != {1}:
+            raise LookupError(
+                f"the classifier {name!r} is a convolution of more than one position, no linear layer; name another"
+            )
+        if self.num_classes is None and outputs is None:
+            raise LookupError(f"{name!r} is no linear layer, so the number of classes is unknown; pass num_classes=...")
+        if self.num_classes is None and outputs == 1:
+            raise LookupError(
+                f"the classifier {name!r} has one output, a binary head: neural collapse compares one row of weights per "
+                "class; use two outputs with cross-entropy, or pass num_classes=2 and metrics that need no weight, such "
+                "as metrics=('nc1', 'nc1_cdnv') (two centered means are always an ETF)"
+            )
+        self.classes = self.num_classes or int(outputs or 0)
+        rows = trial.rows_into(name)
+        if self.classifier is None and rows is not None and self.is_new("found"):
+            rank_zero_info(
+                f"neural collapse: measuring the input of {name!r} ({self.classes} classes, {rows.shape[1]} features)"
+            )
+        return Classifier(name, module, self.classes, rows, trial.sharded)
+
+    def _check_layers(self, names: list[str], trial: _Trial) -> None:
+        """Set the widths of what can be measured, and the axes of features with more than two dimensions."""
+        self.widths, self._axes = {}, {}
+        left_out: dict[str, list[str]] = {}
+        if self.head is not None:
+            self.widths[INPUT] = trial.width(self.head.name, INPUT, self._axes)
+        for name in names:
+            try:
+                if is_reserved(name):
+                    raise ValueError(
+                        "its keys would read as those of a stage; rename the module, or measure a module inside it"
+                    )
+                self.widths[name] = trial.width(name, name, self._axes)
+            except (LookupError, ValueError) as error:
+                if self.strict:
+                    raise type(error)(f"the layer {name!r} cannot be measured: {error}") from error
+                left_out.setdefault(str(error), []).append(name)
+        for reason, those in left_out.items():
+            named = ", ".join(map(repr, those))
+            kind = f"the layer {named} is" if len(those) == 1 else f"the layers {named} are"
+            self.warn_once(f"left out {named}", f"{kind} left out: {reason}")
+        if not self.widths:
+            raise LookupError(f"none of the layers can be measured: {next(iter(left_out), 'no layer was found')}")
+
+
+class _Trial:
+    """Two runs of a model on the first samples of a batch, which tell its classifier and the layout of its layers."""
+
+    def __init__(self, probe: Probe, model: nn.Module, batch: Any, size: int) -> None:
+        self.pool = probe.pool
+        self.sharded = is_sharded(model)
+        self.rows = min(3, size), max(min(3, size) - 1, 1)
+        try:
+            if any(len(probe.targets(first_rows(batch, size, rows))) != rows for rows in self.rows):
+                raise ValueError("the batch cannot be shortened")
+            self.run = lambda: probe.forward(model, first_rows(batch, size, self.rows[0]))
+            self.output, self.calls = trace(model, self.run)
+            _, self.fewer = trace(model, lambda: probe.forward(model, first_rows(batch, size, self.rows[1])))
+        except Exception:  # a graph, or a model for one batch size: run it on the batch as it is
+            self.run = lambda: probe.forward(model, copy_batch(batch))
+            self.output, self.calls = trace(model, self.run)
+            self.fewer, self.rows = self.calls, (size, size)
+
+    def width(self, layer: str, name: str, axes: dict[str, int]) -> int:
+        """The number of features of a layer; their axis is added to ``axes`` under ``name``.
+
+        Raises:
+            NotCalledError: if the layer was not called.
+            LookupError: if no call has a row for each sample, or if the axis is not known.
+            ValueError: if the features cannot be pooled.
+        """
+        calls = [position for position, call in enumerate(self.calls) if call.name == layer]
+        if not calls:
+            raise NotCalledError(_uncalled(layer, name == INPUT))
+        tensors = [_tensor(self.calls[position], name) for position in calls]
+        fewer = [_tensor(call, name) for call in self.fewer if call.name == layer]
+        others = fewer if len(fewer) == len(tensors) else tensors
+        fitting = [p for p, tensor, other in zip(calls, tensors, others, strict=True) if self._has_rows(tensor, other)]
+        if not fitting:
+            shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
+            raise LookupError(
+                f"no call of {layer!r} has a row for each of the {self.rows[0]} labels, got {shapes}; pass target_fn or "
+                "forward_fn so that features and labels fit, or pool=, a function from the output to (B, d)"
+            )
+        tensor = _tensor(self.calls[fitting[-1]], name)
+        assert tensor is not None
+        if tensor.dim() > 2 and not callable(self.pool) and self.pool != "flatten":
+            if self.pool == "mean" and not tensor.is_nested:
+                axes[name] = feature_axis(self.calls, fitting[-1], outputs=name != INPUT)
+            else:
+                axes[name] = 1 if self.pool == "mean_channels_first" else tensor.dim() - 1
+        return pool_features(tensor, self.pool, axes.get(name)).shape[1]
+
+    def rows_into(self, layer: str) -> Tensor | None:
+        """A few inputs of a layer, (n, d), or (n, d, 1, ...) of a convolution."""
+        tensors = [call.input for call in self.calls if call.name == layer and call.input is not None]
+        if not tensors or tensors[-1].dim() < 2 or tensors[-1].is_nested:
+            return None
+        last = tensors[-1].detach()
+        module = next(call.module for call in self.calls if call.name == layer)
+        if hasattr(module, "kernel_size"):
+            return last[(slice(8), slice(None), *[slice(1)] * (last.dim() - 2))].clone()
+        return last.flatten(end_dim=-2)[:8].clone()
+
+    def _has_rows(self, tensor: Tensor | None, other: Tensor | None) -> bool:
+        """Whether the first axis counts the samples, in the outputs of one call for two numbers of samples."""
+        if tensor is None or other is None:
+            return False
+        if callable(self.pool) and tensor.dim() > 2:
+            tensor, other = self.pool(tensor), self.pool(other)
+        return bool(tensor.dim() and other.dim()) and (tensor.size(0), other.size(0)) == self.rows
+
+
+def _tensor(call: Call, name: str) -> Tensor | None:
+    return call.input if name == INPUT else call.output
+
+
+def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the modules that match the shell patterns, in the order of the model.
+
+    Raises:
+        LookupError: for a pattern that matches none, with the nearest names.
+    """
+    names = [name for name in named_modules(model) if name]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if not (found := fnmatch.filter(names, pattern)):
+            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:10]
+            raise LookupError(f"no module of {type(model).__name__} is named {pattern!r}; near: {listed(near)}")
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def _uncalled(layer: str, of_classifier: bool) -> str:
+    if not of_classifier:
+        return "it was not called in the forward pass"
+    return (
+        f"{layer!r} was not called in the forward pass; hooks see only calls of the module itself: write self.{layer}(x) "
+        f"instead of F.linear(x, self.{layer}.weight), self.{layer}.forward(x) or a traced copy; if it is called in the "
+        "training step alone, pass forward_fn, a function of the module and the batch that calls it"
+    )
+
+
+def _last_fitting(title: str, name: str, calls: Sequence[tuple[str, Tensor | None]], size: int) -> Tensor:
+    tensors = [tensor for called, tensor in calls if called == name]
+    if not tensors:
+        raise NotCalledError(_uncalled(title.strip("'"), name == INPUT))
+    fitting = [tensor for tensor in tensors if tensor is not None and tensor.dim() and len(tensor) == size]
+    if not fitting:
+        shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
+        raise LookupError(
+            f"no call of {title} has a row for each of the {size} labels, got {shapes}; pass target_fn or forward_fn so that "
+            "features and labels fit"
+        )
+    return fitting[-1]

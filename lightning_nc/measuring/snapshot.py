@@ -1,0 +1,152 @@
+"""Evaluation mode for the length of a measurement, then everything back as it was."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torchmetrics import Metric
+
+from lightning_nc.measuring.distributed import is_sharded
+from lightning_nc.moments import state_dtype
+
+__all__ = ["evaluation_mode", "fingerprint"]
+
+_CONTAINERS = (list, deque, set, dict, defaultdict, OrderedDict, Counter)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode without gradients; on exit restore training flags, buffers, attributes, metrics and random streams.
+
+    What the model logs meanwhile is dropped: it would be logged twice.
+
+    Raises:
+        TypeError: for a model that has no eval mode.
+    """
+    modules = list(model.modules())
+    restore = [step for module in modules for step in _remember(module)]
+    parameters = fingerprint(model)
+    loggers = [module for module in modules if hasattr(type(module), "log_dict")]
+    python, numpys = random.getstate(), numpy.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        # A compiled model ignores hooks that were registered after its first call, so it runs uncompiled.
+        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for module in loggers:
+                vars(module).update(log=_drop, log_dict=_drop)
+            try:
+                model.eval()
+            except NotImplementedError as error:
+                raise TypeError(
+                    f"the model, a {type(model).__name__}, has no eval mode: {error} Measure the module that it was exported "
+                    "from: an exported program calls none of its layers, so hooks see nothing"
+                ) from error
+            yield
+        if fingerprint(model) != parameters:
+            warnings.warn(
+                "neural collapse: the forward pass of the model changes its parameters (a momentum encoder, for example), and "
+                "so has this measurement; update them in the training step instead",
+                stacklevel=3,
+            )
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numpys)
+        for module in loggers:
+            vars(module).pop("log", None)
+            vars(module).pop("log_dict", None)
+        for step in restore:
+            step()
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Sums and norms of the parameters, which change when a parameter changes; empty for a model that FSDP shards."""
+    plain = [] if is_sharded(model) else [p for p in model.parameters() if _is_plain(p) and p.is_floating_point()]
+    numbers = [
+        torch.stack([p.sum(dtype=dtype), torch.linalg.vector_norm(p, dtype=dtype)]).cpu()
+        for p in plain
+        for dtype in [state_dtype(p.device)]
+    ]
+    return repr(torch.cat(numbers).tolist()) if numbers else ""
+
+
+def _remember(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Functions that restore a module's own state: flag, buffers, attributes, and their contents one level deep."""
+    yield partial(setattr, module, "training", module.training)
+    yield partial(module._buffers.update, dict(module._buffers))
+    yield from filter(None, map(_remember_contents, module._buffers.values()))
+    if not isinstance(module, LazyModuleMixin):  # a lazy module becomes another class in its first forward
+        yield partial(_restore_attributes, module, dict(vars(module)))
+        yield from filter(None, map(_remember_contents, vars(module).values()))
+    if isinstance(module, Metric):
+        names = [*module._defaults, "_update_count", "_computed", "_forward_cache"]
+        states = {name: _copied(value) for name, value in vars(module).items() if name in names}
+        yield partial(vars(module).update, states)
+
+
+def _copied(value: Any) -> Any:
+    """A metric's state: a tensor that is updated in place, or a list of tensors. A cached loss holds a graph: not copied."""
+    if isinstance(value, Tensor):
+        return value if value.requires_grad else value.clone()
+    return copy(value)
+
+
+def _restore_attributes(module: nn.Module, before: dict[str, Any]) -> None:
+    for name in [name for name in vars(module) if name not in before and not name.startswith("_")]:
+        del vars(module)[name]
+    for name, value in before.items():
+        # FSDP rebinds its parameters, and a norm its weight, in every forward.
+        if not name.startswith("_") and not (isinstance(value, Tensor) and _is_trained(value)):
+            vars(module)[name] = value
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return tensor.requires_grad or (tensor.layout == torch.strided and tensor.untyped_storage().size() == 0)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor lie in one piece of memory that can be read."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta or nn.parameter.is_lazy(tensor))
+
+
+def _remember_contents(value: Any) -> Callable[[], None] | None:
+    if isinstance(value, Tensor):
+        kept = _is_plain(value) and not _is_trained(value)
+        return partial(_restore_tensor, value, value.detach().clone()) if kept else None
+    if isinstance(value, numpy.ndarray) and value.flags.writeable:
+        return partial(numpy.copyto, value, value.copy())
+    return partial(_restore_container, value, copy(value)) if type(value) in _CONTAINERS else None
+
+
+def _restore_tensor(tensor: Tensor, before: Tensor) -> None:
+    if not torch.equal(tensor, before):  # an expanded tensor cannot be written to
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(before)
+
+
+def _restore_container(container: Any, before: Any) -> None:
+    if _identities(container) == _identities(before):  # someone may be iterating over it
+        return
+    container.clear()
+    (container.extend if isinstance(before, list | deque) else container.update)(before)
+
+
+def _identities(container: Any) -> list[int]:
+    entries = chain.from_iterable(container.items()) if isinstance(container, dict) else container
+    return [id(entry) for entry in entries]
+
+
+def _drop(*args: Any, **kwargs: Any) -> None:
+    return None
