@@ -1,51 +1,116 @@
-"""The measures as torchmetrics metrics: one shared state, updated in one pass, synchronised in two collectives."""
+"""The metrics as torchmetrics classes: one shared state, updated in one pass."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_nc.functional import MEASURES, PAPER_MEASURES, Frame, _nc2_name, check_measures, evaluate, nc4
-from lightning_nc.moments import FOLD_EVERY, ClassMoments, check_batch, check_labels, state_dtype
+from lightning_nc.functional import METRICS, check_metrics, evaluate, nc2_name, nc4
+from lightning_nc.moments import ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse"]
 
-Weight = Tensor | Callable[[], Tensor]
+Weight = Tensor | torch.nn.Module | Callable[[], Tensor]
 
 
-class NeuralCollapse(Metric):
-    """Any measures of neural collapse from one pass over the features.
+class _ClassifierMetric(Metric):
+    """A metric that reads the classifier's weight and bias in every ``compute``."""
 
-    As input to ``update``: ``features``, (B, d) floating, and ``target``, (B,) class indices. ``compute`` returns a dict
-    of tensors of shape (), without unit, in float64 (float32 on a device without it). The state takes O(K d + d^2)
-    memory however many samples pass, is synchronised over processes in two collectives, and stays in its own precision
-    under ``.to(dtype)``. Values carry no gradient: :mod:`lightning_nc.functional` has differentiable ones.
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
 
-    A class without a sample is left out with a warning; fewer than two classes seen, or a feature that is not finite,
-    give nan.
+    def __init__(
+        self, num_classes: int, num_features: int, weight: Weight | None, bias: Weight | None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, size, least in (("num_classes", num_classes, 2), ("num_features", num_features, 1)):
+            if not isinstance(size, int | numpy.integer) or size < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+        self.num_classes, self.num_features = num_classes, num_features
+        self.compute_with_cache = False  # a cached value would outlive a change of the weight
+        self._weight = _Reference("weight", weight, (num_classes, num_features))
+        self._bias = _Reference("bias", bias, (num_classes,))
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot the current value, or the given values; see :meth:`torchmetrics.Metric.plot`."""
+        return self._plot(val, ax)
+
+    def _check(self, features: Tensor, target: Tensor) -> None:
+        check_batch(features, target, self.num_features)
+        if target.device.type == "cpu":
+            check_labels(target, self.num_classes)
+
+
+class _Reference:
+    """A part of the classifier. Copies of a metric share it; a copy of a whole model looks at its own part."""
+
+    def __init__(self, name: str, source: Weight | None, shape: tuple[int, ...]) -> None:
+        self.name, self.source = name, source
+        if source is not None and not callable(source) and not isinstance(source, Tensor):
+            raise ValueError(f"{name} must be a tensor, the layer or a callable, got {type(source).__name__}")
+        if isinstance(source, torch.nn.Module) and not hasattr(source, name):
+            raise ValueError(
+                f"{name} must be a layer with a {name}, a tensor or a callable, got {type(source).__name__}"
+            )
+        value = self.read() if isinstance(source, Tensor | torch.nn.Module) else None
+        if value is not None and not is_lazy(value) and value.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        self.given = source is not None and not (isinstance(source, torch.nn.Module) and value is None)
+
+    def read(self) -> Tensor | None:
+        """The current value; None if there is none."""
+        if isinstance(self.source, torch.nn.Module):
+            value: Tensor | None = getattr(self.source, self.name)
+            return value
+        return self.source if isinstance(self.source, Tensor) or self.source is None else self.source()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
+        if id(getattr(self.source, "__self__", self.source)) not in memo:
+            return self
+        copied = copy.copy(self)
+        copied.source = copy.deepcopy(self.source, memo)
+        return copied
+
+
+class NeuralCollapse(_ClassifierMetric):
+    """Any metrics of neural collapse from one pass over the features.
+
+    Input of ``update``: ``features``, (B, d) floating, and ``target``, (B,) class indices. ``compute`` returns a dict of
+    tensors of shape (), without unit, in float64 (float32 on a device without it). The state takes O(K d) memory, and
+    O(d^2) more if a metric needs the within-class scatter (``nc1``), whatever the number of samples. It keeps its own
+    precision under ``.to(dtype)``. Values carry no gradient: use :mod:`lightning_nc.functional` for a loss term.
+
+    A class without a sample is left out with a warning. Fewer than two classes seen, or a feature that is not finite, give
+    nan.
 
     Args:
         num_classes: K, at least 2.
         num_features: d, at least 1.
-        weight: the classifier's weight, (K, d): a tensor, read at ``compute``, or a callable that returns it. Without it
-            the measures that need it are left out.
-        bias: the classifier's bias, (K,), likewise.
-        metrics: names in :data:`lightning_nc.functional.MEASURES`.
-        kwargs: see :class:`torchmetrics.Metric`.
+        weight: the classifier's weight, (K, d): the layer itself, a tensor, or a callable that returns a tensor. Its
+            current value is read in every ``compute``, also by copies of the metric (``clone``, ``MetricCollection``,
+            ``MetricTracker``). Give the layer rather than ``layer.weight``: ``load_state_dict(..., assign=True)``
+            replaces the parameter, and a metric that holds the old one cannot follow. Without ``weight`` the metrics
+            that need it are left out.
+        bias: the classifier's bias, (K,), likewise. A layer without a bias counts as not given.
+        metrics: ``"paper"``, one name, or several names in :data:`lightning_nc.functional.METRICS`.
+        kwargs: see :class:`torchmetrics.Metric`. Values are not cached, since the weight can change between two calls.
 
     Raises:
-        ValueError: for sizes, names or shapes that do not fit; from ``update`` for features or labels that do not.
-            Labels outside [0, K) raise in ``update`` on the CPU; elsewhere, where looking would make every step wait for
-            the device, in ``compute``.
+        ValueError: for sizes, names or shapes that do not fit; in ``update`` for features or labels that do not fit.
+            Labels outside [0, K) raise in ``update`` on the CPU. Elsewhere a check would make every step wait for the
+            device, so they raise in ``compute``.
 
     Example:
         >>> import torch
@@ -57,19 +122,8 @@ class NeuralCollapse(Metric):
         {'nc1': 0.0556, 'nc2_etf_centered': 0.0}
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
-
     counts: Tensor
     means: Tensor
-    spread: Tensor
-    scatter: Tensor
-    recent: Tensor
-    mislabelled: Tensor
-    nonfinite: Tensor
-    rounded: Tensor
 
     def __init__(
         self,
@@ -77,47 +131,43 @@ class NeuralCollapse(Metric):
         num_features: int,
         weight: Weight | None = None,
         bias: Weight | None = None,
-        metrics: Sequence[str] = PAPER_MEASURES,
+        metrics: str | Sequence[str] = "paper",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        _check_sizes(num_classes, num_features, weight, bias)
-        given = {name for name, part in (("weight", weight), ("bias", bias)) if part is not None}
-        self.num_classes, self.num_features = num_classes, num_features
-        self.metrics = tuple(name for name in check_measures(metrics) if given.issuperset(MEASURES[name].needs))
+        super().__init__(num_classes, num_features, weight, bias, **kwargs)
+        names = check_metrics(metrics)
+        given = {part.name for part in (self._weight, self._bias) if part.given}
+        self.metrics = tuple(name for name in names if given.issuperset(METRICS[name].needs))
         if not self.metrics:
-            raise ValueError(f"nothing is left to measure: {', '.join(metrics)} need the classifier's weight or bias")
-        self._classifier = (weight, bias)  # a tuple: a Parameter must not become a parameter of the metric
-        empty = ClassMoments.zeros(num_classes, num_features)
+            raise ValueError(f"no metric is left: {', '.join(names)} need the classifier's weight or bias")
+        scatter = any(METRICS[name].scatter for name in self.metrics)
+        empty = ClassMoments.zeros(num_classes, num_features, scatter=scatter)
         for field in fields(ClassMoments):
-            if (state := getattr(empty, field.name)) is not None:
-                self.add_state(field.name, state)
+            self.add_state(field.name, getattr(empty, field.name))
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch: ``features`` (B, d), ``target`` (B,)."""
-        check_batch(features, target, self.num_features)
-        if target.device.type == "cpu":
-            check_labels(target, self.num_classes)
-        moments = self._moments()
-        moments.update(features, target)
-        if self.update_count % FOLD_EVERY == 0:
-            moments.fold()
+        self._check(features, target)
+        self._moments().update(features, target)
 
     def compute(self) -> Any:
-        """The measures by name, each a tensor of shape ()."""
+        """The metrics by name, each a tensor of shape ()."""
         moments = self._moments()
-        if moments.mislabelled:
+        if moments.mislabeled:
             raise ValueError(
-                f"targets must lie in [0, {self.num_classes}), got {int(moments.mislabelled)} outside; check num_classes, "
-                "or leave out the samples that have no class"
+                f"targets must lie in [0, {self.num_classes}), got {int(moments.mislabeled)} outside; check num_classes, "
+                "or remove the samples without a class"
             )
-        weight, bias = _read(self._classifier)
         with torch.no_grad():
-            return evaluate(self.metrics, moments, weight, bias)
+            return evaluate(self.metrics, moments, self._weight.read(), self._bias.read())
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the current value, or the values given; see :meth:`torchmetrics.Metric.plot`."""
-        return self._plot(val, ax)
+    def span(self) -> Tensor:
+        """Orthonormal columns that span the centered class means, (d, r), without directions that rounding can cause.
+
+        ``nc1`` is the same for ``features.double() @ span``. r is 0 if no direction is left.
+        """
+        moments = self._moments()
+        return moments.select(moments.counts > 0).directions()[0]
 
     def _moments(self) -> ClassMoments:
         """A view of the state. A tensor that was made in inference mode cannot be updated in place outside of it."""
@@ -135,30 +185,28 @@ class NeuralCollapse(Metric):
         self._store(ClassMoments(**incoming_state).merge(self._moments()))
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        (moments,) = synchronise([self._moments()], process_group or self.process_group)
-        self._store(moments)
+        self._store(self._moments().merge_over_ranks(process_group or self.process_group))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         """Move with the module, but keep the precision: bfloat16 moments would be worthless."""
 
         def move(state: Tensor) -> Tensor:
             device = fn(state.new_empty(0, dtype=torch.float32)).device
-            wide = state.dtype == torch.float64
-            return state.to(device, state_dtype(device) if wide else state.dtype)
+            return state.to(device, state_dtype(device) if state.is_floating_point() else state.dtype)
 
         return super()._apply(move, *args, **kwargs)
 
 
-class _SingleMeasure(NeuralCollapse):
-    """One measure instead of a dict."""
+class _SingleMetric(NeuralCollapse):
+    """One metric instead of a dict."""
 
     def compute(self) -> Tensor:
-        """The measure, a tensor of shape ()."""
+        """The metric, a tensor of shape ()."""
         values: dict[str, Tensor] = super().compute()
         return values[self.metrics[0]]
 
 
-class NC1(_SingleMeasure):
+class NC1(_SingleMetric):
     """Within-class variability: :func:`lightning_nc.functional.nc1` in one pass.
 
     Args:
@@ -166,8 +214,8 @@ class NC1(_SingleMeasure):
         num_features: d, at least 1.
         kwargs: see :class:`torchmetrics.Metric`.
 
-    Input, state, errors: as for :class:`NeuralCollapse`. The floor is near eps * tr(Sigma_W) / tr(Sigma_B), with the eps
-    of float32, or of float64 for float64 features; the function, with all features at hand, has none.
+    Input, state and errors: see :class:`NeuralCollapse`. The smallest value it can resolve is near
+    eps * tr(Sigma_W) / tr(Sigma_B), with the eps of float64; the function, with all features at hand, has no such limit.
 
     Example:
         >>> import torch
@@ -179,63 +227,67 @@ class NC1(_SingleMeasure):
     """
 
     def __init__(self, num_classes: int, num_features: int, **kwargs: Any) -> None:
-        super().__init__(num_classes, num_features, metrics=("nc1",), **kwargs)
+        super().__init__(num_classes, num_features, metrics="nc1", **kwargs)
 
 
-class NC2(_SingleMeasure):
+class NC2(_SingleMetric):
     """Distance of the class means from a frame: :func:`lightning_nc.functional.nc2` in one pass.
 
     Args:
         num_classes: K, at least 2.
         num_features: d, at least 1.
         frame: ``"etf"``, simplex equiangular tight frame, or ``"of"``, orthogonal frame.
-        center: centre the class means first.
+        center: center the class means first.
         kwargs: see :class:`torchmetrics.Metric`.
 
-    Input, state, errors: as for :class:`NeuralCollapse`.
+    Input, state and errors: see :class:`NeuralCollapse`.
     """
 
     def __init__(
-        self, num_classes: int, num_features: int, frame: Frame = "etf", center: bool = False, **kwargs: Any
+        self,
+        num_classes: int,
+        num_features: int,
+        frame: Literal["etf", "of"] = "etf",
+        center: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, num_features, metrics=(_nc2_name(frame, center),), **kwargs)
+        super().__init__(num_classes, num_features, metrics=nc2_name(frame, center), **kwargs)
 
 
-class NC3(_SingleMeasure):
+class NC3(_SingleMetric):
     """Distance of the classifier's weight from the class means: :func:`lightning_nc.functional.nc3` in one pass.
 
     Args:
         num_classes: K, at least 2.
         num_features: d, at least 1.
-        weight: (K, d), a tensor, read at ``compute``, or a callable that returns it.
-        center: centre the class means first.
+        weight: (K, d): the layer itself, a tensor, or a callable; see :class:`NeuralCollapse`.
+        center: center the class means first.
         kwargs: see :class:`torchmetrics.Metric`.
 
-    Input, state, errors: as for :class:`NeuralCollapse`.
+    Input, state and errors: see :class:`NeuralCollapse`.
     """
 
     def __init__(
         self, num_classes: int, num_features: int, weight: Weight, center: bool = False, **kwargs: Any
     ) -> None:
-        super().__init__(
-            num_classes, num_features, weight=weight, metrics=("nc3_centered" if center else "nc3",), **kwargs
-        )
+        name = "nc3_centered" if center else "nc3"
+        super().__init__(num_classes, num_features, weight=weight, metrics=name, **kwargs)
 
 
-class NC4(Metric):
+class NC4(_ClassifierMetric):
     """Disagreement of the nearest class mean with the classifier: :func:`lightning_nc.functional.nc4`.
 
-    The class means must be known before the samples are looked at, so the features are kept: N d numbers, in float32 at
-    least, and those of all processes on each of them when it synchronises.
+    The class means must be known before the samples are compared with them, so the features are kept: N d numbers, in
+    float32 at least. After synchronization every rank holds those of all ranks.
 
     Args:
         num_classes: K, at least 2.
         num_features: d, at least 1.
-        weight: (K, d), a tensor, read at ``compute``, or a callable that returns it.
-        bias: (K,), likewise; none where it is not given.
+        weight: (K, d): the layer itself, a tensor, or a callable; see :class:`NeuralCollapse`.
+        bias: (K,), likewise. The layer's bias is used only if it is given here too.
         kwargs: see :class:`torchmetrics.Metric`.
 
-    Input and errors: as for :class:`NeuralCollapse`.
+    Input and errors: see :class:`NeuralCollapse`.
 
     Example:
         >>> import torch
@@ -247,10 +299,6 @@ class NC4(Metric):
         tensor(0., dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
     features: list[Tensor]
@@ -259,23 +307,18 @@ class NC4(Metric):
     def __init__(
         self, num_classes: int, num_features: int, weight: Weight, bias: Weight | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
-        _check_sizes(num_classes, num_features, weight, bias)
-        self.num_classes, self.num_features = num_classes, num_features
-        self._classifier = (weight, bias)
+        super().__init__(num_classes, num_features, weight, bias, **kwargs)
         self.add_state("features", [], dist_reduce_fx="cat")
         self.add_state("target", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch: ``features`` (B, d), ``target`` (B,)."""
-        check_batch(features, target, self.num_features)
-        if target.device.type == "cpu":
-            check_labels(target, self.num_classes)
+        self._check(features, target)
         self.features.append(features.detach().to(torch.promote_types(features.dtype, torch.float32)))
         self.target.append(target.long())
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # The others would wait for a process that has nothing to give, or gives another type.
+        # All ranks must gather tensors of one type, including a rank without samples.
         none = torch.zeros(0, self.num_features, device=self.device)
         self.features = [dim_zero_cat([none, *self.features]).to(state_dtype(self.device))]
         self.target = [dim_zero_cat([none[:, 0].long(), *self.target])]
@@ -283,72 +326,10 @@ class NC4(Metric):
 
     def compute(self) -> Tensor:
         """The share, in [0, 1], a tensor of shape ()."""
-        weight, bias = _read(self._classifier)
+        weight = self._weight.read()
         assert weight is not None
         if not len(self.features):
             return torch.full((), math.nan, dtype=state_dtype(self.device), device=self.device)
         with torch.no_grad():
-            return nc4(dim_zero_cat(self.features), dim_zero_cat(self.target), weight, bias, self.num_classes)
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the current value, or the values given; see :meth:`torchmetrics.Metric.plot`."""
-        return self._plot(val, ax)
-
-
-def _check_sizes(num_classes: int, num_features: int, weight: Weight | None, bias: Weight | None) -> None:
-    if not isinstance(num_classes, int | numpy.integer) or num_classes < 2:
-        raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
-    if not isinstance(num_features, int | numpy.integer) or num_features < 1:
-        raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
-    for name, part, shape in (("weight", weight, (num_classes, num_features)), ("bias", bias, (num_classes,))):
-        if part is not None and (isinstance(part, torch.nn.Module) or not (callable(part) or isinstance(part, Tensor))):
-            raise ValueError(
-                f"{name} must be a tensor or a callable that returns one, got {type(part).__name__}; of a layer, its .{name}"
-            )
-        if isinstance(part, Tensor) and part.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(part.shape)}")
-
-
-def _read(classifier: tuple[Weight | None, Weight | None]) -> tuple[Tensor | None, Tensor | None]:
-    weight, bias = (part() if callable(part) else part for part in classifier)
-    return weight, bias
-
-
-def synchronise(
-    moments: Sequence[ClassMoments], group: ProcessGroup | None = None, error: Exception | None = None
-) -> list[ClassMoments]:
-    """The moments of all processes together, on each of them.
-
-    Two sums over the processes for all of ``moments`` together: first counts and weighted means, then, moved to the
-    common means, the scatters. Memory does not grow with the number of processes. Every process must take part, one that
-    has seen no sample too, and one that could not go on: it gives its ``error``, and after the first sum all processes raise.
-    """
-    counted = [torch.cat([m.counts, (m.means * m.counts.unsqueeze(1)).flatten()]) for m in moments]
-    tallies = [torch.stack([m.mislabelled, m.nonfinite, m.rounded]).to(m.means.dtype) for m in moments]
-    failed = moments[0].counts.new_full((1,), error is not None)
-    *first, failed = _all_reduce([*counted, *tallies, failed], group)
-    if failed:
-        raise error or RuntimeError("another process could not measure its part; its own warning says why")
-    totals, second = [], []
-    for m, total in zip(moments, first, strict=False):
-        counts, means = total[: len(m.counts)], total[len(m.counts) :].view_as(m.means)
-        means = means / counts.clamp(min=1).unsqueeze(1)
-        moved = m.means - means
-        weighted = moved * m.counts.unsqueeze(1)
-        spread = m.spread + (weighted * moved).sum(dim=1)
-        totals.append((counts, means))
-        second += [spread, m.scatter + m.recent + weighted.T @ moved if m.knows_scatter else m.scatter]
-    summed = _all_reduce(second, group)
-    return [
-        ClassMoments(counts, means, spread, scatter, torch.zeros_like(m.recent), *tally.to(torch.long).unbind())
-        for m, (counts, means), spread, scatter, tally in zip(
-            moments, totals, summed[::2], summed[1::2], first[len(moments) :], strict=True
-        )
-    ]
-
-
-def _all_reduce(tensors: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
-    packed = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.distributed.all_reduce(packed, group=group)
-    parts = packed.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+            features, target = dim_zero_cat(self.features), dim_zero_cat(self.target)
+            return nc4(features, target, weight, self._bias.read(), self.num_classes)

@@ -1,23 +1,33 @@
-"""Counts, class means and within-class scatter of labelled features.
+"""Counts, class means and within-class scatter of labeled features.
 
-Two ways to the same numbers: :class:`ClassMoments` gathers them from batches in one pass and keeps nothing of the
-samples; :class:`ClassDeviations` holds all features at once and is differentiable.
+:class:`ClassMoments` accumulates them from batches in one pass and keeps no sample. :class:`ClassDeviations` holds all
+features and is differentiable. Sums and products are in float64 (float32 on a device without it), so that no setting of
+autocast, TF32 or ``torch.backends`` reaches them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.linalg import vector_norm
 
-__all__ = ["FOLD_EVERY", "ClassDeviations", "ClassMoments", "check_batch", "check_labels", "state_dtype"]
+__all__ = ["ClassDeviations", "ClassMoments", "check_batch", "check_labels", "check_target", "state_dtype"]
 
-FOLD_EVERY = 16
-"""Batches after which :meth:`ClassMoments.fold` is due: seldom enough to cost nothing, often enough for float32."""
+_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""The types of features, coarsest first."""
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+_BLOCK = 256
+"""Rows of the scatter matrix that are multiplied at a time: the matrix is symmetric, and its lower blocks are skipped."""
+
+Self = TypeVar("Self", bound="ClassStatistics")
 
 
 def state_dtype(device: torch.device | str) -> torch.dtype:
@@ -26,62 +36,22 @@ def state_dtype(device: torch.device | str) -> torch.dtype:
 
 
 @dataclass
-class ClassMoments:
-    r"""Statistics of N samples in K classes, from which every measure of neural collapse follows.
-
-    Batches are centred on the running class means before they are multiplied, so nothing cancels: with ``a`` the
-    deviations of a batch from the class means before it and ``b`` from those after it, the pooled within-class scatter
-    grows by exactly :math:`a^\top b`, whatever the mix of classes (Welford's identity, for batches).
-
-    The products are in float32 for features up to float32: deviations should lie between 1e-18 and 1e17, where their
-    squares do not leave its range.
+class ClassStatistics:
+    """What both kinds of statistics share.
 
     Args:
         counts: samples per class, (K,).
         means: class means, (K, d); zero for a class without a sample.
         spread: sum of squared distances to the class mean, per class, (K,).
-        scatter: pooled within-class scatter, the sum over all samples of the outer product of the deviation, (d, d); of
-            shape (0, 0) where it is not kept, and (r, r) in the coordinates of ``basis`` where there is one.
-        recent: the part of the scatter that came from the last few batches, in their own precision, (d, d). Adding
-            d x d float64 numbers after every batch would cost as much as the product itself.
-        mislabelled: how many labels were outside [0, K), ().
-        nonfinite: how many samples held an infinity or a nan, ().
-        rounded: how many samples were given in float32 or less, ().
-        basis: orthonormal columns that span the class means, (d, r), where the scatter is known in that span alone.
+        nonfinite: number of samples with an infinity or a nan, ().
+        inexact: number of values that bfloat16, float16 and float32 cannot represent, (3,).
     """
 
     counts: Tensor
     means: Tensor
     spread: Tensor
-    scatter: Tensor
-    recent: Tensor
-    mislabelled: Tensor
     nonfinite: Tensor
-    rounded: Tensor
-    basis: Tensor | None = None
-
-    @classmethod
-    def zeros(
-        cls, num_classes: int, num_features: int, device: torch.device | str | None = None, scatter: bool = True
-    ) -> ClassMoments:
-        """The moments of no samples at all; without ``scatter`` they take O(K d) memory instead of O(K d + d^2)."""
-        side = num_features if scatter else 0
-        device = torch.get_default_device() if device is None else device
-
-        def zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-            with torch.inference_mode(False):  # so that it can be updated in place in any mode
-                return torch.zeros(shape, dtype=dtype or state_dtype(device), device=device)
-
-        return cls(
-            counts=zeros(num_classes),
-            means=zeros(num_classes, num_features),
-            spread=zeros(num_classes),
-            scatter=zeros(side, side),
-            recent=zeros(side, side, dtype=torch.float32),
-            mislabelled=zeros(dtype=torch.long),
-            nonfinite=zeros(dtype=torch.long),
-            rounded=zeros(dtype=torch.long),
-        )
+    inexact: Tensor
 
     @property
     def samples(self) -> Tensor:
@@ -89,49 +59,137 @@ class ClassMoments:
         return self.counts.sum()
 
     @property
-    def finite(self) -> bool:
-        """Whether no sample was infinite or nan, and no square overflowed."""
-        return bool((self.spread.sum() + self.scatter.sum() + self.recent.sum()).isfinite())
+    def precision(self) -> torch.dtype:
+        """The coarsest type that represents every feature: float32 for float64 features that came from float32."""
+        return _TYPES[[*self.inexact.eq(0).tolist(), True].index(True)]
+
+    def select(self: Self, classes: Tensor) -> Self:
+        """Only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
+        return replace(self, counts=self.counts[classes], means=self.means[classes], spread=self.spread[classes])
+
+    def fault(self) -> str | None:
+        """Why nothing can be computed: a feature that is not finite, or squares out of range. None if all is well."""
+        if self.nonfinite:
+            return f"{int(self.nonfinite)} samples have an infinity or a nan"
+        info = torch.finfo(self.means.dtype)
+        low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max) * info.eps
+        size = float(torch.maximum(self.means.detach().abs().max(), self.spread.detach().max().sqrt()))
+        if size == 0 or low <= size <= high:
+            return None
+        problem = "small that their squares underflow" if size < low else "large that their squares overflow"
+        return f"the features are so {problem} (scale them to between {low:.0e} and {high:.0e})"
+
+    def contrasts(self) -> Tensor:
+        """K - 1 rows T with T'T = M'M, where the rows of M are the centered class means.
+
+        M has K rows and at most rank K - 1. A reflection turns its null direction, the vector of ones, to the first axis,
+        and that row is dropped by construction rather than by a rank tolerance.
+        """
+        centered = self.means - self.means.mean(dim=0)
+        return centered[1:] - centered[0] / (math.sqrt(len(self.means)) + 1)
+
+    def rounding(self) -> float:
+        r"""The largest singular value of the centered class means that rounding alone can cause.
+
+        A feature of precision :math:`\varepsilon` carries a rounding error of about
+        :math:`\sigma = \varepsilon a / \sqrt{12}`, with a the root mean square of all features, and a mean of n of them
+        :math:`\sigma / \sqrt n` if the samples differ by more than :math:`\varepsilon a`, so that their errors are
+        independent. Noise of size :math:`\sigma_k` in the entries of row k has singular values up to about
+        :math:`\max_k \sigma_k \sqrt d + \sqrt{\sum_k \sigma_k^2}`; four times this bound is above all that was measured.
+        """
+        info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
+        counts, means, spread, width = self.counts, self.means.detach(), self.spread.detach(), self.means.shape[1]
+        size = ((counts @ means.square().sum(dim=1) + spread.sum()) / (counts.sum() * width)).sqrt()
+        entry = (info.eps * size).clamp(min=info.smallest_normal * info.eps)
+        independent = spread > counts * width * entry.square()
+        noise = entry / math.sqrt(12) / torch.where(independent, counts.sqrt(), 1)
+        noise = noise + own.eps * size * (1 + counts / 12).sqrt()  # the class means are rounded too, at every update
+        bound = noise.max() * math.sqrt(width) + vector_norm(noise) + own.eps * vector_norm(self.contrasts().detach())
+        return 4 * float(bound)
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """The principal directions of the centered class means, (d, r), and their singular values, (r,).
+
+        Directions that rounding can cause are left out, so r is at most the smaller of K - 1 and d.
+        """
+        contrasts = self.contrasts().detach()
+        if len(contrasts) > contrasts.shape[1]:
+            contrasts = torch.linalg.qr(contrasts, mode="r").R
+        _, values, rows = torch.linalg.svd(contrasts, full_matrices=False)
+        kept = values > self.rounding()
+        return rows[kept].T, values[kept]
+
+
+@dataclass
+class ClassMoments(ClassStatistics):
+    r"""Statistics of N samples in K classes, accumulated from batches.
+
+    Batches are centered on the running class means before they are multiplied, so nothing cancels: with ``a`` the
+    deviations of a batch from the class means before it and ``b`` the deviations from those after it, the pooled
+    within-class scatter grows by exactly :math:`a^\top b`, whatever the mix of classes (Welford's identity, for batches).
+
+    Args:
+        counts, means, spread, nonfinite, inexact: see :class:`ClassStatistics`.
+        scatter: pooled within-class scatter, the sum over all samples of the outer product of the deviation, (d, d); only
+            its upper triangle is meaningful. Of shape (0, 0) if it is not kept.
+        mislabeled: number of labels outside [0, K), ().
+    """
+
+    scatter: Tensor
+    mislabeled: Tensor
+
+    @classmethod
+    def zeros(
+        cls, num_classes: int, num_features: int, device: torch.device | str | None = None, scatter: bool = True
+    ) -> ClassMoments:
+        """The moments of no samples. Without ``scatter`` they take O(K d) memory instead of O(K d + d^2)."""
+        side = num_features if scatter else 0
+        device = torch.get_default_device() if device is None else device
+        with torch.inference_mode(False):  # so that they can be updated in place in any mode
+            count = torch.zeros((), dtype=torch.long, device=device)
+            sums = torch.zeros(num_classes, dtype=state_dtype(device), device=device)
+            return cls(
+                counts=sums,
+                means=sums.new_zeros(num_classes, num_features),
+                spread=sums.clone(),
+                nonfinite=count,
+                inexact=count.new_zeros(len(_TYPES) - 1),
+                scatter=sums.new_zeros(side, side),
+                mislabeled=count.clone(),
+            )
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch, in place, without waiting for the device.
 
         Args:
             features: (B, d), floating, on the device of the moments.
-            target: class indices, (B,). A label outside [0, K) is counted in ``mislabelled``.
+            target: class indices, (B,). A label outside [0, K) is counted in ``mislabeled``.
         """
-        with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device.type):
-            product_dtype = torch.promote_types(features.dtype, torch.float32)
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             target = target.long()
             valid = (target >= 0) & (target < self.counts.numel())
             target = target.clamp(0, self.counts.numel() - 1)
-            self.mislabelled += (~valid).sum()
-            self.rounded += _rounded(features)
-            self.nonfinite += (~features.sum(dim=1, dtype=self.means.dtype).isfinite()).sum()
+            self.mislabeled += (~valid).sum()
+            self.inexact += _inexact(features)
+            features = features.to(self.means.dtype)
+            self.nonfinite += (~features.sum(dim=1).isfinite()).sum()
 
-            # The first sample of each class in the batch stands for its class: only the classes that are here are touched.
+            # The first sample of each class in the batch stands for its class: other classes are not touched.
             order = torch.arange(len(target), device=target.device)
             leader = order.new_full(self.counts.shape, len(target)).scatter_reduce_(0, target, order, "amin")[target]
             known = self.counts[target] > 0
             self.counts.index_add_(0, target, self.counts.new_ones(()).expand(len(target)))
 
-            before = features.to(self.means.dtype) - self.means[target]
+            before = features - self.means[target]
             shift = torch.zeros_like(before).index_add_(0, leader, before).div_(self.counts[target].unsqueeze(1))
             self.means.index_add_(0, target, shift)
-            after = (before - shift[leader]).to(product_dtype)
-            # For a class seen for the first time any centre before the batch is exact; the new mean cancels least.
-            before = torch.where(known.unsqueeze(1), before.to(product_dtype), after)
+            after = before - shift[leader]
+            # Any center is exact for a class without earlier samples; the new mean cancels least.
+            before = torch.where(known.unsqueeze(1), before, after)
 
-            self.spread.index_add_(0, target, (before * after).sum(dim=1, dtype=self.spread.dtype))
-            if len(self.scatter):
-                sink = self.scatter if product_dtype == self.scatter.dtype else self.recent
-                sink.addmm_(before.T, after)
-
-    def fold(self) -> None:
-        """Add what the last batches gathered to ``scatter``, in place."""
-        with torch.inference_mode(False):
-            self.scatter += self.recent
-            self.recent.zero_()
+            self.spread.index_add_(0, target, (before * after).sum(dim=1))
+            for rows, right in _upper_blocks(len(self.scatter)):
+                self.scatter[rows, right].addmm_(before[:, rows].T, after[:, right])
 
     def merge(self, other: ClassMoments) -> ClassMoments:
         """The moments of both sets of samples together (Chan's formula; exact)."""
@@ -142,119 +200,129 @@ class ClassMoments:
             counts=counts,
             means=self.means + delta * (other.counts / counts.clamp(min=1)).unsqueeze(1),
             spread=self.spread + other.spread + (moved * delta).sum(dim=1),
-            scatter=(self.scatter + self.recent) + (other.scatter + other.recent) + moved.T @ delta,
-            recent=torch.zeros_like(self.recent),
-            mislabelled=self.mislabelled + other.mislabelled,
             nonfinite=self.nonfinite + other.nonfinite,
-            rounded=self.rounded + other.rounded,
+            inexact=self.inexact + other.inexact,
+            scatter=self.scatter + other.scatter + self._outer(moved, delta),
+            mislabeled=self.mislabeled + other.mislabeled,
         )
 
-    def select(self, classes: Tensor) -> ClassMoments:
-        """Without the classes that have no sample; ``classes`` is a mask, (K,)."""
-        return replace(self, counts=self.counts[classes], means=self.means[classes], spread=self.spread[classes])
+    def merge_over_ranks(self, group: ProcessGroup | None = None) -> ClassMoments:
+        """The moments of the samples of all ranks, on every rank. All ranks must call it, with the same K and d.
 
-    @property
-    def knows_scatter(self) -> bool:
-        """Whether the scatter was kept, so that :meth:`within` can be had."""
-        return len(self.scatter) > 0
+        The sums go to the common means before they are added, so the memory does not grow with the number of ranks.
+        """
 
-    def span(self) -> Tensor:
-        """Orthonormal columns that span the class means, (d, r), r at most K."""
-        basis: Tensor = torch.linalg.qr(self.means.T).Q
-        return basis
+        def total(part: Tensor) -> Tensor:
+            part = part.clone()
+            if part.numel():
+                torch.distributed.all_reduce(part, group=group)
+            return part
 
-    def with_scatter_of(self, projected: ClassMoments, basis: Tensor) -> ClassMoments:
-        """These moments with the scatter that ``projected``, those of the features times ``basis``, have gathered."""
-        return replace(self, scatter=projected.scatter, recent=projected.recent, basis=basis)
+        counts = total(self.counts)
+        means = total(self.means * self.counts.unsqueeze(1)) / counts.clamp(min=1).unsqueeze(1)
+        delta = self.means - means
+        moved = delta * self.counts.unsqueeze(1)
+        return ClassMoments(
+            counts=counts,
+            means=means,
+            spread=total(self.spread + (moved * delta).sum(dim=1)),
+            nonfinite=total(self.nonfinite),
+            inexact=total(self.inexact),
+            scatter=total(self.scatter + self._outer(moved, delta)),
+            mislabeled=total(self.mislabeled),
+        )
+
+    def _outer(self, moved: Tensor, delta: Tensor) -> Tensor:
+        return moved.T @ delta if len(self.scatter) else self.scatter
 
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared projection of the deviation on ``directions`` (d, r): (), never negative.
 
-        The d x d scatter carries rounding of the size of its largest entries, which is where this number's floor is. Where
-        there is a ``basis``, the directions must lie in its span.
+        The d x d scatter carries rounding of the size of its largest entries, which limits how small this can be.
         """
-        if self.basis is not None:
-            directions = self.basis.T @ directions
-        return (directions * ((self.scatter + self.recent) @ directions)).sum().clamp(min=0)
+        total = directions.new_zeros(())
+        for rows, right in _upper_blocks(len(self.scatter)):
+            block, beyond = self.scatter[rows, right], slice(rows.stop, None)
+            width = rows.stop - rows.start
+            product = block[:, :width] @ directions[rows] + 2 * block[:, width:] @ directions[beyond]
+            total = total + (directions[rows] * product).sum()
+        return total.clamp(min=0)
 
 
 @dataclass
-class ClassDeviations:
+class ClassDeviations(ClassStatistics):
     """The same statistics with all features at hand: exact far below what a scatter matrix can hold, differentiable.
 
     Args:
-        counts: samples per class, (K,).
-        means: class means, (K, d).
+        counts, means, spread, nonfinite, inexact: see :class:`ClassStatistics`.
         deviations: features minus the mean of their class, (N, d).
         target: class indices, (N,).
-        nonfinite: how many samples held an infinity or a nan, ().
-        rounded: how many samples were given in float32 or less, ().
     """
 
-    counts: Tensor
-    means: Tensor
     deviations: Tensor
     target: Tensor
-    nonfinite: Tensor
-    rounded: Tensor
 
     @classmethod
     def of(cls, features: Tensor, target: Tensor, num_classes: int) -> ClassDeviations:
         """From features (N, d) and class indices (N,), computed in the widest type of their device."""
-        rounded = torch.as_tensor(_rounded(features), device=features.device)
-        features, target = features.to(state_dtype(features.device)), target.long()
+        inexact, target = _inexact(features.detach()), target.long()
+        features = features.to(state_dtype(features.device))
         counts = torch.zeros(num_classes, dtype=features.dtype, device=features.device)
         counts = counts.index_add(0, target, counts.new_ones(len(target)))
 
-        def class_mean(rows: Tensor) -> Tensor:
-            total = rows.new_zeros(num_classes, rows.shape[1]).index_add(0, target, rows)
-            return total / counts.clamp(min=1).unsqueeze(1)
+        def class_sum(rows: Tensor) -> Tensor:
+            return rows.new_zeros(num_classes, *rows.shape[1:]).index_add(0, target, rows)
 
-        with _full_precision(features.device.type):
-            means = class_mean(features)
-            means = means + class_mean(features - means[target])  # takes the rounding of the first sum out
-            nonfinite = (~features.isfinite().all(dim=1)).sum()
-            return cls(counts, means, features - means[target], target, nonfinite, rounded)
-
-    @property
-    def samples(self) -> Tensor:
-        """N, the number of samples, ()."""
-        return self.counts.sum()
-
-    @property
-    def finite(self) -> bool:
-        """Whether no sample was infinite or nan, and no square overflows."""
-        return bool(self.deviations.square().sum().isfinite())
-
-    @property
-    def spread(self) -> Tensor:
-        """Sum of squared distances to the class mean, per class, (K,)."""
-        return torch.zeros_like(self.counts).index_add(0, self.target, self.deviations.square().sum(dim=1))
+        size = counts.clamp(min=1).unsqueeze(1)
+        means = class_sum(features) / size
+        means = means + class_sum(features - means[target]) / size  # removes the rounding error of the first sum
+        deviations = features - means[target]
+        return cls(
+            counts=counts,
+            means=means,
+            spread=class_sum(deviations.square().sum(dim=1)),
+            nonfinite=(~features.isfinite().all(dim=1)).sum(),
+            inexact=inexact,
+            deviations=deviations,
+            target=target,
+        )
 
     def select(self, classes: Tensor) -> ClassDeviations:
-        """Without the classes that have no sample; ``classes`` is a mask, (K,)."""
-        target = (classes.cumsum(0) - 1)[self.target]
-        return replace(self, counts=self.counts[classes], means=self.means[classes], target=target)
+        """Only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
+        return replace(super().select(classes), target=(classes.cumsum(0) - 1)[self.target])
 
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared projection of the deviation on ``directions`` (d, r): ()."""
         return (self.deviations @ directions).square().sum()
 
 
-def _rounded(features: Tensor) -> Tensor | int:
-    """How many samples carry no more than float32 holds, in whatever type they come."""
-    if features.dtype != torch.float64:
-        return len(features)
-    return (features.detach() == features.detach().float()).all(dim=1).sum()
+def _upper_blocks(side: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of rows of a (side, side) matrix, each with its columns from the diagonal on."""
+    for start in range(0, side, _BLOCK):
+        yield slice(start, min(start + _BLOCK, side)), slice(start, side)
+
+
+def _inexact(features: Tensor) -> Tensor:
+    """How many of the values each type but the finest cannot represent, (3,)."""
+    return torch.stack([(features.to(dtype) != features).sum() for dtype in _TYPES[:-1]])
 
 
 def check_batch(features: Tensor, target: Tensor, num_features: int | None = None) -> None:
-    """Raise ``ValueError`` unless features are floating (B, d) and labels are integer (B,). Looks at no value."""
+    """Raise ``ValueError`` unless features are dense, floating and (B, d), and labels integers (B,). Reads no value."""
     if not isinstance(features, Tensor):
         raise ValueError(f"features must be a tensor of shape (B, d), got {type(features).__name__}")
-    if not features.is_floating_point() or features.dim() != 2:
+    _check_dense("features", features)
+    if features.dim() != 2 or features.dtype not in _TYPES:
+        remedy = (
+            "pool or flatten them"
+            if features.dim() != 2
+            else "dequantize"
+            if features.is_quantized
+            else "call .float()"
+        )
         raise ValueError(
-            f"features must be floating and of shape (B, d), got {_describe(features)}; pool or flatten them first"
+            "features must be float64, float32, float16 or bfloat16 and of shape (B, d), "
+            f"got {_describe(features)}; {remedy} first"
         )
     if num_features is not None and features.shape[1] != num_features:
         raise ValueError(f"features must have num_features={num_features} columns, got {_describe(features)}")
@@ -264,16 +332,24 @@ def check_batch(features: Tensor, target: Tensor, num_features: int | None = Non
 
 
 def check_target(target: Any) -> None:
-    """Raise ``ValueError`` unless labels are an integer tensor (B,). Looks at no value."""
+    """Raise ``ValueError`` unless labels are a dense integer tensor (B,). Reads no value."""
     if not isinstance(target, Tensor):
         raise ValueError(f"targets must be a tensor of class indices of shape (B,), got {type(target).__name__}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.dim() != 1:
+    _check_dense("targets", target)
+    if target.dtype not in _INTEGERS or target.dim() != 1:
         column = target.dim() == 2 and target.shape[1] == 1
-        remedy = "take squeeze(1) of it" if column else "take the arg max of one-hot or soft labels"
+        remedy = "squeeze(1) them" if column else "call .long()" if target.dim() == 1 else "take the arg max"
         raise ValueError(
-            f"targets must hold class indices of shape (B,), got {_describe(target)}; {remedy} first, or pass target_fn to "
-            "extract class indices from the batch"
+            f"targets must hold class indices of shape (B,), got {_describe(target)}; {remedy} first, or pass target_fn "
+            "to extract class indices from the batch"
         )
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    layout = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+    if layout != "strided":
+        remedy = {"nested": "concatenate its parts", "meta": "give it values"}.get(layout, "call .to_dense()")
+        raise ValueError(f"{name} must be a dense tensor, got a {layout} tensor; {remedy} first")
 
 
 def check_labels(target: Tensor, num_classes: int) -> None:
@@ -282,25 +358,10 @@ def check_labels(target: Tensor, num_classes: int) -> None:
     outside = target[(target < 0) | (target >= num_classes)]
     if len(outside):
         raise ValueError(
-            f"targets must lie in [0, {num_classes}), got {len(outside)} outside, {int(outside[0])} for one; "
-            "check num_classes, or leave out the samples that have no class"
+            f"targets must lie in [0, {num_classes}), got {len(outside)} outside, for example {int(outside[0])}; "
+            "check num_classes, or remove the samples without a class"
         )
 
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Products at the precision of their operands: no autocast, no TF32, no bfloat16 inside a float32 product."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    with torch.autocast(device_type, enabled=False):
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
