@@ -140,7 +140,10 @@ METRICS = {
     "nc2_etf_centered": lambda features, target, weight: nc2(features, target, frame="etf", center=True),
     "nc3": nc3,
 }
-LAYERS = {"": "nc/", "_h1": "nc/first/", "_pre": "nc/hidden/"}  # suffix of a column -> start of the callback's keys
+LAYERS = {"": "nc/", "_h1": "nc/first/", "_pre": "nc/hidden/"}
+COLUMNS = {
+    start + name: name + suffix for suffix, start in LAYERS.items() for name in METRICS
+}  # by the callback's keys
 
 
 @torch.no_grad()
@@ -168,12 +171,9 @@ class Recorder(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, model: UFM) -> None:
         """The row of this epoch, with the values that `NeuralCollapseCallback` has just measured."""
-        values = self.collapse.history[-1]
+        values = {key: value for key, value in self.collapse.history[-1].items() if key in COLUMNS}
         # The callback accumulates NC1 over batches, which has a floor near 1e-24; from all features it is exact.
-        names = [name for name in METRICS if name != "nc1"]
-        measured = {
-            n + suffix: values[start + n] for suffix, start in LAYERS.items() for n in names if start + n in values
-        }
+        measured = {COLUMNS[key]: value for key, value in values.items() if not key.endswith("/nc1")}
         row = measure_now(model, model.c.measured_at[trainer.current_epoch + 1], measured)
         self.bar.update(row["iteration"] - self.rows[-1]["iteration"])
         self.bar.set_postfix_str(f"objective {row['objective']:.6g}, NC1 {row['nc1']:.1e}", refresh=False)

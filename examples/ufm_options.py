@@ -5,6 +5,7 @@ import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -75,7 +76,7 @@ class Configuration:
             return theory.plain_ufm(K, n, self.lambda_w, self.lambda_h, self.lambda_b)
         return theory.extended_ufm(K, n, self.lambda_w, self.lambda_w1, self.lambda_h)
 
-    @property
+    @cached_property
     def measured_at(self) -> list[int]:
         """The iterations that are measured: the start, every `every` steps, and the end."""
         return [*range(0, self.iterations, self.every), self.iterations]

@@ -85,7 +85,7 @@ def sweep_lambda_b(c: Configuration, per_decade: int = 5) -> list[Configuration]
     """Configurations with ``lambda_b`` on a logarithmic grid of four decades around the threshold."""
     middle = threshold(c) if math.isfinite(threshold(c)) else 1.0
     grid = [middle * 10 ** (k / per_decade - 1.5) for k in range(4 * per_decade + 1)]
-    # The bias diverges if lambda_b is above 1/step.
+    # Above 1/step every step would overshoot the minimum of the bias.
     return [replace(c, model="plain", lambda_b=lambda_b) for lambda_b in grid if lambda_b < 1 / c.step]
 
 

@@ -133,9 +133,8 @@ def test_the_callback_measures_the_same_as_the_formulas_on_all_features(tmp_path
         # The callback has no weight for an inner layer, so only the example computes its NC3.
         inner = {"plain": 0, "linear": 1, "relu": 2}[model]
         assert len(values) == 5 + 4 * inner
-        columns = {start + name: name + suffix for suffix, start in ufm.LAYERS.items() for name in ufm.METRICS}
         for key, value in values.items():
-            assert value == pytest.approx(expected[columns[key]], rel=1e-9, abs=1e-14)
+            assert value == pytest.approx(expected[ufm.COLUMNS[key]], rel=1e-9, abs=1e-14)
 
 
 def test_a_block_of_iterations_is_one_global_step(tmp_path):
