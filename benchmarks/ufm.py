@@ -1,9 +1,9 @@
-"""How much faster the UFM example descends than a naive loop, as ratios measured in one run, on one thread.
+"""How much faster the UFM example is than a naive loop: ratios measured in one run, on one thread.
 
     python benchmarks/ufm.py [--iterations 40000]
 
-The naive loop is autograd, torch.optim.SGD and explicit penalties in float32. The example runs in float64, through the
-Trainer, with NeuralCollapseCallback, logging and progress bar. Ten seeds at once include their measurements too.
+The naive loop uses autograd, torch.optim.SGD and explicit penalties in float32. The example runs in float64, through the
+Trainer, with NeuralCollapseCallback, logging and progress bar. The time of ten seeds together includes their measurements.
 """
 
 import argparse
@@ -19,12 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import ufm
+from ufm_options import FIGURES, Configuration
 
 TARGETS = {1: 6.0, 3: 4.0, 4: 3.5}
 
 
-def naive(c: ufm.Configuration, steps: int) -> float:
-    """Seconds per step of the loop one would write first."""
+def naive(c: Configuration, steps: int) -> float:
+    """Seconds per step of the loop that one would write first."""
     start = ufm.build(c)
     W, H = (x.detach().float().requires_grad_() for x in (start.classifier.weight, start.features.T.contiguous()))
     factors = [(W, c.lambda_w), (H, c.lambda_h)]
@@ -46,35 +47,35 @@ def naive(c: ufm.Configuration, steps: int) -> float:
     return (time.perf_counter() - begin) / steps
 
 
-def through_the_trainer(c: ufm.Configuration) -> float:
+def through_the_trainer(c: Configuration) -> float:
     """Seconds per step of the example."""
     begin = time.perf_counter()
     ufm.run(c, 0)
     return (time.perf_counter() - begin) / c.iterations
 
 
-def together(c: ufm.Configuration, seeds: int) -> float:
-    """Seconds per step and seed of many seeds at once."""
+def together(c: Configuration, seeds: int) -> float:
+    """Seconds per step and seed of many seeds together."""
     begin = time.perf_counter()
     ufm.run_together([c] * seeds, list(range(seeds)))
     return (time.perf_counter() - begin) / c.iterations / seeds
 
 
 def main() -> None:
-    """Print a line per figure."""
+    """Print one line per figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=40_000)
-    parser.add_argument("--repeats", type=int, default=5, help="medians are printed, with the spread")
+    parser.add_argument("--repeats", type=int, default=5, help="number of rounds; medians are printed, with the spread")
     options = parser.parse_args()
     iterations, repeats = options.iterations, options.repeats
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    ufm.run(replace(ufm.FIGURES[1], iterations=1000), 0)  # what is paid once per process stays out of the ratios
-    naive(ufm.FIGURES[1], 200)
+    ufm.run(replace(FIGURES[1], iterations=1000), 0)  # warm-up: keep what is paid once per process out of the ratios
+    naive(FIGURES[1], 200)
     for figure, target in TARGETS.items():
-        c = replace(ufm.FIGURES[figure], iterations=iterations, every=1000)
-        # The three take turns, so that a machine that is busy for a while slows all of them.
+        c = replace(FIGURES[figure], iterations=iterations, every=1000)
+        # The three take turns, so that other load on the machine slows all of them alike.
         rounds = [
             (naive(c, 4000), through_the_trainer(c), together(replace(c, iterations=iterations // 4), 10))
             for _ in range(repeats)

@@ -1,4 +1,4 @@
-"""The UFM example: its descent against naive autograd, its ends against theory, its Lightning behaviour, its command."""
+"""The UFM example: its descent against naive autograd, its results against theory, its use of Lightning, its command."""
 
 import csv
 import sys
@@ -15,15 +15,18 @@ from lightning_nc import NeuralCollapseCallback, theory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import ufm
+import ufm_report
+from ufm_descent import descend
+from ufm_options import FIGURES, Configuration
 
 CONFIGURATIONS = {
-    "plain": ufm.FIGURES[1],
-    "free bias": ufm.FIGURES[2],
-    "regularized bias": replace(ufm.FIGURES[1], lambda_b=0.3),
-    "linear": ufm.FIGURES[3],
-    "relu": ufm.FIGURES[4],
+    "plain": FIGURES[1],
+    "free bias": FIGURES[2],
+    "regularized bias": replace(FIGURES[1], lambda_b=0.3),
+    "linear": FIGURES[3],
+    "relu": FIGURES[4],
 }
-SMALL = ufm.Configuration(
+SMALL = Configuration(
     num_classes=3,
     num_features=5,
     samples_per_class=4,
@@ -69,7 +72,7 @@ def test_descent_follows_naive_autograd_for_a_thousand_steps(name, loss):
             optimizer.zero_grad()
             naive.objective().backward()
             optimizer.step()
-        ufm.descend([fast], 250)
+        descend([fast], 250)
         for expected, got in zip(naive.parameters(), fast.parameters(), strict=True):
             assert (got - expected).norm() < 1e-12 * expected.norm()
     assert abs(fast.objective() / naive.objective() - 1) < 1e-12
@@ -79,10 +82,10 @@ def test_descent_follows_naive_autograd_for_a_thousand_steps(name, loss):
 def test_seeds_that_descend_together_end_where_they_end_alone(name):
     c = CONFIGURATIONS[name]
     together = [ufm.build(c, seed) for seed in range(3)]
-    ufm.descend(together, 300)
+    descend(together, 300)
     for seed, model in enumerate(together):
         alone = ufm.build(c, seed)
-        ufm.descend([alone], 300)
+        descend([alone], 300)
         for expected, got in zip(alone.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
 
@@ -109,45 +112,64 @@ def test_the_objective_is_the_equation_of_the_paper_term_by_term():
 @pytest.mark.parametrize(
     ("figure", "iterations", "frame"), [(1, 30_000, "nc2_of"), (2, 30_000, "nc2_etf"), (3, 25_000, "nc2_of")]
 )
-def test_the_figures_reach_the_theorys_minimum_and_frame(figure, iterations, frame):
-    c = replace(ufm.FIGURES[figure], iterations=iterations, every=5000)
-    (model,), (table,) = ufm.run(c, 0)
+def test_the_figures_reach_the_minimum_and_the_frame_of_the_theory(figure, iterations, frame):
+    c = replace(FIGURES[figure], iterations=iterations, every=5000)
+    model, table = ufm.run(c, 0)
     assert table[-1]["objective"] == pytest.approx(c.minimum().objective, rel=1e-9)
     assert table[-1]["nc1"] < 1e-12
     assert table[-1][frame] < 1e-6
     assert table[-1]["nc3"] < 1e-6
-    assert "reached the global minimum" in ufm.verdict(model, table[-1])
+    assert "reached the global minimum to 1e-09" in ufm_report.verdict(model, table[-1])
 
 
 def test_the_callback_measures_the_same_as_the_formulas_on_all_features(tmp_path):
     for model in ("plain", "linear", "relu"):
         m = ufm.build(replace(SMALL, model=model, every=50), 0)
         layers = {"plain": None, "linear": ["first"], "relu": ["first", "hidden"]}[model]
-        collapse = NeuralCollapseCallback(layers=layers, metrics=ufm.MEASURES, strict=True)
+        collapse = NeuralCollapseCallback(layers=layers, metrics=tuple(ufm.METRICS), strict=True)
         trainer(tmp_path, 3, collapse).fit(m)
         expected = ufm.measure_now(m, 150)
-        for suffix, part in ufm.MODULES.items():
-            if "nc1" + suffix in expected:
-                # A layer of the network knows no weight, so its NC3 is the example's own.
-                for name in ufm.MEASURES if suffix == "" else ufm.MEASURES[:-1]:
-                    measured = collapse.history[-1][f"nc/{part}{name}"]
-                    assert measured == pytest.approx(expected[name + suffix], rel=1e-9, abs=1e-14)
+        values = {key: value for key, value in collapse.history[-1].items() if key.startswith("nc/")}
+        # The callback has no weight for an inner layer, so only the example computes its NC3.
+        inner = {"plain": 0, "linear": 1, "relu": 2}[model]
+        assert len(values) == 5 + 4 * inner
+        for key, value in values.items():
+            assert value == pytest.approx(expected[ufm.COLUMNS[key]], rel=1e-9, abs=1e-14)
 
 
-def test_every_step_moves_global_step_once_per_block_and_counts_every_iteration(tmp_path):
+def test_a_block_of_iterations_is_one_global_step(tmp_path):
     m, alone = ufm.build(SMALL, 0), ufm.build(SMALL, 0)
     run = trainer(tmp_path, 2)
     run.fit(m)
     assert run.global_step == 2
-    ufm.descend([alone], 2 * SMALL.every)
+    descend([alone], 2 * SMALL.every)
     torch.testing.assert_close(m.features, alone.features, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("iterations", "every", "measured"), [(25, 10, [0, 10, 20, 25]), (3, 100, [0, 3]), (2, 1, [0, 1, 2])]
+)
+def test_a_run_takes_exactly_its_iterations_and_measures_after_the_last(iterations, every, measured):
+    c = replace(SMALL, model="linear", iterations=iterations, every=every)
+    naive = ufm.build(c, 0)
+    optimizer = torch.optim.SGD(naive.parameters(), lr=c.step)
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        naive.objective().backward()
+        optimizer.step()
+    model, table = ufm.run(c, 0)
+    models, tables = ufm.run_together([c, c], [0, 1])
+    for end, rows in ((model, table), (models[0], tables[0])):
+        assert [row["iteration"] for row in rows] == measured
+        assert rows[-1]["objective"] == pytest.approx(naive.objective().item(), rel=1e-12)
+        torch.testing.assert_close(end.features, naive.features, rtol=1e-11, atol=1e-13)
 
 
 def test_early_stopping_on_nc1_ends_a_run_and_checkpoints_keep_the_best(tmp_path):
     stop = EarlyStopping("nc/nc1", stopping_threshold=1e-3, patience=1000, mode="min")
     keep = ModelCheckpoint(tmp_path, monitor="nc/nc1", mode="min", filename="best")
     run = trainer(tmp_path, 200, NeuralCollapseCallback(), stop, keep, enable_checkpointing=True)
-    m = ufm.build(replace(SMALL, every=100), 0)
+    m = ufm.build(replace(SMALL, iterations=20_000, every=100), 0)
     run.fit(m)
     assert run.current_epoch < 200
     assert run.callback_metrics["nc/nc1"] < 1e-3
@@ -179,10 +201,22 @@ def test_a_dead_sample_is_counted_and_its_level_named():
         m.hidden.weight.copy_(minimum.first_weight(5))
         m.features.copy_(minimum.first_class_means(5).repeat_interleave(4, dim=0))
         m.features[2] = -m.features[2]
-    ufm.descend([m], 40_000)
-    assert ufm.dead_samples(m) == [1, 0, 0]
-    said = ufm.verdict(m, ufm.measure_now(m, 40_000))
+    descend([m], 40_000)
+    assert ufm_report.dead_samples(m) == [1, 0, 0]
+    said = ufm_report.verdict(m, ufm.measure_now(m, 40_000))
     assert "stuck at the level of 1 dead sample (per class [1, 0, 0])" in said
+
+
+def test_the_levels_of_dead_samples_belong_to_the_squared_error_alone():
+    names = {}
+    for loss in ("mse", "cross-entropy"):
+        m = ufm.build(replace(SMALL, model="relu", loss=loss), 0)
+        with torch.no_grad():
+            m.hidden.weight.copy_(torch.eye(5))
+            m.features.abs_()
+            m.features[2].neg_()
+        names[loss] = list(ufm_report.dead_levels([m]))
+    assert names == {"mse": ["1 dead"], "cross-entropy": []}
 
 
 def test_a_unit_that_two_classes_share_keeps_its_imbalance_and_slows_descent_to_one_over_t():
@@ -196,14 +230,16 @@ def test_a_unit_that_two_classes_share_keeps_its_imbalance_and_slows_descent_to_
             weight[3] = 0.1 * weight[0] + 0.0999 * weight[1]
     squares = []
     for _ in range(4):
-        ufm.descend([m], 5000)
+        descend([m], 5000)
         squares.append(m.levels()[""][0].detach()[[0, 4], 3].square())
     first, second = torch.stack(squares).T
     assert (first - second).tolist() == pytest.approx([(first - second)[0].item()] * 4, rel=1e-2)
     grown = (1 / second).diff()
     assert grown.tolist() == pytest.approx([grown.mean().item()] * 3, rel=1e-2)
-    said = ufm.verdict(m, ufm.measure_now(m, 20_000))
-    assert "nearing the global minimum, orthogonal frame, slowly: two classes share each of 1 hidden unit" in said
+    said = ufm_report.verdict(m, ufm.measure_now(m, 20_000))
+    assert (
+        "slowly approaching the global minimum, orthogonal frame: two classes still share each of 1 hidden unit" in said
+    )
 
 
 def test_a_rank_deficient_start_is_named_as_the_stationary_point_it_ends_at():
@@ -212,49 +248,51 @@ def test_a_rank_deficient_start_is_named_as_the_stationary_point_it_ends_at():
     with torch.no_grad():
         m.classifier.weight[2] = 0
         m.features[8:] = 0
-    ufm.descend([m], 20_000)
-    assert "stuck at a stationary point of rank 2" in ufm.verdict(m, ufm.measure_now(m, 20_000))
+    descend([m], 20_000)
+    assert "stuck at a stationary point of rank 2" in ufm_report.verdict(m, ufm.measure_now(m, 20_000))
 
 
-def test_an_unfinished_run_does_not_claim_to_have_arrived():
+def test_an_unfinished_run_says_to_which_tolerance_it_has_not_converged():
     m = ufm.build(SMALL, 0)
-    assert "not converged after 0 iterations; give more --iterations" in ufm.verdict(m, ufm.measure_now(m, 0))
+    assert "not converged to 1e-09 after 0 iterations; pass more --iterations" in ufm_report.verdict(
+        m, ufm.measure_now(m, 0)
+    )
 
 
 def test_a_run_that_diverges_is_told_to_take_smaller_steps():
     m = ufm.build(replace(SMALL, step=100.0), 0)
-    ufm.descend([m], 500)
-    assert "diverged; take a smaller --step than 100" in ufm.verdict(m, ufm.measure_now(m, 500))
+    descend([m], 500)
+    assert "diverged; pass a --step smaller than 100" in ufm_report.verdict(m, ufm.measure_now(m, 500))
 
 
 def test_too_strong_a_regularization_descends_to_zero():
     c = replace(SMALL, lambda_w=0.2, lambda_h=0.2, iterations=2000)
     m = ufm.build(c, 0)
-    ufm.descend([m], 10_000)
+    descend([m], 10_000)
     assert c.minimum().frame == "zero"
     assert m.features.norm() < 1e-6
     assert m.objective().item() == pytest.approx(0.5, abs=1e-12)
 
 
 def test_cross_entropy_knows_the_etf_and_the_square_that_is_below_it():
-    known = ufm.levels(replace(ufm.FIGURES[3], loss="cross-entropy"))
+    known = ufm_report.levels(replace(FIGURES[3], loss="cross-entropy"))
     assert known["simplex ETF"] == pytest.approx(0.258692, abs=5e-7)
     assert known["regular 4-gon, rank 2"] == pytest.approx(0.257330, abs=5e-7)
 
 
 @pytest.mark.parametrize("model", ["plain", "linear"])
 def test_descent_with_cross_entropy_ends_at_a_known_level(model):
-    c = replace(ufm.FIGURES[3], loss="cross-entropy", model=model, scale_w=0.1)
+    c = replace(FIGURES[3], loss="cross-entropy", model=model, scale_w=0.1)
     m = ufm.build(c, 1)
-    ufm.descend([m], 40_000)
+    descend([m], 40_000)
     assert m.objective().item() == pytest.approx(
-        min(ufm.levels(c).values(), key=lambda x: abs(x - m.objective())), rel=1e-6
+        min(ufm_report.levels(c).values(), key=lambda x: abs(x - m.objective())), rel=1e-6
     )
 
 
 def test_within_class_variability_at_the_start_differs_between_the_levels():
     # Appendix D claims that they are equal at a random start: the pseudoinverse of a product says otherwise.
-    row = ufm.measure_now(ufm.build(ufm.FIGURES[3], 0), 0)
+    row = ufm.measure_now(ufm.build(FIGURES[3], 0), 0)
     assert row["nc1"] / row["nc1_h1"] > 1.5
 
 
@@ -290,19 +328,22 @@ def test_the_sweep_over_lambda_b_writes_descent_beside_theory(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--figure", "3", "--sweep", "lambda-b"], "--figure and --sweep cannot be drawn together"),
-        (["--sweep", "lambda-b", "--model", "relu"], "--sweep is of the plain model"),
-        (["--figure", "5"], "--figure must be one of 1 2 3 4 6 7 8 9, got 5; figures 5 and 10 are practical networks"),
+        (["--figure", "3", "--sweep", "lambda-b"], "--figure and --sweep cannot be combined"),
+        (["--sweep", "lambda-b", "--model", "relu"], "--sweep runs the plain model"),
+        (
+            ["--figure", "5"],
+            "--figure must be one of 1 2 3 4 6 7 8 9, got 5; for figures 5 and 10, practical networks, run",
+        ),
         (["--theorem", "3.1"], "--theorem must be one of 5.1, got 3.1"),
         (["--sweep", "lambda-w"], "--sweep must be one of lambda-b"),
         (["--num-features", "3"], "got 3 < 4; pass --num-features 4 or more"),
         (["--lambda-w", "-1"], "lambda_w must be a positive, finite number, got -1.0"),
         (["--model", "relu", "--lambda-b", "0"], "the relu model has no bias, got lambda_b = 0.0"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["--every", "1"], "expected every >= 2"),
+        (["--every", "0"], "expected every >= 1"),
     ],
 )
-def test_what_cannot_be_run_is_refused_with_a_clear_answer(arguments, message, capsys):
+def test_options_that_cannot_be_run_get_a_clear_message(arguments, message, capsys):
     with pytest.raises(SystemExit):
         ufm.main(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
