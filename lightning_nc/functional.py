@@ -93,24 +93,17 @@ def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Ten
 
 
 def _nc1(s: Summary) -> Tensor:
-    contrasts = s.moments.contrasts()
     directions, values = s.moments.directions()
-    kept, available = len(values), min(contrasts.shape)
-    if kept < available:
-        warnings.warn(
-            f"nc1 leaves out {available - kept} of {available} directions of the class means: along them the means differ "
-            f"by no more than the rounding of {str(s.moments.precision).removeprefix('torch.')} features",
-            stacklevel=2,
-        )
-    if not kept:
-        return contrasts.new_full((), math.nan)
-    # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same. The gradient of the
-    # pseudoinverse exists for equal singular values too, that of V does not.
-    differentiable = contrasts.requires_grad
-    whitening = (
-        torch.linalg.pinv(contrasts, atol=s.moments.rounding(), rtol=0) if differentiable else directions / values
-    )
-    return s.moments.within(whitening) / s.moments.samples
+    if not len(values):
+        return values.new_full((), math.nan)
+    whitening, contrasts = directions / values, s.moments.contrasts()
+    if contrasts.requires_grad:
+        # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
+        # pseudoinverse exists for equal singular values too, that of V does not.
+        if len(values) < min(contrasts.shape):
+            contrasts = contrasts @ directions @ directions.T
+        whitening = torch.linalg.pinv(contrasts, atol=values.min() / 2, rtol=0)
+    return s.moments.within(whitening).sum() / s.moments.samples
 
 
 def nc1_trace(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:

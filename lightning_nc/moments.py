@@ -8,6 +8,7 @@ autocast, TF32 or ``torch.backends`` reaches them.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -59,6 +60,16 @@ class ClassStatistics:
         return self.counts.sum()
 
     @property
+    def has_scatter(self) -> bool:
+        """Whether :meth:`within` is available."""
+        return True
+
+    @property
+    def column_spread(self) -> Tensor:
+        """Sum of squared distances to the class mean, per feature, (d,)."""
+        raise NotImplementedError
+
+    @property
     def precision(self) -> torch.dtype:
         """The coarsest type that represents every feature: float32 for float64 features that came from float32."""
         return _TYPES[[*self.inexact.eq(0).tolist(), True].index(True)]
@@ -79,6 +90,10 @@ class ClassStatistics:
         problem = "small that their squares underflow" if size < low else "large that their squares overflow"
         return f"the features are so {problem} (scale them to between {low:.0e} and {high:.0e})"
 
+    def within(self, directions: Tensor) -> Tensor:
+        """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,), not negative."""
+        raise NotImplementedError
+
     def contrasts(self) -> Tensor:
         """K - 1 rows T with T'T = M'M, where the rows of M are the centered class means.
 
@@ -88,36 +103,44 @@ class ClassStatistics:
         centered = self.means - self.means.mean(dim=0)
         return centered[1:] - centered[0] / (math.sqrt(len(self.means)) + 1)
 
-    def rounding(self) -> float:
-        r"""The largest singular value of the centered class means that rounding alone can cause.
-
-        A feature of precision :math:`\varepsilon` carries a rounding error of about
-        :math:`\sigma = \varepsilon a / \sqrt{12}`, with a the root mean square of all features, and a mean of n of them
-        :math:`\sigma / \sqrt n` if the samples differ by more than :math:`\varepsilon a`, so that their errors are
-        independent. Noise of size :math:`\sigma_k` in the entries of row k has singular values up to about
-        :math:`\max_k \sigma_k \sqrt d + \sqrt{\sum_k \sigma_k^2}`; four times this bound is above all that was measured.
-        """
-        info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
-        counts, means, spread, width = self.counts, self.means.detach(), self.spread.detach(), self.means.shape[1]
-        size = ((counts @ means.square().sum(dim=1) + spread.sum()) / (counts.sum() * width)).sqrt()
-        entry = (info.eps * size).clamp(min=info.smallest_normal * info.eps)
-        independent = spread > counts * width * entry.square()
-        noise = entry / math.sqrt(12) / torch.where(independent, counts.sqrt(), 1)
-        noise = noise + own.eps * size * (1 + counts / 12).sqrt()  # the class means are rounded too, at every update
-        bound = noise.max() * math.sqrt(width) + vector_norm(noise) + own.eps * vector_norm(self.contrasts().detach())
-        return 4 * float(bound)
-
     def directions(self) -> tuple[Tensor, Tensor]:
         """The principal directions of the centered class means, (d, r), and their singular values, (r,).
 
-        Directions that rounding can cause are left out, so r is at most the smaller of K - 1 and d.
+        A direction is left out, with a warning, if rounding alone can cause it: neither the class means nor, as far as the
+        scatter is known, the samples differ along it by more. See the section on precision in ``docs/metrics.md``.
         """
-        contrasts = self.contrasts().detach()
-        if len(contrasts) > contrasts.shape[1]:
-            contrasts = torch.linalg.qr(contrasts, mode="r").R
-        _, values, rows = torch.linalg.svd(contrasts, full_matrices=False)
-        kept = values > self.rounding()
+        with torch.no_grad():
+            contrasts = self.contrasts()
+            if len(contrasts) > contrasts.shape[1]:
+                contrasts = torch.linalg.qr(contrasts, mode="r").R
+            _, values, rows = torch.linalg.svd(contrasts, full_matrices=False)
+            error, sums = self._rounding()
+            # Rounding is the same for samples that are alike; errors of the sums of earlier layers average out.
+            doubt = 1.5 + sums / self.counts.sqrt()
+            kept = values > doubt.max() * vector_norm(error) + vector_norm(doubt) * error.max()
+            weak = rows[~kept].T
+            if weak.numel() and self.has_scatter:
+                own = torch.finfo(values.dtype).eps
+                noise = sums**2 * (error.square().mean() + error.square() @ weak.square())
+                kept[~kept] = (self.within(weak) > self.samples * noise + own * self.spread.sum()) & (
+                    values[~kept] > own * max(self.means.shape) * values[0]
+                )
+        if not kept.all():
+            warnings.warn(
+                f"nc1 leaves out {int((~kept).sum())} of {len(kept)} directions of the class means: what differs along them "
+                f"is within the rounding of {str(self.precision).removeprefix('torch.')} features",
+                stacklevel=2,
+            )
         return rows[kept].T, values[kept]
+
+    def _rounding(self) -> tuple[Tensor, float]:
+        """Rounding error of an entry of each feature, (d,), and by what factor sums in earlier layers can increase it."""
+        info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
+        # The class means are rounded too, at every update.
+        eps = info.eps + own.eps * (4 + (self.counts.max() / 12).sqrt())
+        square = (self.counts @ self.means.square() + self.column_spread) / self.samples
+        # float16 and bfloat16 are summed in float32.
+        return eps * square.sqrt().clamp(min=info.smallest_normal) / math.sqrt(12), 8 if info.bits > 16 else 4
 
 
 @dataclass
@@ -235,17 +258,27 @@ class ClassMoments(ClassStatistics):
     def _outer(self, moved: Tensor, delta: Tensor) -> Tensor:
         return moved.T @ delta if len(self.scatter) else self.scatter
 
-    def within(self, directions: Tensor) -> Tensor:
-        """Sum over the samples of the squared projection of the deviation on ``directions`` (d, r): (), never negative.
+    @property
+    def has_scatter(self) -> bool:
+        """Whether the scatter matrix is kept."""
+        return len(self.scatter) > 0
 
-        The d x d scatter carries rounding of the size of its largest entries, which limits how small this can be.
+    @property
+    def column_spread(self) -> Tensor:
+        """Sum of squared distances to the class mean, per feature, (d,); the average of all without the scatter matrix."""
+        width = self.means.shape[1]
+        return self.scatter.diagonal() if self.has_scatter else (self.spread.sum() / width).expand(width)
+
+    def within(self, directions: Tensor) -> Tensor:
+        """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,), not negative.
+
+        The scatter matrix carries rounding of the size of its largest entries, which limits how small this can be.
         """
-        total = directions.new_zeros(())
+        total = directions.new_zeros(directions.shape[1])
         for rows, right in _upper_blocks(len(self.scatter)):
-            block, beyond = self.scatter[rows, right], slice(rows.stop, None)
-            width = rows.stop - rows.start
-            product = block[:, :width] @ directions[rows] + 2 * block[:, width:] @ directions[beyond]
-            total = total + (directions[rows] * product).sum()
+            block, size = self.scatter[rows, right], rows.stop - rows.start
+            product = block[:, :size] @ directions[rows] + 2 * block[:, size:] @ directions[rows.stop :]
+            total += (directions[rows] * product).sum(dim=0)
         return total.clamp(min=0)
 
 
@@ -291,9 +324,14 @@ class ClassDeviations(ClassStatistics):
         """Only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
         return replace(super().select(classes), target=(classes.cumsum(0) - 1)[self.target])
 
+    @property
+    def column_spread(self) -> Tensor:
+        """Sum of squared distances to the class mean, per feature, (d,)."""
+        return self.deviations.square().sum(dim=0)
+
     def within(self, directions: Tensor) -> Tensor:
-        """Sum over the samples of the squared projection of the deviation on ``directions`` (d, r): ()."""
-        return (self.deviations @ directions).square().sum()
+        """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,)."""
+        return (self.deviations @ directions).square().sum(dim=0)
 
 
 def _upper_blocks(side: int) -> Iterator[tuple[slice, slice]]:
