@@ -14,12 +14,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from lightning_nc import NeuralCollapseCallback, probe
-from lightning_nc.evaluation import exact_pass, undisturbed, values_of
-from lightning_nc.functional import PAPER_MEASURES
-from lightning_nc.probe import Probe
+from lightning_nc import NeuralCollapseCallback, measure
+from lightning_nc.measuring import evaluation
 
 TRAIN = TensorDataset(*clusters(3, 17, 6, 0.5))  # 51 samples, which two ranks cannot share evenly
 OTHER = TensorDataset(*clusters(3, 7, 6, 0.7, seed=1))
@@ -182,7 +181,7 @@ def other_width():
 
 
 def collectives():
-    """How many there are in a training of two epochs."""
+    """How many there are in a training of one step and a measurement, by number of samples and layers."""
     calls = Counter()
 
     def counted(name, function):
@@ -194,22 +193,23 @@ def collectives():
 
     original = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
     counts = {}
-    for norm in (True, False):
-        for layers in (None, [], LAYERS):
-            for name, function in original.items():
-                setattr(torch.distributed, name, counted(name, function))
-            calls.clear()
-            fit([] if layers is None else [NeuralCollapseCallback(layers, strict=True)], Classifier(norm))
-            counts[norm, -1 if layers is None else len(layers)] = Counter(calls)
-            vars(torch.distributed).update(original)
+    for copies in (1, 3):
+        data = TensorDataset(*(torch.cat([part] * copies) for part in TRAIN.tensors))
+        measured = NeuralCollapseCallback(LAYERS, strict=True, dataloader=DataLoader(data, 8))
+        for name, function in original.items():
+            setattr(torch.distributed, name, counted(name, function))
+        calls.clear()
+        fit([measured], max_steps=1)
+        counts[copies] = sum(calls.values())
+        vars(torch.distributed).update(original)
     return counts
 
 
 def wide():
-    limit, probe.SCATTER_LIMIT = probe.SCATTER_LIMIT, 0
+    limit, evaluation.SCATTER_LIMIT = evaluation.SCATTER_LIMIT, 0
     callback = NeuralCollapseCallback(LAYERS, strict=True)
     _, model = fit([callback])
-    probe.SCATTER_LIMIT = limit
+    evaluation.SCATTER_LIMIT = limit
     return {"history": callback.history, "state": state_of(model)}
 
 
@@ -235,18 +235,25 @@ def plain():
     return nn.Sequential(body, nn.Sequential(nn.Linear(9, 7), nn.ReLU()), nn.Linear(7, 3))
 
 
+def share_of(data):
+    """Batches of six samples; the ranks have 6 and 3 batches."""
+    rows, target = data.tensors
+    share = slice(0, 35) if torch.distributed.get_rank() == 0 else slice(35, None)
+    return list(zip(rows[share].split(6), target[share].split(6), strict=True))
+
+
 def sharded(wrap):
-    """The values of a model whose parameters are sharded; the ranks have 6 and 3 batches."""
+    """The values of a model whose parameters are sharded."""
+    return measure(wrap(plain()), share_of(TRAIN), layers=["0", "1.0"], progress=False)
+
+
+def measured_in_a_loop():
+    """A model in DDP and a loader with a DistributedSampler, which pads; the values of all ranks and of this one."""
+    model = DistributedDataParallel(plain())
     rank = torch.distributed.get_rank()
-    rows, target = TRAIN.tensors
-    share = slice(0, 35) if rank == 0 else slice(35, None)
-    batches = list(zip(rows[share].split(6), target[share].split(6), strict=True))
-    model, measured = wrap(plain()), Probe(layers=["0", "1.0"])
-    with undisturbed(model, torch.device("cpu")):
-        moments = exact_pass(measured, PAPER_MEASURES, model, batches, agree_on=torch.device("cpu"), steps=len(batches))
-        values = values_of(moments, PAPER_MEASURES, measured)
-    measured.detach()
-    return values
+    padded = DataLoader(TRAIN, 8, sampler=DistributedSampler(TRAIN, 2, rank, shuffle=True))
+    own = measure(model, share_of(TRAIN), sync=False, progress=False)
+    return {"all": measure(model, padded, progress=False), "own": own}
 
 
 def fsdp(model, use_orig_params):
@@ -292,6 +299,7 @@ def main(part, folder):
         results["FSDP, flat parameters"] = sharded(lambda model: fsdp(model, False))
         results["FSDP, original parameters"] = sharded(lambda model: fsdp(model, True))
         results["FSDP2"] = sharded(fsdp2)
+        results["loop"] = measured_in_a_loop()
     torch.save(results, Path(folder) / f"{part}{torch.distributed.get_rank()}.pt")
 
 

@@ -20,8 +20,8 @@ from torch.utils.data import (
 )
 
 from lightning_nc import measure
-from lightning_nc.evaluation import undisturbed
-from lightning_nc.loaders import measurement_loader
+from lightning_nc.measuring.snapshot import evaluation_mode
+from lightning_nc.measuring.loaders import measurement_loader
 
 DATA = TensorDataset(torch.arange(51.0).unsqueeze(1), torch.arange(51) % 3)
 
@@ -140,7 +140,7 @@ def test_training_flags_and_random_streams_are_put_back_even_after_an_error():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
     model[0].eval()  # frozen by its owner
     states = [random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()]
-    with pytest.raises(KeyboardInterrupt), undisturbed(model, torch.device("cpu")):
+    with pytest.raises(KeyboardInterrupt), evaluation_mode(model, torch.device("cpu")):
         assert not model[1].training
         assert not torch.is_grad_enabled()
         random.random(), np.random.rand(), torch.rand(1)
@@ -213,12 +213,12 @@ def test_a_model_without_a_linear_classifier_can_still_be_measured_at_its_layers
             (torch.randn(4, 6), torch.arange(4)),
             {"num_classes": 5},
             ValueError,
-            "a row for each of the 5",
+            "num_classes is 5, but the classifier .* has 3 outputs",
         ),
         (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"layers": "fc"}, ValueError, r"write \['fc'\]"),
-        (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"pool": "max"}, ValueError, "'mean', 'flatten'"),
+        (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"pool": "max"}, ValueError, "'flatten', or a callable"),
         (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"target_fn": 1}, ValueError, "must be a callable"),
-        (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"metrics": ("nc9",)}, ValueError, "unknown measure"),
+        (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"metrics": ("nc9",)}, ValueError, "unknown metric"),
     ],
 )
 def test_what_cannot_be_measured_says_why_and_what_to_do(model, batch, arguments, error, message):

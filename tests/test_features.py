@@ -13,7 +13,10 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_nc import measure
-from lightning_nc.features import Recorder, features_of, find_classifier, match_layers, pool_features, targets_of
+from lightning_nc.measuring.batches import pool_features, targets_of
+from lightning_nc.measuring.classifier import find_classifier
+from lightning_nc.measuring.hooks import Recorder
+from lightning_nc.measuring.probe import match_layers
 
 
 class Net(nn.Module):

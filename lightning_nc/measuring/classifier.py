@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ class Classifier:
     def parts(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias so that the layer computes ``x W' + b``; both None if it does not.
 
-        The raw parameters are taken if they reproduce what the layer returns for a few rows. Otherwise (LoRA and DoRA
-        adapters, quantized layers) the layer is applied to the identity matrix, and what that gives is taken if it does.
+        For any layer but torch's own, the raw parameters are taken if they reproduce what it returns for a few rows. Otherwise
+        (LoRA and DoRA adapters, quantized layers) it is applied to the identity matrix, and what that gives is taken if it
+        reproduces them.
         """
         weight, bias = (self._seen.get(part, _part(self.module, part)) for part in ("weight", "bias"))
         if weight is not None:
@@ -55,6 +57,8 @@ class Classifier:
             rows = self._seen.get("input")
             known = weight is not None and rows is not None and applied is not None
             return self._first(weight, bias) if known and _fits(rows, weight, bias, applied) else (None, None)
+        if _is_plain(self.module):
+            return self._first(weight, bias)
         applied = self._apply(self._rows) if self._rows is not None else None
         if applied is None or self._rows is None:
             return None, None
@@ -71,25 +75,20 @@ class Classifier:
         return self._first(weight, bias) if _fits(self._rows, weight, bias, applied) else (None, None)
 
     def _first(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        first = (part if part is None else part.detach()[: self.num_classes] for part in (weight, bias))
-        return next(first), next(first)
+        if weight is None or len(weight) < self.num_classes:
+            return None, None
+        return weight.detach()[: self.num_classes], None if bias is None else bias.detach()[: self.num_classes]
 
     def _apply(self, rows: Tensor) -> Tensor | None:
         """What the layer returns for ``rows`` in eval mode, (n, K); None if it cannot be called on them alone."""
-        flags = {inner: inner.training for inner in self.module.modules()}
-        weight = getattr(self.module, "weight", None)
-        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else rows.dtype
         try:
-            for inner in flags:
-                inner.training = False
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                output = self.module(rows.to(dtype, copy=True))
-            return output.flatten(start_dim=1).float() if dtype != torch.float64 else output.flatten(start_dim=1)
+            with _eval(self.module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                weight = getattr(self.module, "weight", None)
+                floating = isinstance(weight, Tensor) and weight.is_floating_point()
+                output = self.module(rows.to(weight.dtype if floating else rows.dtype, copy=True))
+            return output.flatten(start_dim=1).to(torch.promote_types(output.dtype, torch.float32))
         except Exception:  # it takes labels as well, for example
             return None
-        finally:
-            for inner, training in flags.items():
-                inner.training = training
 
     def _see_parameters(self, module: nn.Module, args: Any) -> None:
         for name in ("weight", "bias"):
@@ -103,6 +102,12 @@ class Classifier:
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of the model carries an inert hook
         return Classifier, (self.name, nn.Identity(), self.num_classes)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is one of torch's own, with a parameter as its weight and nothing that changes its output."""
+    own = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and "forward" not in vars(module)
+    return own and type(module._parameters.get("weight")) is nn.Parameter and not module._forward_hooks
 
 
 def _fits(rows: Tensor | None, weight: Tensor | None, bias: Tensor | None, applied: Tensor | None) -> bool:
@@ -123,20 +128,27 @@ def _fits(rows: Tensor | None, weight: Tensor | None, bias: Tensor | None, appli
 
 def _part(module: nn.Module, name: str) -> Tensor | None:
     """The weight or the bias of a layer with outputs; None if there is none or only a shard of it."""
-    flags = {inner: inner.training for inner in module.modules()}
-    try:
-        for inner in flags:  # a spectral norm takes a step whenever it is read in training mode
-            inner.training = False
+    with _eval(module):
         part = getattr(module, name, None)
-    finally:
-        for inner, training in flags.items():
-            inner.training = training
     sides = 2 if name == "weight" else 1
     if not isinstance(part, Tensor) or hasattr(part, "full_tensor") or part.dim() < sides or not part.is_floating_point():
         return None
     if part.untyped_storage().size() == 0:  # FSDP frees the memory of the views it shows
         return None
     return part.detach() if len(part) == outputs_of(module) else None
+
+
+@contextmanager
+def _eval(module: nn.Module) -> Iterator[None]:
+    """Eval mode by flags alone: a spectral norm takes a step whenever its weight is read in training mode."""
+    flags = {inner: inner.training for inner in module.modules()}
+    try:
+        for inner in flags:
+            inner.training = False
+        yield
+    finally:
+        for inner, training in flags.items():
+            inner.training = training
 
 
 def outputs_of(module: nn.Module) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device, rank_zero_info
+from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -88,7 +89,7 @@ def measure(
     match_layers(model, layers or ())
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    on, total = torch.device(device), None
+    on, total = torch.device(device), sized_len(dataloader)
     ranks = on if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
     loader = dataloader
     if isinstance(dataloader, DataLoader) and not has_own_iteration(dataloader):

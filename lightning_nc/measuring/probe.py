@@ -232,10 +232,15 @@ class Probe:
                 "as metrics=('nc1', 'nc1_cdnv') (two centered means are always an ETF)"
             )
         self.classes = self.num_classes or int(outputs or 0)
+        if outputs is not None and 1 < outputs < self.classes:
+            raise ValueError(
+                f"num_classes is {self.classes}, but the classifier {name!r} has {outputs} outputs; leave num_classes out, or "
+                "name another classifier"
+            )
         rows = trial.rows_into(name)
         if self.classifier is None and rows is not None and self.is_new("found"):
             rank_zero_info(
-                f"neural collapse: measuring the input of {name!r} ({self.classes} classes, {rows.shape[1]} features)"
+                f"neural collapse: measuring the input of {name or type(module).__name__!r} ({self.classes} classes, {rows.shape[1]} features)"
             )
         return Classifier(name, module, self.classes, rows, trial.sharded)
 

@@ -88,8 +88,9 @@ def _remember(module: nn.Module) -> Iterator[Callable[[], None]]:
     yield partial(module._buffers.update, dict(module._buffers))
     yield from filter(None, map(_remember_contents, module._buffers.values()))
     if not isinstance(module, LazyModuleMixin):  # a lazy module becomes another class in its first forward
-        yield partial(_restore_attributes, module, dict(vars(module)))
-        yield from filter(None, map(_remember_contents, vars(module).values()))
+        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        yield partial(_restore_attributes, vars(module), public)
+        yield from filter(None, map(_remember_contents, public.values()))
     if isinstance(module, Metric):
         names = [*module._defaults, "_update_count", "_computed", "_forward_cache"]
         states = {name: _copied(value) for name, value in vars(module).items() if name in names}
@@ -103,17 +104,19 @@ def _copied(value: Any) -> Any:
     return copy(value)
 
 
-def _restore_attributes(module: nn.Module, before: dict[str, Any]) -> None:
-    for name in [name for name in vars(module) if name not in before and not name.startswith("_")]:
-        del vars(module)[name]
+def _restore_attributes(own: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [name for name in own if name not in before and not name.startswith("_")]:
+        del own[name]
     for name, value in before.items():
-        # FSDP rebinds its parameters, and a norm its weight, in every forward.
-        if not name.startswith("_") and not (isinstance(value, Tensor) and _is_trained(value)):
-            vars(module)[name] = value
+        # FSDP binds another view of its parameters in every forward, and so does a norm with its weight.
+        if not (_is_trained(value) and _is_trained(own.get(name))):
+            own[name] = value
 
 
-def _is_trained(tensor: Tensor) -> bool:
-    return tensor.requires_grad or (tensor.layout == torch.strided and tensor.untyped_storage().size() == 0)
+def _is_trained(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    return value.requires_grad or (_is_plain(value) and value.untyped_storage().size() == 0)
 
 
 def _is_plain(tensor: Tensor) -> bool:
