@@ -93,6 +93,10 @@ def plot_runs(
         axes = list(part.subplots(lines, columns, squeeze=False).ravel())
         for axis in axes[count:]:
             axis.remove()
+        for axis, above in zip(axes[:count], figure.axes, strict=False):
+            if axis is not above:  # the same limits, so that runs can be compared by eye
+                axis.sharex(above)
+                axis.sharey(above)
         if objective:
             epochs = [epoch_of(row) for row in runs[name] if row.get("stage", "train") == "train"]
             draw(axes[0], "Training objective", "epoch", {k: (epochs, list(v)) for k, v in objective.items()})
@@ -100,7 +104,6 @@ def plot_runs(
             _draw_panel(axis, curves[name], members, layers, num_classes)
         _explain(part, axes[:count], keys, layers, most=_MOST_NAMES * lines)
         part.suptitle(_text(name, 40 * columns), fontsize=10)
-    _share_limits(figure)
     return figure
 
 
@@ -174,23 +177,22 @@ def _curves(rows: Run) -> Curves:
             epoch, stage = epoch_of(row), row.get("stage", "train")
             if stage not in STAGES:
                 raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
-            named = {name: parse_key(name) for name in values}
-            named = {name: key._replace(stage=stage) if key.stage == "train" else key for name, key in named.items()}
-            if len(set(named.values())) < len(named):
-                raise ValueError(f"a row has a metric twice, such as 'nc1' and 'nc/nc1'; got {list(named)!r:.300}")
-            for name, key in named.items():
+            keys = [key._replace(stage=stage) if key.stage == "train" else key for key in map(parse_key, values)]
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"a row has a metric twice, such as 'nc1' and 'nc/nc1'; got {list(values)!r:.300}")
+            for key, value in zip(keys, values.values(), strict=True):
                 xs, ys = curves.setdefault(key, ([], []))
                 xs.append(epoch)
-                ys.append(values[name])
+                ys.append(value)
     if not curves:
         found = list(dict.fromkeys(name for row in rows for name in row))
         raise ValueError(
             f"nothing to plot in {len(rows)} rows: needs 'epoch' and a metric such as 'nc1' or 'nc/nc1', found {found!r:.300}"
         )
-    stages = list(STAGES)
-    return {
-        key: curves[key] for key in sorted(curves, key=lambda key: (stages.index(key.stage), key[1], key.layer == ""))
-    }
+    order = list(STAGES)
+    return dict(
+        sorted(curves.items(), key=lambda item: (order.index(item[0].stage), item[0].loader, not item[0].layer))
+    )
 
 
 def _layers(keys: Sequence[Key], sort: bool) -> list[str]:
@@ -216,16 +218,15 @@ def _panels(metrics: Iterable[str], by_family: bool) -> list[list[str]]:
 def _draw_panel(
     axis: Axes, run: Curves, members: Sequence[str], layers: Sequence[str], num_classes: int | None
 ) -> None:
-    title = _TITLES.get(
-        members[0] if len(members) == 1 else members[0][:3], "other metrics" if members[1:] else members[0]
-    )
+    title = _TITLES.get(members[0][:3], "other metrics") if members[1:] else _TITLES.get(members[0], members[0])
     for group in dict.fromkeys(key[:2] for key in run):
         chosen = {key: curve for key, curve in run.items() if key[:2] == group and key.metric in members}
-        labels = [(key.layer or _INPUT) if layers else _text(key.metric) for key in chosen]
-        colors = [
-            _color(key.layer, layers) if layers else _COLORS[members.index(key.metric) % len(_COLORS)] for key in chosen
-        ]
-        curves = dict(zip(labels, chosen.values(), strict=True))
+        if layers:
+            curves = {key.layer or _INPUT: curve for key, curve in chosen.items()}
+            colors = [_color(key.layer, layers) for key in chosen]
+        else:
+            curves = {_text(key.metric): curve for key, curve in chosen.items()}
+            colors = [_COLORS[members.index(key.metric) % len(_COLORS)] for key in chosen]
         draw(axis, _text(title), "epoch", curves, colors, _style(*group), legend=not layers and len(members) > 1)
     frames = [_OTHER_FRAME[name] for name in members if name in _OTHER_FRAME]
     if num_classes and frames:
@@ -238,23 +239,21 @@ def _draw_panel(
 def _explain(part: SubFigure, axes: list[Axes], keys: Sequence[Key], layers: Sequence[str], most: int) -> None:
     """One legend for all panels: layers by color, stages by dashes. Many layers get a color bar with some of their names."""
     names = [_text(layer or _INPUT, 26) for layer in layers]
-    entries = {}
-    if "\n".join(names).count("\n") < most:
-        entries = {name: Line2D([], [], color=_color(layer, layers)) for name, layer in zip(names, layers, strict=True)}
-    else:
-        colors = ListedColormap([_color(layer, layers) for layer in layers])
+    colors = [_color(layer, layers) for layer in layers]
+    entries = [(Line2D([], [], color=color), name) for color, name in zip(colors, names, strict=True)]
+    if "\n".join(names).count("\n") >= most:
+        entries = []
         shown = numpy.linspace(0, len(layers) - 1, 6).round().astype(int)
-        scale = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), colors)
+        scale = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(colors))
         bar = part.colorbar(scale, ax=axes, aspect=30, ticks=shown)
         bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
         bar.ax.invert_yaxis()
     groups = sorted({key[:2] for key in keys}, key=lambda group: (list(STAGES).index(group[0]), group[1]))
-    if len(groups) > 1:
-        lines = [Line2D([], [], color="0.3", linestyle=_style(*group)) for group in groups]
-        titles = [f"{stage}_{loader}" if loader else stage for stage, loader in groups]
-        entries |= dict(zip(titles, lines, strict=True))
+    for stage, loader in groups if len(groups) > 1 else ():
+        line = Line2D([], [], color="0.3", linestyle=_style(stage, loader))
+        entries.append((line, f"{stage}_{loader}" if loader else stage))
     if entries:
-        part.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
+        part.legend(*zip(*entries, strict=True), loc="outside right upper", fontsize=8)
 
 
 def _text(name: str, width: int = 80) -> str:
@@ -270,15 +269,3 @@ def _style(stage: str, loader: int) -> Any:
 
 def _color(layer: str, layers: Sequence[str]) -> Any:
     return matplotlib.colormaps["viridis_r"](0.25 + 0.75 * layers.index(layer) / max(1, len(layers) - 1))
-
-
-def _share_limits(figure: Figure) -> None:
-    """Give panels of the same title the same limits, so that runs can be compared by eye."""
-    by_title: dict[str, list[Axes]] = {}
-    for axis in figure.axes:
-        by_title.setdefault(axis.get_title(), []).append(axis)
-    for axes in by_title.values():
-        for which in ("xlim", "ylim") if len(axes) > 1 else ():
-            limits = [getattr(axis, f"get_{which}")() for axis in axes]
-            for axis in axes:
-                getattr(axis, f"set_{which}")(min(low for low, _ in limits), max(high for _, high in limits))

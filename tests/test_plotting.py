@@ -62,6 +62,8 @@ def test_layers_go_from_light_to_dark_and_the_classifiers_input_comes_last():
 def test_the_legend_names_only_what_was_measured():
     assert texts_beside(plot_history(history(("layer1/", "layer2/"))))[0] == ["layer1", "layer2"]
     assert texts_beside(plot_history(history(("",))))[0] == []
+    both = plot_history(history(("train/",), ("train", "validate")))
+    assert texts_beside(both)[0] == ["train", "train", "validate"]  # a layer and a stage of the same name
 
 
 def test_titles_say_what_is_drawn():
