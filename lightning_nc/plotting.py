@@ -35,7 +35,7 @@ _TITLES = {
 _OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
 _INPUT = "classifier input"
-_MOST_NAMES = 14  # lines of text that fit in a legend beside one row of panels
+_MOST_NAMES = 16  # lines of text that fit in a legend beside one row of panels
 
 Curves = dict[Key, tuple[list[float], list[float]]]
 
@@ -86,7 +86,8 @@ def plot_runs(
     count = len(panels) + bool(objective)
     columns = 3 if count > 4 else count
     lines = -(-count // columns)
-    beside = 1.3 * (len(layers) > 0 or len({key[:2] for key in keys}) > 1)
+    longest = max(len(line) for layer in layers or [_INPUT] for line in _name(layer).splitlines())
+    beside = 0.6 + 0.065 * longest if layers or len({key[:2] for key in keys}) > 1 else 0
     figure = Figure(figsize=(3.6 * columns + beside, 3.1 * lines * len(runs)), layout="constrained")
     # Constrained layout has no groups of axes, so each run is a subfigure.
     for name, part in zip(runs, figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
@@ -238,14 +239,15 @@ def _draw_panel(
 
 def _explain(part: SubFigure, axes: list[Axes], keys: Sequence[Key], layers: Sequence[str], most: int) -> None:
     """One legend for all panels: layers by color, stages by dashes. Many layers get a color bar with some of their names."""
-    names = [_text(layer or _INPUT, 26) for layer in layers]
+    names = [_name(layer) for layer in layers]
     colors = [_color(layer, layers) for layer in layers]
     entries = [(Line2D([], [], color=color), name) for color, name in zip(colors, names, strict=True)]
     if "\n".join(names).count("\n") >= most:
         entries = []
-        shown = numpy.linspace(0, len(layers) - 1, 6).round().astype(int)
+        ticks = max(2, min(6, most // max(name.count("\n") + 1 for name in names)))
+        shown = numpy.linspace(0, len(layers) - 1, ticks).round().astype(int)
         scale = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(colors))
-        bar = part.colorbar(scale, ax=axes, aspect=30, ticks=shown)
+        bar = part.colorbar(scale, ax=axes, aspect=30)
         bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
         bar.ax.invert_yaxis()
     groups = sorted({key[:2] for key in keys}, key=lambda group: (list(STAGES).index(group[0]), group[1]))
@@ -254,6 +256,10 @@ def _explain(part: SubFigure, axes: list[Axes], keys: Sequence[Key], layers: Seq
         entries.append((line, f"{stage}_{loader}" if loader else stage))
     if entries:
         part.legend(*zip(*entries, strict=True), loc="outside right upper", fontsize=8)
+
+
+def _name(layer: str) -> str:
+    return _text(layer or _INPUT, 36)
 
 
 def _text(name: str, width: int = 80) -> str:

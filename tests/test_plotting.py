@@ -109,7 +109,7 @@ def test_long_names_of_layers_are_wrapped_and_leave_room_for_the_panels(count):
     shown = legends or bar
     assert {text.replace("\n", "") for text in shown} <= set(names)
     assert shown[0].replace("\n", "") == names[0]
-    assert max(len(line) for text in shown for line in text.splitlines()) <= 28
+    assert max(len(line) for text in shown for line in text.splitlines()) <= 36
     for axis in figure.axes[:3]:
         assert axis.get_window_extent().width > 0.15 * figure.bbox.width
 
