@@ -14,6 +14,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # copies MathJax into the built site, so formulas need no network
     "myst_parser",
 ]
 exclude_patterns = ["_build"]
@@ -44,5 +45,5 @@ def is_not_about_the_network(record: logging.LogRecord) -> bool:
 
 
 def setup(app: object) -> None:
-    # Without the inventories the links into other projects are plain text; everything else is the same.
+    # Without the inventories, links to other projects are plain text; everything else is the same.
     logging.getLogger("sphinx.sphinx.ext.intersphinx").addFilter(is_not_about_the_network)

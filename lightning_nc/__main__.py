@@ -1,4 +1,4 @@
-"""The command: ``lightning-nc plot RUN...``."""
+"""The command line: ``lightning-nc plot RUN...``."""
 
 from __future__ import annotations
 
@@ -9,41 +9,49 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw what loggers have written of one run or several; the exit status."""
+    """Plot finished runs from the files of their loggers; returns the exit status."""
     parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
     commands = parser.add_subparsers(dest="command", required=True)
-    plot = commands.add_parser("plot", help="draw runs from the files of their loggers, in the layout of the paper")
-    plot.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        type=Path,
-        help="a CSV file, or a directory of CSVLogger, TensorBoard or W&B (offline)",
-    )
-    plot.add_argument(
-        "-o", "--out", type=Path, default=Path("neural_collapse.png"), help="PNG, PDF or SVG (%(default)s)"
-    )
-    plot.add_argument(
-        "-k", "--num-classes", type=int, help="marks what nc2_etf and nc2_of are at an exact frame of the other kind"
-    )
+    plot = commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper")
+    run = "a CSV file, or a directory written by CSVLogger, TensorBoardLogger or WandbLogger (offline)"
+    plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
+    out = "PNG, PDF or SVG file, or a directory (default: %(default)s)"
+    plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
+    frames = "mark the value of nc2_etf and nc2_of at an exact frame of the other kind"
+    plot.add_argument("-k", "--num-classes", type=int, help=frames)
     given = parser.parse_args(arguments)
     if given.num_classes is not None and given.num_classes < 2:
         parser.error(f"--num-classes must be at least 2, got {given.num_classes}")
-    out = given.out if given.out.suffix else given.out.with_suffix(".png")
     try:
-        from lightning_nc.plotting import plot_runs
-        from lightning_nc.runs import find_log, read_run
-
-        runs = {str(path): read_run(path) for path in given.runs}
-        named = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
-        plot_runs(named, num_classes=given.num_classes).savefig(out, dpi=150)
+        _plot(given.runs, given.out, given.num_classes)
     except (OSError, ValueError, ImportError) as error:
-        print(f"lightning-nc: {error}", file=sys.stderr)
+        remedy = "; install it with pip" if isinstance(error, ModuleNotFoundError) else ""
+        print("lightning-nc:", " ".join(f"{error}{remedy}".split()), file=sys.stderr)
         return 1
-    for path, rows in runs.items():
-        print(f"{find_log(path)}: {len(rows)} measurements")
-    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
     return 0
+
+
+def _plot(paths: Sequence[Path], out: Path, num_classes: int | None) -> None:
+    from lightning_nc.plotting import plot_runs
+    from lightning_nc.runs import find_log, read_run
+
+    logs: dict[Path, Path] = {}
+    for path in paths:
+        log = find_log(path)
+        for other, known in logs.items():
+            if log.samefile(known):
+                raise ValueError(f"{other} and {path} are the same run; pass each run once")
+        logs[path] = log
+    runs = {str(path): read_run(log) for path, log in logs.items()}
+    if out.is_dir():
+        out = out / "neural_collapse.png"
+    elif not out.suffix:
+        out = out.with_suffix(".png")
+    titled = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
+    plot_runs(titled, num_classes=num_classes).savefig(out, dpi=150)
+    for log, rows in zip(logs.values(), runs.values(), strict=True):
+        print(f"{log}: {len(rows)} measurements")
+    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
 
 
 if __name__ == "__main__":

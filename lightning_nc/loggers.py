@@ -1,4 +1,4 @@
-"""Figures and a table of the final values, for whatever logger a run has."""
+"""Figures and a table of the final values, for every logger of a run."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ import numpy
 import torch
 from torch import Tensor
 
+from lightning_nc.runs import metrics_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["publish_figures"]
 
-MOST_CLASSES = 1000  # of which a Gram matrix is drawn: one pixel a pair
+_MOST_CLASSES = 1000  # a larger Gram matrix has less than a pixel per pair
 
 
 def publish_figures(
     logger: Any, history: Sequence[Mapping[str, Any]], class_means: Tensor | None, classes: Sequence[int] | None = None
 ) -> None:
-    """Give a logger the panels of :func:`~lightning_nc.plotting.plot_history` and the Gram matrix of the class means.
+    """Log the panels of :func:`~lightning_nc.plotting.plot_history` and the Gram matrix of the class means.
 
-    W&B takes images and a table of the final values, TensorBoard and MLflow figures; a logger that takes none, but has a
-    directory, gets PNG files beside what else it writes. Without matplotlib nothing is drawn.
+    W&B gets images and a table of the final values, TensorBoard and MLflow get figures. For a logger that takes none of
+    these but has a directory, PNG files are saved there. Does nothing if matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
         return
     from lightning_nc.plotting import plot_gram, plot_history
 
     figures = {"neural_collapse": plot_history(history, num_classes=None if class_means is None else len(class_means))}
-    if class_means is not None and len(class_means) <= MOST_CLASSES:
+    if class_means is not None and len(class_means) <= _MOST_CLASSES:
         unit = torch.nn.functional.normalize(class_means - class_means.mean(dim=0), dim=1)
         figures["class_means"] = plot_gram(unit @ unit.T, classes)
     for name, figure in figures.items():
         _publish(logger, name, figure, step=history[-1]["step"])
     if hasattr(logger, "log_table"):
-        last = {key: value for row in history for key, value in row.items() if key.startswith("nc/")}
+        last = {key: value for row in history for key, value in metrics_of(row).items()}
         rows = [list(item) for item in last.items()]
-        logger.log_table("figures/final_values", columns=["measure", "value"], data=rows)
+        logger.log_table("figures/final_values", columns=["metric", "value"], data=rows)
 
 
 def _publish(logger: Any, name: str, figure: Figure, step: int) -> None:
@@ -55,7 +57,7 @@ def _publish(logger: Any, name: str, figure: Figure, step: int) -> None:
     elif hasattr(experiment, "add_figure"):
         experiment.add_figure(f"figures/{name}", figure, global_step=step)
     elif hasattr(experiment, "log_figure"):
-        # MLflow's client wants to know of which run; Comet's experiment is the run.
+        # MLflow's client needs the run's id; Comet's experiment is the run itself.
         if hasattr(logger, "run_id"):
             experiment.log_figure(logger.run_id, figure, f"{name}.png")
         else:

@@ -1,36 +1,43 @@
-"""Figures from measurements, in the layout of Tirer & Bruna (2022)."""
+"""Figures of metrics over epochs, in the layout of Tirer & Bruna (2022)."""
 
 from __future__ import annotations
 
 import math
-import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["draw", "natural", "plot_gram", "plot_history", "plot_runs"]
+from lightning_nc.keys import STAGES, Key, natural_order, parse_key
+from lightning_nc.runs import Run, epoch_of, metrics_of
 
-# Okabe and Ito's colours, distinct for every kind of colour vision, and two more.
+__all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
+
+# The colors of Okabe and Ito, distinct for every kind of color vision, and two more.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
 _TITLES = {
     "nc1": "NC1, within-class variability",
     "nc2": "NC2, class means to frame",
     "nc2_etf": "NC2, class means to ETF",
-    "nc2_etf_centered": "NC2, centred means to ETF",
+    "nc2_etf_centered": "NC2, centered means to ETF",
     "nc2_of": "NC2, class means to OF",
     "nc3": "NC3, weight to class means",
-    "nc3_centered": "NC3, weight to centred means",
+    "nc3_centered": "NC3, weight to centered means",
 }
 _OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
+_INPUT = "classifier input"
+_MOST_NAMES = 16  # lines of text that fit in a legend beside one row of panels
 
-Run = Sequence[Mapping[str, Any]]
+Curves = dict[Key, tuple[list[float], list[float]]]
 
 
 def plot_history(
@@ -38,110 +45,80 @@ def plot_history(
     objective: Mapping[str, Sequence[float]] | None = None,
     num_classes: int | None = None,
 ) -> Figure:
-    """Draw the measures over the epochs, on log axes that show zeros at their lower edge.
+    """Plot metrics over epochs, on log axes that show zeros at their lower edge.
 
-    NC1, NC2 and NC3 have a panel each. Where layers were measured every measure has one, and the layers are a scale of
-    colours, from light to dark with depth. Training data are drawn solid, validation dashed, test dotted.
+    NC1, NC2 and NC3 have one panel each. If layers were measured, each metric has a panel, and the color of a curve goes
+    from light to dark with the depth of its layer. Training data are solid, validation data dashed, test data dotted.
 
     Args:
-        history: rows with ``stage``, ``epoch`` and values by key, as in ``NeuralCollapseCallback.history``.
-        objective: curves for a first panel, as the paper has it: label -> values, one per row of the training data.
-        num_classes: K; then a line in the panels of ``nc2_etf`` and ``nc2_of`` marks their value at an exact frame of the
-            other kind, sqrt(2 - 2 sqrt((K - 1) / K)).
+        history: rows with ``epoch``, metrics by key, and optionally ``stage`` (``"train"`` by default), as in
+            ``NeuralCollapseCallback.history``. Keys are as the callback logs them (``nc/val/nc1``) or as
+            :func:`lightning_nc.measure` returns them (``layer3/nc1``); other entries are ignored.
+        objective: curves for an additional first panel: label -> values, one per row of the training data.
+        num_classes: K; marks the value of ``nc2_etf`` and ``nc2_of`` at an exact frame of the other kind,
+            sqrt(2 - 2 sqrt((K - 1) / K)).
+
+    Raises:
+        ValueError: if there is no metric, or a row with metrics has no epoch, an unknown stage or a value twice.
     """
     return plot_runs({"": list(history)}, objective, num_classes)
 
 
 def plot_runs(
-    runs: Mapping[str, Run],
-    objective: Mapping[str, Sequence[float]] | None = None,
-    num_classes: int | None = None,
+    runs: Mapping[str, Run], objective: Mapping[str, Sequence[float]] | None = None, num_classes: int | None = None
 ) -> Figure:
-    """Draw several runs below each other, panels as in :func:`plot_history` and with the same axes.
+    """Plot several runs, one below the other, with the panels of :func:`plot_history` and shared axes limits.
 
     Args:
-        runs: history by name.
-        objective: see :func:`plot_history`; of a single run.
+        runs: title -> rows.
+        objective: see :func:`plot_history`; for a single run.
         num_classes: see :func:`plot_history`.
+
+    Raises:
+        ValueError: see :func:`plot_history`.
     """
+    if not runs:
+        raise ValueError("runs is empty; pass at least one run as {title: rows}")
     curves = {name: _curves(rows) for name, rows in runs.items()}
-    layers = list(dict.fromkeys(layer for run in curves.values() for _, layer, _ in run if layer))
-    if len(runs) > 1:  # which may have different ones
-        layers.sort(key=natural)
-    measures = list(dict.fromkeys(measure for run in curves.values() for _, _, measure in run)) or ["nc1"]
-    if layers:
-        measures.sort(key=lambda measure: _order(measure))
-        panels = [[measure] for measure in measures]
-    else:
-        families = {family: [m for m in measures if m[:3] == family] for family in ("nc1", "nc2", "nc3")}
-        families["other measures"] = [m for m in measures if m[:3] not in families]
-        panels = [found for found in families.values() if found]
-    first = 1 if objective else 0
-    columns = 3 if len(panels) + first > 4 else len(panels) + first
-    lines = -(-(len(panels) + first) // columns)
-    entries = _explained([key[0] for run in curves.values() for key in run], layers)
-    beside = -(-len(entries) // (14 * lines))
-    figure = Figure(figsize=(3.6 * columns + 1.3 * beside, 3.1 * lines * len(runs)), layout="constrained")
-    # Constrained layout knows no groups, so each run is a sub-figure of its own.
-    for (name, run), part in zip(curves.items(), figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
-        axes = part.subplots(lines, columns, squeeze=False).ravel()
-        for axis in axes[len(panels) + first :]:
+    keys = list(dict.fromkeys(key for run in curves.values() for key in run))
+    layers = _layers(keys, sort=len(runs) > 1)
+    panels = _panels([key.metric for key in keys], by_family=not layers)
+    count = len(panels) + bool(objective)
+    columns = 3 if count > 4 else count
+    lines = -(-count // columns)
+    longest = max(len(line) for layer in layers or [_INPUT] for line in _name(layer).splitlines())
+    beside = 0.6 + 0.065 * longest if layers or len({key[:2] for key in keys}) > 1 else 0
+    figure = Figure(figsize=(3.6 * columns + beside, 3.1 * lines * len(runs)), layout="constrained")
+    # Constrained layout has no groups of axes, so each run is a subfigure.
+    for name, part in zip(runs, figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
+        axes = list(part.subplots(lines, columns, squeeze=False).ravel())
+        for axis in axes[count:]:
             axis.remove()
+        for axis, above in zip(axes[:count], figure.axes, strict=False):
+            if axis is not above:  # the same limits, so that runs can be compared by eye
+                axis.sharex(above)
+                axis.sharey(above)
         if objective:
-            epochs = [row["epoch"] for row in runs[name] if row.get("stage", "train") == "train"]
+            epochs = [epoch_of(row) for row in runs[name] if row.get("stage", "train") == "train"]
             draw(axes[0], "Training objective", "epoch", {k: (epochs, list(v)) for k, v in objective.items()})
-        for axis, members in zip(axes[first:], panels, strict=False):
-            for stage in dict.fromkeys(stage for stage, _, _ in run):
-                chosen = {key: curve for key, curve in run.items() if key[0] == stage and key[2] in members}
-                draw(
-                    axis,
-                    _title(members),
-                    "epoch",
-                    {
-                        (layer or "features") if layers else measure: curve
-                        for (_, layer, measure), curve in chosen.items()
-                    },
-                    [_color(layer, layers, members.index(measure)) for _, layer, measure in chosen],
-                    _style(stage),
-                    legend=not layers and len(members) > 1,
-                )
-            if num_classes and (frames := [_OTHER_FRAME[m] for m in members if m in _OTHER_FRAME]):
-                _mark_frame(axis, num_classes, frames[0] if len(frames) == 1 else "other frame")
-        if entries:
-            part.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8, ncols=beside)
-        longest = 40 * columns
-        part.suptitle(name if len(name) <= longest else f"...{name[-longest:]}", fontsize=10)
-    _share_scales(figure)
+        for axis, members in zip(axes[count - len(panels) : count], panels, strict=True):
+            _draw_panel(axis, curves[name], members, layers, num_classes)
+        _explain(part, axes[:count], keys, layers, most=_MOST_NAMES * lines)
+        part.suptitle(_text(name, 40 * columns), fontsize=10)
     return figure
 
 
-def _explained(stages: Sequence[str], layers: Sequence[str]) -> dict[str, Line2D]:
-    """Lines for a legend of what is the same in every panel: layers by colour, stages by dashes."""
-    entries = {}
-    if layers:
-        entries = {layer or "features": Line2D([], [], color=_color(layer, layers, 0)) for layer in [*layers, ""]}
-    if len(set(stages)) > 1:
-        entries |= {stage: Line2D([], [], color="0.3", linestyle=_style(stage)) for stage in dict.fromkeys(stages)}
-    return entries
-
-
-def _mark_frame(axis: Axes, num_classes: int, name: str) -> None:
-    level = math.sqrt(2 - 2 * math.sqrt((num_classes - 1) / num_classes))
-    axis.axhline(level, color="0.4", linestyle="-.", linewidth=1)
-    axis.text(0.02, level, f"exact {name}", transform=axis.get_yaxis_transform(), va="bottom", fontsize=7, color="0.3")
-
-
 def plot_gram(gram: Any, classes: Sequence[int] | None = None) -> Figure:
-    """Draw a Gram matrix of unit class means, (K, K): the cosines of all pairs of classes, 1 on the diagonal.
+    """Plot the Gram matrix of the unit class means, (K, K): the cosines of all pairs of classes, 1 on the diagonal.
 
     Args:
         gram: the matrix.
-        classes: the class of each row; 0 to K - 1 where it is not given.
+        classes: the class of each row; 0 to K - 1 by default.
     """
     figure = Figure(figsize=(4.2, 3.6), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(numpy.asarray(gram), cmap="RdBu_r", vmin=-1, vmax=1)
-    axis.set_title("cosines of the centred class means", fontsize=10)
+    axis.set_title("cosines of the centered class means", fontsize=10)
     axis.set_xlabel("class")
     axis.set_ylabel("class")
     for ticks in (axis.xaxis, axis.yaxis):
@@ -161,7 +138,7 @@ def draw(
     style: Any = "-",
     legend: bool = True,
 ) -> None:
-    """Curves by label, each a pair of x and y, on a log axis; values of zero are triangles at its lower edge."""
+    """Draw curves by label, each a pair of x and y, on a log axis; zeros are triangles at its lower edge."""
     for index, (label, (xs, ys)) in enumerate(curves.items()):
         color, x, y = colors[index % len(colors)], numpy.asarray(xs), numpy.asarray(ys, dtype=float)
         seen = numpy.isfinite(y) & (y > 0)
@@ -191,69 +168,110 @@ def draw(
         axis.legend(fontsize=8, framealpha=0.8)
 
 
-def _curves(rows: Run) -> dict[tuple[str, str, str], tuple[list[float], list[float]]]:
-    """Epochs and values by stage, layer ("" is the classifier's input) and measure."""
-    curves: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
+def _curves(rows: Run) -> Curves:
+    """Epochs and values by stage, dataloader, layer and metric; the classifier's input last, so that it is drawn on top."""
+    curves: Curves = {}
     for row in rows:
-        for key, value in row.items():
-            if key.startswith("nc/"):
-                stage, layer, measure = split_key(key)
-                xs, ys = curves.setdefault((stage, layer, measure), ([], []))
-                xs.append(row["epoch"])
+        if not isinstance(row, Mapping):
+            raise ValueError(f"history must hold rows such as {{'epoch': 0, 'nc1': 0.5}}, got {row!r:.60}")
+        if values := metrics_of(row):
+            epoch, stage = epoch_of(row), row.get("stage", "train")
+            if stage not in STAGES:
+                raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
+            keys = [key._replace(stage=stage) if key.stage == "train" else key for key in map(parse_key, values)]
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"a row has a metric twice, such as 'nc1' and 'nc/nc1'; got {list(values)!r:.300}")
+            for key, value in zip(keys, values.values(), strict=True):
+                xs, ys = curves.setdefault(key, ([], []))
+                xs.append(epoch)
                 ys.append(value)
-    # By stage, and the classifier's input last and on top, in whatever order a logger has its columns.
-    order = sorted(curves, key=lambda key: (list(_DASHES).index(key[0].split("_")[0]), key[0], key[1] == ""))
-    return {key: curves[key] for key in order}
+    if not curves:
+        found = list(dict.fromkeys(name for row in rows for name in row))
+        raise ValueError(
+            f"nothing to plot in {len(rows)} rows: needs 'epoch' and a metric such as 'nc1' or 'nc/nc1', found {found!r:.300}"
+        )
+    order = list(STAGES)
+    return dict(
+        sorted(curves.items(), key=lambda item: (order.index(item[0].stage), item[0].loader, not item[0].layer))
+    )
 
 
-def split_key(key: str) -> tuple[str, str, str]:
-    """Stage, layer and measure of a logged key such as ``nc/val/layer3/nc1``; ``validate_1`` is of the second loader."""
-    _, *middle, measure = key.split("/")
-    found = re.fullmatch(r"(val|test)(_\d+)?", middle[0]) if middle else None
-    if found is None:
-        return "train", "/".join(middle), measure
-    return ("validate" if found[1] == "val" else "test") + (found[2] or ""), "/".join(middle[1:]), measure
+def _layers(keys: Sequence[Key], sort: bool) -> list[str]:
+    """Layers from first to last, with the classifier's input ("") at the end; empty if only that was measured."""
+    layers = list(dict.fromkeys(key.layer for key in keys if key.layer))
+    if sort:  # several runs may have different layers
+        layers.sort(key=natural_order)
+    return layers + [""] * (bool(layers) and any(not key.layer for key in keys))
 
 
-def _order(measure: str) -> int:
-    return list(_TITLES).index(measure) if measure in _TITLES else len(_TITLES)
+def _panels(metrics: Iterable[str], by_family: bool) -> list[list[str]]:
+    """The metrics of each panel: one metric, or those of NC1, NC2, NC3 and all others."""
+    names = list(dict.fromkeys(metrics))
+    if not by_family:
+        known = list(_TITLES)
+        return [[name] for name in sorted(names, key=lambda n: known.index(n) if n in known else len(known))]
+    families: dict[str, list[str]] = {"nc1": [], "nc2": [], "nc3": [], "": []}
+    for name in names:
+        families[name[:3] if name[:3] in families else ""].append(name)
+    return [members for members in families.values() if members]
 
 
-def _title(members: Sequence[str]) -> str:
-    """Of a panel: the measure, or what several have in common."""
-    (first, *others) = members
-    if not others:
-        return _TITLES.get(first, first)
-    return _TITLES.get(first[:3], "other measures")
+def _draw_panel(
+    axis: Axes, run: Curves, members: Sequence[str], layers: Sequence[str], num_classes: int | None
+) -> None:
+    title = _TITLES.get(members[0][:3], "other metrics") if members[1:] else _TITLES.get(members[0], members[0])
+    for group in dict.fromkeys(key[:2] for key in run):
+        chosen = {key: curve for key, curve in run.items() if key[:2] == group and key.metric in members}
+        if layers:
+            curves = {key.layer or _INPUT: curve for key, curve in chosen.items()}
+            colors = [_color(key.layer, layers) for key in chosen]
+        else:
+            curves = {_text(key.metric): curve for key, curve in chosen.items()}
+            colors = [_COLORS[members.index(key.metric) % len(_COLORS)] for key in chosen]
+        draw(axis, _text(title), "epoch", curves, colors, _style(*group), legend=not layers and len(members) > 1)
+    frames = [_OTHER_FRAME[name] for name in members if name in _OTHER_FRAME]
+    if num_classes and frames:
+        level = math.sqrt(2 - 2 * math.sqrt((num_classes - 1) / num_classes))
+        axis.axhline(level, color="0.4", linestyle="-.", linewidth=1)
+        name = f"exact {frames[0] if len(frames) == 1 else 'other frame'}"
+        axis.text(0.02, level, name, transform=axis.get_yaxis_transform(), va="bottom", fontsize=7, color="0.3")
 
 
-def _style(stage: str) -> Any:
-    """Solid for training, dashed for validation, dotted for test, and more dashes for their further data loaders."""
-    name, _, loader = stage.partition("_")
-    return (0, _DASHES[name] + (3, 1.5) * int(loader or 0)) if _DASHES[name] else "-"
+def _explain(part: SubFigure, axes: list[Axes], keys: Sequence[Key], layers: Sequence[str], most: int) -> None:
+    """One legend for all panels: layers by color, stages by dashes. Many layers get a color bar with some of their names."""
+    names = [_name(layer) for layer in layers]
+    colors = [_color(layer, layers) for layer in layers]
+    entries = [(Line2D([], [], color=color), name) for color, name in zip(colors, names, strict=True)]
+    if "\n".join(names).count("\n") >= most:
+        entries = []
+        ticks = max(2, min(6, most // max(name.count("\n") + 1 for name in names)))
+        shown = numpy.linspace(0, len(layers) - 1, ticks).round().astype(int)
+        scale = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(colors))
+        bar = part.colorbar(scale, ax=axes, aspect=30)
+        bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
+        bar.ax.invert_yaxis()
+    groups = sorted({key[:2] for key in keys}, key=lambda group: (list(STAGES).index(group[0]), group[1]))
+    for stage, loader in groups if len(groups) > 1 else ():
+        line = Line2D([], [], color="0.3", linestyle=_style(stage, loader))
+        entries.append((line, f"{stage}_{loader}" if loader else stage))
+    if entries:
+        part.legend(*zip(*entries, strict=True), loc="outside right upper", fontsize=8)
 
 
-def _color(layer: str, layers: Sequence[str], member: int) -> Any:
-    """The scale of layers, light to dark with depth, or a colour for each measure where there are none."""
-    if not layers:
-        return _COLORS[member % len(_COLORS)]
-    depth = layers.index(layer) if layer else len(layers)
-    return matplotlib.colormaps["viridis_r"](0.25 + 0.75 * depth / len(layers))
+def _name(layer: str) -> str:
+    return _text(layer or _INPUT, 36)
 
 
-def natural(name: str) -> list[int | str]:
-    """A key that sorts layer2 before layer10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def _text(name: str, width: int = 80) -> str:
+    """A name as text of a figure: wrapped at dots, ``$`` shown as it is, no ``_`` first (Matplotlib hides such labels)."""
+    text = "\n".join(textwrap.wrap(name.replace(".", ". "), width)).replace(". ", ".").replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
-def _share_scales(figure: Figure) -> None:
-    """The same limits for panels of the same title, so that runs can be compared by eye."""
-    by_title: dict[str, list[Axes]] = {}
-    for axis in figure.axes:
-        by_title.setdefault(axis.get_title(), []).append(axis)
-    for axes in by_title.values():
-        if len(axes) > 1:
-            for which in ("xlim", "ylim"):
-                limits = [getattr(axis, f"get_{which}")() for axis in axes]
-                for axis in axes:
-                    getattr(axis, f"set_{which}")(min(low for low, _ in limits), max(high for _, high in limits))
+def _style(stage: str, loader: int) -> Any:
+    """Solid for training, dashed for validation, dotted for test, with more dashes for further dataloaders."""
+    return (0, _DASHES[stage] + (3, 1.5) * loader) if _DASHES[stage] else "-"
+
+
+def _color(layer: str, layers: Sequence[str]) -> Any:
+    return matplotlib.colormaps["viridis_r"](0.25 + 0.75 * layers.index(layer) / max(1, len(layers) - 1))

@@ -1,56 +1,89 @@
-"""What loggers have written, read back: CSV files, TensorBoard directories, W&B offline directories."""
+"""Runs: rows of metrics over epochs, and reading them back from CSV files, TensorBoard and W&B (offline)."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_nc.functional import MEASURES
-from lightning_nc.plotting import Run, natural
+from lightning_nc.functional import METRICS
+from lightning_nc.keys import STAGES, natural_order, parse_key
 
-__all__ = ["find_log", "read_run"]
+__all__ = ["Run", "epoch_of", "find_log", "is_metric", "metrics_of", "read_run"]
+
+Run = Sequence[Mapping[str, Any]]
+"""Rows with ``epoch``, values by key, and optionally ``stage``."""
+
+
+def is_metric(key: str) -> bool:
+    """Whether an entry of a row is a metric: its key starts with ``nc/`` or ends with a name in ``METRICS``.
+
+    Example:
+        >>> [is_metric(key) for key in ("nc/val/nc1", "layer3/nc1", "train_loss")]
+        [True, True, False]
+    """
+    return key.startswith("nc/") or parse_key(key).metric in METRICS
+
+
+def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a row by key; ``ValueError`` if one is not a number."""
+    return {key: _number(key, value) for key, value in row.items() if is_metric(key)}
+
+
+def epoch_of(row: Mapping[str, Any]) -> float:
+    """The epoch of a row, an int if it is a whole number; ``ValueError`` if it is missing or not a finite number."""
+    if "epoch" not in row:
+        raise ValueError(f"a row of metrics needs an 'epoch', got only {list(row)!r:.300}")
+    epoch = _number("epoch", row["epoch"])
+    if not math.isfinite(epoch):
+        raise ValueError(f"epoch must be a finite number, got {row['epoch']!r}")
+    return int(epoch) if epoch.is_integer() else epoch
 
 
 def find_log(path: str | Path) -> Path:
-    """The file of a logger: the path itself, or the newest in a directory, at any depth.
+    """The log file at a path: the path itself, or the newest log file in a directory, at any depth.
 
     Raises:
         FileNotFoundError: if there is none.
     """
     path = Path(path)
-    if path.is_file() and any(path.match(pattern) for pattern in (*_readers(), "*.csv")):
+    if path.is_file() and (path.suffix.lower() == ".csv" or any(path.match(pattern) for pattern in _readers())):
         return path
-    found = [file for pattern in _readers() for file in path.rglob(pattern)]
+    found = [file for pattern in _readers() for file in path.rglob(pattern) if file.is_file()]
     if not found:
         raise FileNotFoundError(
-            f"{path} is, or holds, none of {', '.join(_readers())}; give the file or the directory that a logger wrote"
+            f"{path} is not a CSV file, and not a directory with {', '.join(_readers())}; "
+            f"pass the file or the directory that a logger wrote"
         )
     return max(found, key=lambda file: file.stat().st_mtime)
 
 
 def read_run(path: str | Path) -> Run:
-    """The rows of a run that hold measurements, each with ``epoch`` and values by key, layers in natural order.
+    """Read the rows of a run that hold metrics, each with ``epoch`` and values by key, layers in natural order.
 
     Args:
-        path: a CSV file, or a directory that holds, at any depth, ``metrics.csv``, TensorBoard's ``events.out.tfevents*`` or
-            W&B's ``run-*.wandb``. Of several the newest is read.
+        path: a CSV file with an ``epoch`` column, or a directory that holds, at any depth, ``metrics.csv``, TensorBoard's
+            ``events.out.tfevents*`` or W&B's ``run-*.wandb``; the newest file is read. Keys are as the callback logs them
+            (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). A ``stage`` column is kept.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no measurement of neural collapse, or is damaged.
+        ValueError: if the file holds no metrics, or is damaged.
         ImportError: if the package that wrote it is not installed.
     """
     file = find_log(path)
     read = next((read for pattern, read in _readers().items() if file.match(pattern)), _csv)
-    rows = [row for row in read(file) if any(key.startswith("nc/") for key in row)]
+    try:
+        rows = list(read(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     if not rows:
-        raise ValueError(
-            f"{file} holds no row with an epoch and a key that starts with nc/; was NeuralCollapseCallback in the Trainer?"
-        )
-    # Some loggers sort their columns by name, some not at all.
+        raise ValueError(f"{file} holds no values of metrics; was NeuralCollapseCallback in the Trainer?")
+    # Some loggers sort their columns by name, others do not.
     return [{key: row[key] for key in sorted(row, key=_order)} for row in rows]
 
 
@@ -59,32 +92,72 @@ def _readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
 
 
 def _order(key: str) -> tuple[Any, ...]:
-    layer, _, measure = key.rpartition("/")
-    return natural(layer), list(MEASURES).index(measure) if measure in MEASURES else len(MEASURES), measure
+    found, names = parse_key(key), list(METRICS)
+    place = names.index(found.metric) if found.metric in names else len(names)
+    return list(STAGES).index(found.stage), found.loader, natural_order(found.layer), place, found.metric
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r:.60}") from None
 
 
 def _csv(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(newline="") as lines:
-        for row in csv.DictReader(lines):
-            try:
-                values = {key: float(value) for key, value in row.items() if str(key).startswith("nc/") and value}
-                if values:
-                    yield {"epoch": int(float(row["epoch"])), **values}
-            except (KeyError, ValueError):  # a row that is half written, or of another table
-                continue
+    names, *table = _cells(file)
+    if "epoch" not in names or not any(is_metric(name) for name in names):
+        raise ValueError(
+            f"needs a column 'epoch' and a metric such as 'nc/nc1' or 'layer3/nc1', found the columns {names!r:.300}"
+        )
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1 and (is_metric(name) or name == "epoch")]
+    if twice:
+        raise ValueError(f"has several columns named {twice!r:.300}; keep one of each")
+    for number, cells in enumerate(table, start=2):
+        if len(cells) < len(names) and number == len(table) + 1:  # still being written
+            return
+        if len(cells) not in (0, len(names)):
+            raise ValueError(f"row {number} has {len(cells)} cells, but the header has {len(names)}")
+        row = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+        try:
+            if values := metrics_of(row):
+                stage = {"stage": row["stage"]} if "stage" in row else {}
+                yield {"epoch": epoch_of(row), **stage, **values}
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+
+
+def _cells(file: Path) -> list[list[str]]:
+    """The cells of a CSV file in UTF-8 (with or without a byte order mark), separated by commas, semicolons or tabs."""
+    limit = csv.field_size_limit()
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        csv.field_size_limit(max(limit, len(text)))
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        rows = list(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"not a CSV file in UTF-8: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    if not rows:
+        raise ValueError("the file is empty")
+    return rows
 
 
 def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
+    try:
+        events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
+    except Exception as error:
+        raise ValueError(f"the file is damaged: {error}") from error
     tags = events.Tags()["scalars"]
-    epochs = {event.step: int(event.value) for event in events.Scalars("epoch")} if "epoch" in tags else {}
+    epochs = {event.step: event.value for event in events.Scalars("epoch")} if "epoch" in tags else {}
     rows: dict[int, dict[str, Any]] = {}
-    for tag in tags:
-        if tag.startswith("nc/"):
-            for event in events.Scalars(tag):
-                rows.setdefault(event.step, {"epoch": epochs.get(event.step, event.step)})[tag] = event.value
+    for tag in filter(is_metric, tags):
+        for event in events.Scalars(tag):
+            epoch = epochs.get(event.step, event.step)
+            rows.setdefault(event.step, {"epoch": epoch_of({"epoch": epoch})})[tag] = event.value
     yield from (rows[step] for step in sorted(rows))
 
 
@@ -96,20 +169,15 @@ def _wandb(file: Path) -> Iterator[dict[str, Any]]:
         try:
             record.ParseFromString(payload)
         except Exception as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+            raise ValueError(f"the file is damaged: {error}") from error
         if record.WhichOneof("record_type") == "history":
             row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            values = {key: float(value) for key, value in row.items() if key.startswith("nc/") and _is_number(value)}
-            if values:
-                yield {"epoch": int(row.get("epoch", 0)), **values}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
+            if values := metrics_of(row):
+                yield {"epoch": epoch_of(row), **values}
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """The records of a file in LevelDB's log format, which W&B writes: blocks of 32 KiB, a record cut where a block ends."""
+    """The records of a file in LevelDB's log format, which W&B writes: blocks of 32 KiB; records may span several blocks."""
     header, block = 7, 32768
     position, parts = header, b""  # the file itself has a header of seven bytes, too
     while position + header <= len(data):
@@ -119,7 +187,7 @@ def _records(data: bytes) -> Iterator[bytes]:
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
         part = data[position + header : position + header + length]
         position += header + length
-        if position > len(data):  # the run is going on, or was killed
+        if position > len(data):  # the run is still going, or was killed
             return
         parts = part if kind in (1, 2) else parts + part  # whole, first, middle, last
         if kind in (1, 4):

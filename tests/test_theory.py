@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def spread(class_means: Tensor, n: int) -> Tensor:
 
 
 def descend(objective, *starts: Tensor) -> float:
-    """The value an L-BFGS run ends at: an optimiser that knows nothing of the closed forms."""
+    """The value an L-BFGS run ends at: an optimizer that knows nothing of the closed forms."""
     variables = [start.clone().requires_grad_() for start in starts]
     optimizer = torch.optim.LBFGS(
         variables,
@@ -147,7 +148,7 @@ def test_a_regularized_bias_keeps_the_simplex_etf_up_to_the_threshold_and_leaves
 
 
 @pytest.mark.parametrize("lb", [0.7, 5.0])
-def test_between_the_frames_the_mean_mode_has_its_own_singular_value_and_the_centred_means_are_an_etf(lb):
+def test_between_the_frames_the_mean_mode_has_its_own_singular_value_and_the_centered_means_are_an_etf(lb):
     K, n, lw, lh = 4, 50, 0.005, 0.005
     c = K * math.sqrt(n * lh * lw)
     minimum = theory.plain_ufm(K, n, lw, lh, lb)
@@ -155,8 +156,8 @@ def test_between_the_frames_the_mean_mode_has_its_own_singular_value_and_the_cen
     singular = torch.linalg.svdvals(output)
     expected = torch.tensor([1 - c] * (K - 1) + [1 - c * (1 + lb) / lb], dtype=torch.float64)
     torch.testing.assert_close(singular, expected)
-    centred = minimum.class_means(K) - minimum.class_means(K).mean(dim=0)
-    gram = centred @ centred.T
+    centered = minimum.class_means(K) - minimum.class_means(K).mean(dim=0)
+    gram = centered @ centered.T
     torch.testing.assert_close(gram / gram[0, 0], (torch.eye(K, dtype=torch.float64) * K - 1) / (K - 1))
 
 
@@ -305,10 +306,31 @@ def test_fewer_features_than_classes_are_refused_with_the_remedy():
     [
         (lambda: theory.plain_ufm(4, 50, -0.1, 0.1), "lambda_w must be a positive, finite number, got -0.1"),
         (lambda: theory.plain_ufm(4, 50, 0.1, 0.0), "lambda_h must be a positive"),
+        (lambda: theory.plain_ufm(4, 50, 0.1, math.nan), "lambda_h must be a positive"),
+        (lambda: theory.plain_ufm(4, 50, "0.1", 0.1), "lambda_w must be a positive, finite number, got '0.1'"),
+        (lambda: theory.plain_ufm(4, 50, True, 0.1), "lambda_w must be a positive, finite number, got True"),
+        (lambda: theory.plain_ufm(4, 50, 1e-300, 1e-300), "got 1e-300; pass a value between 1e-90 and 1e90"),
+        (lambda: theory.plain_ufm(4, 50, 0.1, 1e300), "lambda_h must be .*, got 1e[+]300"),
+        (lambda: theory.extended_ufm(4, 50, 1e-120, 0.1, 0.1), "lambda_w2 must be .*, got 1e-120"),
+        (lambda: theory.plain_ufm(2.5, 50, 0.1, 0.1), "num_classes must be a whole number, at least 2 .*, got 2.5"),
+        (lambda: theory.plain_ufm(4.0, 50, 0.1, 0.1), "num_classes must be a whole number, at least 2 .*, got 4.0"),
+        (lambda: theory.plain_ufm("4", 50, 0.1, 0.1), "num_classes must be a whole number, at least 2 .*, got '4'"),
+        (lambda: theory.plain_ufm(4, True, 0.1, 0.1), "samples_per_class must be a whole number, .*, got True"),
+        (lambda: theory.plain_ufm(4, 10**400, 0.1, 0.1), "samples_per_class must be a whole number"),
+        (
+            lambda: theory.extended_ufm(4, math.nan, 0.1, 0.1, 0.1),
+            "samples_per_class must be a whole number, .*, got nan",
+        ),
+        (lambda: theory.plain_ufm(4, 50, 0.1, 0.1, "free"), "lambda_b must be >= 0, got 'free'"),
+        (lambda: theory.attenuation(4, 50, 0.1, 0.1, math.nan), "noise_variance must be a finite number >= 0, got nan"),
+        (lambda: theory.attenuation(4, 50, 0.1, 0.1, "1"), "noise_variance must be a finite number >= 0, got '1'"),
+        (lambda: theory.extended_ufm(4, 50, 0.1, 0.1, 0.1).level("1111"), "dead must hold 4 shares"),
+        (lambda: theory.extended_ufm(4, 50, 0.1, 0.1, 0.1).level([math.nan] * 4), "dead must hold 4 shares"),
+        (lambda: theory.plain_ufm(4, 50, 0.1, 0.1).weight(4.5), "got d = 4.5 for num_classes = 4; pass d >= 4"),
         (lambda: theory.plain_ufm(4, 50, 0.1, 0.1, -1.0), "lambda_b must be >= 0, got -1.0; pass 0"),
         (lambda: theory.plain_ufm(4, 50, 0.1, 0.1, math.nan), "lambda_b must be >= 0"),
-        (lambda: theory.plain_ufm(1, 50, 0.1, 0.1), "num_classes must be at least 2, got 1"),
-        (lambda: theory.plain_ufm(4, 0, 0.1, 0.1), "samples_per_class must be at least 1, got 0"),
+        (lambda: theory.plain_ufm(1, 50, 0.1, 0.1), "num_classes must be a whole number, at least 2 .*, got 1"),
+        (lambda: theory.plain_ufm(4, 0, 0.1, 0.1), "samples_per_class must be a whole number, at least 1 .*, got 0"),
         (lambda: theory.extended_ufm(4, 50, 0.1, -0.1, 0.1), "lambda_w1 must be a positive"),
         (lambda: theory.extended_ufm(4, 50, math.inf, 0.1, 0.1), "lambda_w2 must be a positive, finite"),
         (lambda: theory.attenuation(4, 50, 0.1, 0.1, -1.0), "noise_variance must be a finite number >= 0"),
@@ -318,3 +340,28 @@ def test_fewer_features_than_classes_are_refused_with_the_remedy():
 def test_arguments_out_of_range_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_numbers_of_numpy_give_the_same_as_those_of_python_in_double_precision():
+    lambdas = [np.float32(value) for value in (0.005, 0.0025, 0.001, 0.3)]
+    exact = [float(value) for value in lambdas]
+    K, n = np.int8(5), np.int8(100)  # their product does not fit an int8
+    assert theory.plain_ufm(K, n, lambdas[0], lambdas[2], lambdas[3]) == theory.plain_ufm(
+        5, 100, exact[0], exact[2], exact[3]
+    )
+    assert theory.extended_ufm(K, n, *lambdas[:3]) == theory.extended_ufm(5, 100, *exact[:3])
+    assert theory.attenuation(K, n, *lambdas[:3]) == theory.attenuation(5, 100, *exact[:3])
+    assert theory.plain_ufm(K, n, *exact[:2]).weight(np.int64(7)).shape == (5, 7)
+
+
+@pytest.mark.parametrize("small", [1e-90, 1e-60, 1e-30])
+def test_at_the_limits_of_the_regularization_nothing_overflows_or_vanishes(small):
+    # Where the penalty c is tiny the minimum is c, or 3/2 a, to first order.
+    assert theory.plain_ufm(4, 25, small, small).objective == pytest.approx(4 * 5 * small, rel=1e-12)
+    assert theory.extended_ufm(4, 27, small, small, small).objective == pytest.approx(1.5 * 4 * 3 * small, rel=1e-12)
+    for minimum in (theory.plain_ufm(4, 25, small, 1 / small), theory.plain_ufm(4, 25, 1 / small, small)):
+        assert minimum.objective == 0.5  # K sqrt(n) = 20 is too strong
+    extreme = theory.extended_ufm(4, 2**53, 1 / small, 1 / small, 1 / small)
+    assert (extreme.frame, extreme.objective) == ("zero", 0.5)
+    for matrix in (extreme.class_means(4), extreme.first_class_means(4), extreme.weight(4), extreme.first_weight(4)):
+        assert (matrix == 0).all()

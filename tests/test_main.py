@@ -1,0 +1,136 @@
+"""The command ``lightning-nc``: what it draws, and one clear line for everything that goes wrong."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_nc.__main__ import main
+
+
+def is_picture(path):
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes a run into a folder of the given name, as CSVLogger does."""
+
+    def write(name, header="epoch,nc/nc1,nc/nc2_of,nc/nc3", values="0.5,0.4,0.3"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("\n".join([header, *(f"{epoch},{values}" for epoch in range(6)), ""]))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs the command; asserts status 1 and a single line of error, which is returned."""
+
+    def call(*arguments):
+        assert main(["plot", *map(str, arguments)]) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.startswith("lightning-nc: ")
+        assert output.err.count("\n") == 1
+        return output.err
+
+    return call
+
+
+def test_one_run_or_several_are_drawn_and_counted(run, tmp_path, capsys):
+    a, b, out = run("a"), run("b"), tmp_path / "both.png"
+    assert main(["plot", str(a), str(b / "metrics.csv"), "-k", "3", "-o", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{a / 'metrics.csv'}: 6 measurements", f"{b / 'metrics.csv'}: 6 measurements", f"{out}: 2 runs"]
+    assert is_picture(out)
+    assert main(["plot", str(a), "-o", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{out}: 1 run"
+
+
+def test_the_picture_goes_to_a_folder_that_exists_or_gets_the_suffix_of_a_picture(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert main(["plot", str(run("a")), "-o", str(tmp_path / "folder")]) == 0
+    assert is_picture(tmp_path / "folder" / "neural_collapse.png")
+    assert main(["plot", str(tmp_path / "a"), "-o", str(tmp_path / "plain")]) == 0
+    assert is_picture(tmp_path / "plain.png")
+
+
+def test_keys_as_measure_returns_them_are_drawn(run, tmp_path):
+    folder = run("a", "epoch,stage,nc1,layer3/nc1", "test,0.5,0.4")
+    assert main(["plot", str(folder), "-o", str(tmp_path / "a.png")]) == 0
+    assert is_picture(tmp_path / "a.png")
+
+
+def test_dollar_signs_in_paths_layers_and_metrics_are_no_formulas(run, tmp_path):
+    runs = [run(name, r"epoch,nc/$\frac$/nc1,nc/$\frac$,nc/nc3") for name in (r"$\frac$", r"b$\frac$")]
+    assert main(["plot", *map(str, runs), "-o", str(tmp_path / "a.png")]) == 0
+    assert is_picture(tmp_path / "a.png")
+
+
+def test_the_same_run_twice_is_refused(run, refused, tmp_path):
+    a, b = run("a"), run("b")
+    for other in (a, a / "metrics.csv", b / ".." / "a"):
+        assert f"{a} and {other} are the same run; pass each run once" in refused(a, b, other)
+
+
+def test_a_csv_without_metrics_says_what_it_has_and_what_is_needed(run, refused):
+    message = refused(run("a", "epoch,loss,accuracy,lr"))
+    assert "found the columns ['epoch', 'loss', 'accuracy', 'lr']" in message
+    assert "needs a column 'epoch' and a metric such as 'nc/nc1' or 'layer3/nc1'" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epoch,nc/nc1\ninf,1\n", "epoch must be a finite number"),
+        (b"epoch,nc/nc1\nnan,1\n", "epoch must be a finite number"),
+        (b"", "the file is empty"),
+        (b"\x89PNG\r\n\x1a\n\xff", "not a CSV file in UTF-8"),
+        (b'epoch,"lo\nss"\n0,1\n', "needs a column"),
+        (b"epoch,nc/nc1\n0,x\ny\n", "must be a number"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line_with_its_name(refused, tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    said = refused(tmp_path / "a.csv")
+    assert message in said
+    assert str(tmp_path / "a.csv") in said
+
+
+def test_a_path_without_a_run_is_one_line_that_names_the_logs(refused, tmp_path):
+    for name in ("none", "of two\nlines"):
+        assert "metrics.csv, events.out.tfevents*, run-*.wandb" in refused(tmp_path / name)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(run, refused, tmp_path):
+    a = run("a")
+    assert "xyz" in refused(a, "-o", tmp_path / "a.xyz")
+    assert "No such file or directory" in refused(a, "-o", tmp_path / "none" / "a.png")
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refused(a, "-o", tmp_path / "file" / "a.png")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(run, refused, monkeypatch):
+    def denied(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert f"Permission denied: '{run('a') / 'metrics.csv'}'" in refused(run("b").parent / "a")
+
+
+def test_a_package_that_is_missing_is_named_with_the_remedy(run, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning_nc.plotting", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "install it with pip" in refused(run("a"))
+
+
+def test_a_number_of_classes_below_two_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["plot", str(run("a")), "-k", "1"])
+    assert "--num-classes must be at least 2, got 1" in capsys.readouterr().err

@@ -1,0 +1,199 @@
+"""Runs read back: what loggers wrote, and files that somebody else wrote."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+from lightning_nc.plotting import plot_history
+from lightning_nc.runs import epoch_of, find_log, is_metric, read_run
+
+ROWS = [
+    {"epoch": epoch, "nc/nc1": 0.5**epoch, "nc/layer3/nc1": 2.0 * 0.5**epoch, "nc/val/nc1": 3.0 * 0.5**epoch}
+    for epoch in range(40)
+]
+
+
+def log(logger, rows=ROWS):
+    for row in rows:
+        logger.log_metrics(row, step=10 * row["epoch"])
+    logger.finalize("success")
+
+
+def write(path, *lines, encoding="utf-8"):
+    path.write_bytes("\n".join([*lines, ""]).encode(encoding))
+    return path
+
+
+def all_same(rows, expected=ROWS):
+    """Whether the rows are the same up to float32, which TensorBoard stores."""
+    return all(row == pytest.approx(other, rel=1e-6, nan_ok=True) for row, other in zip(rows, expected, strict=True))
+
+
+def test_what_a_csv_logger_wrote_is_read_back_from_its_file_and_from_any_folder_above(tmp_path):
+    log(CSVLogger(tmp_path, name="a", version="b"))
+    for path in (tmp_path, tmp_path / "a", tmp_path / "a" / "b" / "metrics.csv"):
+        assert all_same(read_run(path))
+
+
+def test_what_tensorboard_wrote_is_read_back_with_its_epochs(tmp_path):
+    log(TensorBoardLogger(tmp_path, name="a", version="b"))
+    assert all_same(read_run(tmp_path))
+
+
+def test_what_wandb_wrote_is_read_back_and_a_file_that_is_cut_gives_the_rows_before_the_cut(tmp_path, monkeypatch):
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="nc")
+    rows = [*ROWS, {"epoch": 40, "nc/nc1": math.nan, "nc/val/nc1": math.inf, "note": "x" * 40_000, "nc/nc3": 1.0}]
+    log(logger, rows)
+    logger.experiment.finish()
+    import wandb
+
+    wandb.teardown()  # waits until the file is closed
+    (file,) = tmp_path.rglob("run-*.wandb")
+    rows[-1].pop("note")
+    assert all_same(read_run(tmp_path), rows)  # the note spans two blocks of the file
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 8])
+    found = read_run(file)
+    assert 0 < len(found) < len(rows)
+    assert all_same(found, rows[: len(found)])
+
+
+def test_the_newest_log_of_a_folder_is_read(tmp_path):
+    for index, name in enumerate(("old", "new")):
+        (tmp_path / name).mkdir()
+        file = write(tmp_path / name / "metrics.csv", "epoch,nc/nc1", f"{index},1.0")
+        os.utime(file, (index, index))
+    assert find_log(tmp_path) == tmp_path / "new" / "metrics.csv"
+
+
+def test_keys_as_measure_returns_them_a_stage_column_and_other_columns_are_read(tmp_path):
+    file = write(
+        tmp_path / "own.csv", "epoch,loss,stage,nc1,layer3/nc1", "0,9,train,1.0,", "1,9,test,2.0,3.0", "2,9,,4,nan"
+    )
+    rows = read_run(file)
+    assert [row.get("stage") for row in rows] == ["train", "test", None]
+    values = [{key: value for key, value in row.items() if key != "stage"} for row in rows]
+    nan = math.nan
+    assert all_same(
+        values,
+        [{"epoch": 0, "nc1": 1}, {"epoch": 1, "nc1": 2, "layer3/nc1": 3}, {"epoch": 2, "nc1": 4, "layer3/nc1": nan}],
+    )
+    assert len(plot_history(read_run(file)).axes[0].lines) == 4
+
+
+def test_layers_are_in_natural_order_whatever_the_order_of_a_file(tmp_path):
+    layers = ["layer10", "layer9", "layer1", "layer2"]
+    with (tmp_path / "metrics.csv").open("w") as file:
+        csv.writer(file).writerows([["epoch", *(f"nc/{layer}/nc1" for layer in layers), "nc/nc1"], [0, 1, 2, 3, 4, 5]])
+    lines = plot_history(read_run(tmp_path)).axes[0].lines
+    assert [line.get_label() for line in lines] == ["layer1", "layer2", "layer9", "layer10", "classifier input"]
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [("3", 3), ("3.0", 3), ("0.5", 0.5), (" 2", 2)])
+def test_an_epoch_is_read_as_it_was_written(tmp_path, epoch, expected):
+    (row,) = read_run(write(tmp_path / "a.csv", "epoch, nc/nc1", f"{epoch}, 1.0"))
+    assert row == {"epoch": expected, "nc/nc1": 1.0}
+    assert type(row["epoch"]) is type(expected)
+
+
+def test_files_of_spreadsheets_are_read(tmp_path):
+    expected = [{"epoch": 0, "nc/nc1": 0.5}]
+    for encoding in ("utf-8", "utf-8-sig"):
+        for delimiter in ",;\t":
+            for end in ("\n", "\r\n"):
+                text = f"epoch{delimiter}nc/nc1{end}0{delimiter}0.5{end}"
+                (tmp_path / "a.CSV").write_bytes(text.encode(encoding))
+                assert read_run(tmp_path / "a.CSV") == expected
+
+
+def test_a_field_of_any_length_is_read_and_the_limit_of_the_csv_module_is_restored(tmp_path):
+    limit = csv.field_size_limit()
+    file = write(tmp_path / "a.csv", "epoch,note,nc/nc1", f"0,{'x' * 300_000},0.5")
+    assert read_run(file) == [{"epoch": 0, "nc/nc1": 0.5}]
+    assert csv.field_size_limit() == limit
+
+
+def test_a_last_row_that_is_half_written_is_left_out(tmp_path):
+    file = tmp_path / "metrics.csv"
+    for rest in ("1", "half", "1,0.2"):
+        file.write_text(f"epoch,nc/nc1,nc/nc3\n0,0.5,0.6\n{rest}")
+        assert read_run(file) == [{"epoch": 0, "nc/nc1": 0.5, "nc/nc3": 0.6}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["epoch,nc/nc1", "inf,1.0"], "row 2: epoch must be a finite number, got 'inf'"),
+        (["epoch,nc/nc1", "0,1.0", "nan,1.0"], "row 3: epoch must be a finite number, got 'nan'"),
+        (["epoch,nc/nc1", ",1.0"], "row 2: .*needs an 'epoch'"),
+        (["epoch,nc/nc1", "first,1.0"], "row 2: epoch must be a number, got 'first'"),
+        (["epoch,nc/nc1", "0,large"], "row 2: nc/nc1 must be a number, got 'large'"),
+        (["epoch;nc/nc1", "0;0,5"], "row 2: nc/nc1 must be a number, got '0,5'"),
+        (["epoch,nc/nc1", "0,0,5"], "row 2 has 3 cells, but the header has 2"),
+        (["epoch,nc/nc1", "0", "1,1.0"], "row 2 has 1 cells, but the header has 2"),
+        (["epoch,nc/nc1,nc/nc1", "0,1.0,2.0"], r"several columns named \['nc/nc1'\]"),
+        (["epoch,epoch,nc/nc1", "0,1,2.0"], r"several columns named \['epoch'\]"),
+        (["epoch,loss", "0,1.0"], r"needs a column 'epoch' and a metric.*found the columns \['epoch', 'loss'\]"),
+        (["step,nc/nc1", "0,1.0"], r"needs a column 'epoch' and a metric.*found the columns \['step', 'nc/nc1'\]"),
+        (["epoch,nc/nc1"], "holds no values of metrics"),
+        (["epoch,nc/nc1", "0,"], "holds no values of metrics"),
+    ],
+)
+def test_a_csv_file_that_cannot_be_read_as_a_run_is_refused_with_its_name_and_what_was_found(tmp_path, lines, message):
+    file = write(tmp_path / "a.csv", *lines)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_run(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "the file is empty"),
+        ("a.csv", b"\x89PNG\r\n\x1a\n\0\0", "not a CSV file in UTF-8"),
+        ("a.csv", "epoch,nc/nc1\n0,1\n".encode("utf-16"), "not a CSV file in UTF-8"),
+        ("a.csv", "epoch,größe,nc/nc1\n0,1,1\n".encode("latin-1"), "not a CSV file in UTF-8"),
+        ("a.csv", bytes(range(32)), "needs a column 'epoch'|not a CSV file"),
+        ("events.out.tfevents.1", b"\0" * 100, "holds no values|is damaged"),
+        ("events.out.tfevents.1", os.urandom(1000), "holds no values|is damaged"),
+        ("run-a.wandb", bytes(7) + b"\0\0\0\0\x08\0\x01" + b"\xff" * 8, "is damaged"),
+        ("run-a.wandb", b"", "holds no values"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_with_its_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_run(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_path_without_a_log_is_refused_with_the_names_of_logs(tmp_path):
+    (tmp_path / "notes.txt").write_text("epoch,nc/nc1\n0,1\n")
+    (tmp_path / "metrics.csv").mkdir()
+    for path in (tmp_path, tmp_path / "none", tmp_path / "notes.txt", tmp_path / "metrics.csv"):
+        with pytest.raises(FileNotFoundError, match=r"metrics\.csv, events\.out\.tfevents\*, run-\*\.wandb"):
+            read_run(path)
+
+
+def test_metrics_are_known_by_their_name_or_by_the_prefix():
+    assert all(map(is_metric, ("nc1", "layer3/nc2_of", "val/nc1", "bias_collapse", "nc/anything", "nc/val/x/y")))
+    assert not any(map(is_metric, ("epoch", "partial", "weights", "train_loss", "nc1/loss", "")))
+
+
+def test_an_epoch_is_an_int_where_it_is_whole():
+    assert [epoch_of({"epoch": value}) for value in (2, 2.0, "2", 2.5)] == [2, 2, 2, 2.5]
+
+
+def test_reading_a_csv_loads_no_plotting(tmp_path):
+    file = write(tmp_path / "a.csv", "epoch,nc/nc1", "0,0.5")
+    code = f"from lightning_nc.runs import read_run; import sys; read_run({str(file)!r}); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "lightning_nc.runs" in loaded
+    assert "lightning_nc.plotting" not in loaded
