@@ -1,4 +1,4 @@
-"""Time and peak memory of the default measures with 50,000 classes, where a K x K matrix would take 20 GB.
+"""Time and peak memory of the default metrics with 50,000 classes, where a K x K matrix would take 20 GB.
 
 python benchmarks/many_classes.py
 """
@@ -17,14 +17,14 @@ def peak() -> float:
 
 
 def run(classes: int = 50_000, features: int = 1024, per_class: int = 3, batch: int = 2000) -> None:
-    """Gaussian classes in random order, one pass; then all measures from the state."""
-    centres = torch.randn(classes, features)
-    metric = NeuralCollapse(classes, features, weight=centres + 0.1 * torch.randn(classes, features))
+    """Gaussian classes in random order, one pass; then all metrics from the state."""
+    centers = torch.randn(classes, features)
+    metric = NeuralCollapse(classes, features, weight=centers + 0.1 * torch.randn(classes, features))
     print(f"K = {classes}, d = {features}: {peak():.1f} GB before the first batch")
     target = torch.arange(classes).repeat(per_class)[torch.randperm(classes * per_class)]
     took = 0.0
     for labels in target.split(batch):
-        rows = centres[labels] + 0.1 * torch.randn(len(labels), features)
+        rows = centers[labels] + 0.1 * torch.randn(len(labels), features)
         start = time.perf_counter()
         metric.update(rows, labels)
         took += time.perf_counter() - start

@@ -376,9 +376,10 @@ def evaluate(
         shape = moments.means.shape if name == "weight" else seen.shape
         if part.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(part.shape)}; check num_classes")
-    if fault := moments.fault():
+    if seen.any() and (fault := moments.fault()):
         warnings.warn(f"{fault}; the metrics are nan", stacklevel=2)
-    if fault or seen.sum() < 2:
+        return dict.fromkeys(names, nan)
+    if seen.sum() < 2:
         return dict.fromkeys(names, nan)
     if not seen.all():
         absent = (~seen).nonzero().flatten().tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -60,9 +60,9 @@ class ClassStatistics:
         return self.counts.sum()
 
     @property
-    def has_scatter(self) -> bool:
-        """Whether :meth:`within` is available."""
-        return True
+    def resolution(self) -> float:
+        """What :meth:`within` gives for a direction without any deviation is at most this."""
+        return 0.0
 
     @property
     def column_spread(self) -> Tensor:
@@ -119,12 +119,11 @@ class ClassStatistics:
             doubt = 1.5 + sums / self.counts.sqrt()
             kept = values > doubt.max() * vector_norm(error) + vector_norm(doubt) * error.max()
             weak = rows[~kept].T
-            if weak.numel() and self.has_scatter:
-                own = torch.finfo(values.dtype).eps
+            if weak.numel():
                 noise = sums**2 * (error.square().mean() + error.square() @ weak.square())
-                kept[~kept] = (self.within(weak) > self.samples * noise + own * self.spread.sum()) & (
-                    values[~kept] > own * max(self.means.shape) * values[0]
-                )
+                varied = self.within(weak) > self.samples * noise + self.resolution
+                floor = torch.finfo(values.dtype).eps * max(self.means.shape) * values[0]
+                kept[~kept] = varied & (values[~kept] > floor)
         if not kept.all():
             warnings.warn(
                 f"nc1 leaves out {int((~kept).sum())} of {len(kept)} directions of the class means: what differs along them "
@@ -137,7 +136,7 @@ class ClassStatistics:
         """Rounding error of an entry of each feature, (d,), and by what factor sums in earlier layers can increase it."""
         info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
         # The class means are rounded too, at every update.
-        eps = info.eps + own.eps * (4 + (self.counts.max() / 12).sqrt())
+        eps = info.eps + own.eps * (8 + self.counts.max().sqrt())
         square = (self.counts @ self.means.square() + self.column_spread) / self.samples
         # float16 and bfloat16 are summed in float32.
         return eps * square.sqrt().clamp(min=info.smallest_normal) / math.sqrt(12), 8 if info.bits > 16 else 4
@@ -215,65 +214,58 @@ class ClassMoments(ClassStatistics):
                 self.scatter[rows, right].addmm_(before[:, rows].T, after[:, right])
 
     def merge(self, other: ClassMoments) -> ClassMoments:
-        """The moments of both sets of samples together (Chan's formula; exact)."""
-        counts = self.counts + other.counts
-        delta = other.means - self.means
-        moved = delta * (self.counts * other.counts / counts.clamp(min=1)).unsqueeze(1)
-        return ClassMoments(
-            counts=counts,
-            means=self.means + delta * (other.counts / counts.clamp(min=1)).unsqueeze(1),
-            spread=self.spread + other.spread + (moved * delta).sum(dim=1),
-            nonfinite=self.nonfinite + other.nonfinite,
-            inexact=self.inexact + other.inexact,
-            scatter=self.scatter + other.scatter + self._outer(moved, delta),
-            mislabeled=self.mislabeled + other.mislabeled,
-        )
+        """The moments of both sets of samples together; exact."""
+        return self._pool(lambda part: part(self) + part(other))
 
     def merge_over_ranks(self, group: ProcessGroup | None = None) -> ClassMoments:
         """The moments of the samples of all ranks, on every rank. All ranks must call it, with the same K and d.
 
-        The sums go to the common means before they are added, so the memory does not grow with the number of ranks.
+        The memory it takes does not grow with the number of ranks.
         """
 
-        def total(part: Tensor) -> Tensor:
-            part = part.clone()
-            if part.numel():
-                torch.distributed.all_reduce(part, group=group)
-            return part
+        def total(part: Callable[[ClassMoments], Tensor]) -> Tensor:
+            summed = part(self).clone()
+            if summed.numel():
+                torch.distributed.all_reduce(summed, group=group)
+            return summed
 
-        counts = total(self.counts)
-        means = total(self.means * self.counts.unsqueeze(1)) / counts.clamp(min=1).unsqueeze(1)
-        delta = self.means - means
-        moved = delta * self.counts.unsqueeze(1)
+        return self._pool(total)
+
+    def _pool(self, total: Callable[[Callable[[ClassMoments], Tensor]], Tensor]) -> ClassMoments:
+        """The moments that ``total`` pools: ``total(part)`` is the sum of ``part(m)`` over all of them."""
+        counts = total(lambda m: m.counts)
+        means = total(lambda m: m.means * m.counts.unsqueeze(1)) / counts.clamp(min=1).unsqueeze(1)
+
+        def spread(m: ClassMoments) -> Tensor:
+            return m.spread + m.counts * (m.means - means).square().sum(dim=1)
+
+        def scatter(m: ClassMoments) -> Tensor:
+            delta = m.means - means
+            return m.scatter + (delta * m.counts.unsqueeze(1)).T @ delta if len(m.scatter) else m.scatter
+
         return ClassMoments(
             counts=counts,
             means=means,
-            spread=total(self.spread + (moved * delta).sum(dim=1)),
-            nonfinite=total(self.nonfinite),
-            inexact=total(self.inexact),
-            scatter=total(self.scatter + self._outer(moved, delta)),
-            mislabeled=total(self.mislabeled),
+            spread=total(spread),
+            nonfinite=total(lambda m: m.nonfinite),
+            inexact=total(lambda m: m.inexact),
+            scatter=total(scatter),
+            mislabeled=total(lambda m: m.mislabeled),
         )
 
-    def _outer(self, moved: Tensor, delta: Tensor) -> Tensor:
-        return moved.T @ delta if len(self.scatter) else self.scatter
-
     @property
-    def has_scatter(self) -> bool:
-        """Whether the scatter matrix is kept."""
-        return len(self.scatter) > 0
+    def resolution(self) -> float:
+        """The rounding of the scatter matrix; infinite if it is not kept."""
+        return 32 * torch.finfo(self.means.dtype).eps * float(self.spread.sum()) if len(self.scatter) else math.inf
 
     @property
     def column_spread(self) -> Tensor:
         """Sum of squared distances to the class mean, per feature, (d,); the average of all without the scatter matrix."""
         width = self.means.shape[1]
-        return self.scatter.diagonal() if self.has_scatter else (self.spread.sum() / width).expand(width)
+        return self.scatter.diagonal() if len(self.scatter) else (self.spread.sum() / width).expand(width)
 
     def within(self, directions: Tensor) -> Tensor:
-        """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,), not negative.
-
-        The scatter matrix carries rounding of the size of its largest entries, which limits how small this can be.
-        """
+        """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,), not negative."""
         total = directions.new_zeros(directions.shape[1])
         for rows, right in _upper_blocks(len(self.scatter)):
             block, size = self.scatter[rows, right], rows.stop - rows.start

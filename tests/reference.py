@@ -1,4 +1,4 @@
-"""An independent float64 computation of every measure: two passes, d x d matrices, pseudoinverses; NumPy only."""
+"""An independent float64 computation of every metric: two passes, d x d matrices, pseudoinverses; NumPy only."""
 
 import numpy as np
 
@@ -39,23 +39,19 @@ def cosines(rows):
     return (unit @ unit.T)[np.triu_indices(len(rows), 1)]
 
 
-def all_measures(features, target, weight, bias):
+def all_metrics(features, target, weight, bias):
     means, centered, deviations, within, between = moments(features, target)
     k = len(means)
-    counts = np.array([np.sum(np.asarray(target) == c) for c in np.unique(target)])
+    counts = np.unique(target, return_counts=True)[1]
     owner = np.searchsorted(np.unique(target), target)
-    variance = np.array([(deviations[owner == c] ** 2).sum() for c in range(k)]) / counts
-    cdnv = [
-        (variance[i] + variance[j]) / (2 * ((means[i] - means[j]) ** 2).sum())
-        for i in range(k)
-        for j in range(i + 1, k)
-    ]
+    variance = np.bincount(owner, (deviations**2).sum(1)) / counts
+    cdnv = [(variance[i] + variance[i + 1 :]) / (2 * ((means[i] - means[i + 1 :]) ** 2).sum(1)) for i in range(k - 1)]
     norms = np.linalg.norm(centered, axis=1)
     cos_weight = (weight * centered).sum(1) / (np.linalg.norm(weight, axis=1) * norms)
     return {
         "nc1": nc1(features, target),
         "nc1_trace": np.trace(within) / np.trace(between),
-        "nc1_cdnv": np.mean(cdnv),
+        "nc1_cdnv": np.concatenate(cdnv).mean(),
         "nc2_etf": frame(means, "etf"),
         "nc2_etf_centered": frame(centered, "etf"),
         "nc2_of": frame(means, "of"),
@@ -73,9 +69,17 @@ def all_measures(features, target, weight, bias):
 
 
 def nc1_by_axes(features, target):
-    """NC1 through an SVD of the centred means in float64, for means whose directions differ much in size."""
+    """NC1 through an SVD of the centered means in float64, for means whose directions differ much in size."""
     means, centered, deviations, _, _ = moments(features, target)
     rank = min(len(means) - 1, means.shape[1])
     values, rows = np.linalg.svd(centered, full_matrices=False)[1:]
     kept = values[:rank] > 1e-12 * values[0]
     return float((((deviations @ rows[:rank][kept].T) / values[:rank][kept]) ** 2).sum() / len(deviations))
+
+
+def nc4(features, target, weight, bias):
+    """Sample by sample."""
+    rows, target = np.asarray(features, dtype=np.float64), np.asarray(target)
+    means = np.stack([rows[target == k].mean(axis=0) for k in range(len(weight))])
+    nearest = [((row - means) ** 2).sum(1).argmin() for row in rows]
+    return float(np.mean(np.array(nearest) != (rows @ weight.T + bias).argmax(axis=1)))

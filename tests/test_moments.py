@@ -1,5 +1,6 @@
 import contextlib
-from dataclasses import replace
+import copy
+import threading
 
 import pytest
 import reference
@@ -8,25 +9,23 @@ from conftest import clusters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nc.functional import MEASURES, evaluate
-from lightning_nc.moments import ClassMoments, state_dtype
+from lightning_nc.functional import METRICS, evaluate
+from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, state_dtype
 
-WEIGHTLESS = [name for name, measure in MEASURES.items() if not measure.needs]
+WEIGHTLESS = [name for name, metric in METRICS.items() if not metric.needs]
 
 
-def gather(features, target, classes, sizes=(64,), fold_every=4):
+def gather(features, target, classes, sizes=(64,)):
     moments = ClassMoments.zeros(classes, features.shape[1])
     start, step = 0, 0
     while start < len(features):
         size = sizes[step % len(sizes)]
         moments.update(features[start : start + size], target[start : start + size])
         start, step = start + size, step + 1
-        if step % fold_every == 0:
-            moments.fold()
     return moments
 
 
-@pytest.mark.parametrize(("level", "tolerance"), [(1e-2, 1e-6), (1e-6, 1e-5), (1e-10, 1e-3)])
+@pytest.mark.parametrize(("level", "tolerance"), [(1e-2, 1e-9), (1e-6, 1e-8), (1e-10, 1e-5)])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_streaming_nc1_of_float32_features_is_exact(level, tolerance, offset):
     features, target = clusters(10, 300, 64, (level / 64 * 640) ** 0.5)
@@ -38,18 +37,25 @@ def test_streaming_nc1_of_float32_features_is_exact(level, tolerance, offset):
     assert value >= 0
 
 
+@pytest.mark.parametrize("width", [255, 256, 257, 600])
+def test_blocks_of_the_scatter_matrix_add_up_to_the_whole(width):
+    features, target = clusters(5, 40, width, 0.5)
+    expected = reference.nc1_by_axes(features.numpy(), target.numpy())
+    moments = gather(features, target, 5, (7, 64))
+    assert evaluate(("nc1",), moments)["nc1"].item() == pytest.approx(expected, rel=1e-9)
+    axes = torch.linalg.qr(torch.randn(width, 3).double()).Q
+    along = ClassDeviations.of(features, target, 5).within(axes)
+    assert torch.allclose(moments.within(axes), along, rtol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_other_measures_are_exact_in_every_precision_of_the_features(dtype):
+def test_the_other_metrics_are_exact_in_every_precision_of_the_features(dtype):
     features, target = clusters(6, 50, 16, 0.2, dtype=dtype)
     weight, bias = torch.randn(6, 16).double(), torch.randn(6).double()
     args = features.double().numpy(), target.numpy(), weight.numpy(), bias.numpy()
-    expected = reference.all_measures(*args)
-    values = evaluate(list(MEASURES), gather(features, target.int(), 6), weight, bias)
-    assert {name: value.item() for name, value in values.items()} == pytest.approx(expected, rel=1e-6)
-
-
-def scatter_of(moments):
-    return moments.scatter + moments.recent
+    expected = reference.all_metrics(*args)
+    values = evaluate(list(METRICS), gather(features, target.int(), 6), weight, bias)
+    assert {name: value.item() for name, value in values.items()} == pytest.approx(expected, rel=1e-9)
 
 
 def values_of(moments):
@@ -110,23 +116,54 @@ def test_nc1_agrees_with_the_reference_with_classes_missing_and_more_classes_tha
     assert value == pytest.approx(reference.nc1_by_axes(features.numpy(), target.numpy()), rel=1e-6, abs=1e-12)
 
 
-def test_an_update_is_safe_in_autocast_inference_mode_and_reduced_precision():
+FLAGS = (torch.backends, torch.backends.mkldnn, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+
+
+def test_an_update_is_exact_in_autocast_inference_mode_and_reduced_precision_and_leaves_the_flags_alone():
     features, target = clusters(5, 100, 32, 0.3)
-    expected = scatter_of(gather(features, target, 5))
+    expected = values_of(gather(features, target, 5))
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
+        flags = [flag.fp32_precision for flag in FLAGS]
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
             moments = gather(features, target, 5)
-        reduced = replace(
-            moments, counts=moments.counts.clone(), scatter=moments.scatter.clone(), recent=moments.recent.clone()
-        )
-        assert torch.get_float32_matmul_precision() == "medium"
+            assert values_of(moments) == pytest.approx(expected, rel=1e-12)
+        assert [flag.fp32_precision for flag in FLAGS] == flags
     finally:
         torch.set_float32_matmul_precision(before)
     moments.update(features, target)  # outside of inference mode again
-    assert torch.allclose(scatter_of(reduced), expected, rtol=1e-6)
     assert moments.counts.tolist() == [200] * 5
+    assert values_of(moments) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_flag_that_inherits_goes_on_inheriting_after_an_update():
+    child = torch.backends.mkldnn.matmul
+    before = child.fp32_precision, torch.backends.mkldnn.fp32_precision, torch.backends.fp32_precision
+    try:
+        child.fp32_precision = torch.backends.mkldnn.fp32_precision = "none"
+        gather(*clusters(3, 20, 8, 0.3), 3)
+        for precision in ("ieee", "tf32"):
+            torch.backends.fp32_precision = precision
+            assert child.fp32_precision == precision
+    finally:
+        child.fp32_precision, torch.backends.mkldnn.fp32_precision, torch.backends.fp32_precision = before
+
+
+def test_updates_in_several_threads_agree_and_leave_the_flags_alone():
+    features, target = clusters(5, 200, 64, 0.3)
+    expected = values_of(gather(features, target, 5))
+    flags = [flag.fp32_precision for flag in FLAGS]
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(values_of(gather(features, target, 5)))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected] * 3
+    assert [flag.fp32_precision for flag in FLAGS] == flags
 
 
 def test_features_that_require_gradients_leave_none_in_the_moments():
@@ -146,20 +183,103 @@ def test_an_update_with_no_sample_and_a_merge_with_nothing_change_nothing():
     assert values_of(merged) == pytest.approx(expected, rel=1e-12)
 
 
+def test_moments_without_the_scatter_matrix_merge_too_and_know_all_but_nc1():
+    features, target = clusters(4, 30, 10, 0.5)
+    first, second = ClassMoments.zeros(4, 10, scatter=False), ClassMoments.zeros(4, 10, scatter=False)
+    first.update(features[:50], target[:50])
+    second.update(features[50:], target[50:])
+    names = [name for name in WEIGHTLESS if not METRICS[name].scatter]
+    expected = evaluate(names, gather(features, target, 4))
+    values = evaluate(names, first.merge(second))
+    assert {n: v.item() for n, v in values.items()} == pytest.approx({n: v.item() for n, v in expected.items()})
+
+
 def test_the_state_is_float64_but_on_a_device_without_it():
     assert state_dtype("cpu") == torch.float64
     assert state_dtype("mps") == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16])
 def test_labels_of_any_integer_type_reach_as_far_as_they_can(dtype):
     features, target = clusters(100, 2, 4, 0.3)
     moments = gather(features, target.to(dtype), 300)
-    assert moments.mislabelled == 0
+    assert moments.mislabeled == 0
     assert moments.counts[:100].tolist() == [2] * 100
 
 
-def test_squares_that_overflow_are_said_and_give_nan():
+DOUBLE = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("features", "precision"),
+    [
+        (DOUBLE, torch.float64),
+        (DOUBLE.float(), torch.float32),
+        (DOUBLE.half(), torch.float16),
+        (DOUBLE.bfloat16(), torch.bfloat16),
+        (DOUBLE.float().double(), torch.float32),  # what it was rounded to, not what it came in
+        (DOUBLE.half().float(), torch.float16),
+        (DOUBLE.bfloat16().double(), torch.bfloat16),
+        (torch.cat([DOUBLE, DOUBLE.float().double()]), torch.float64),  # all rows must have been rounded
+    ],
+)
+def test_the_precision_of_the_features_is_the_coarsest_type_that_holds_them_all(features, precision):
+    target = torch.arange(len(features)) % 2
+    assert ClassDeviations.of(features, target, 2).precision == precision
+    one, other = gather(features[:1], target[:1], 2), gather(features[1:], target[1:], 2)
+    for moments in (gather(features, target, 2), one.merge(other), other.merge(one), copy.deepcopy(one).merge(other)):
+        assert moments.precision == precision
+
+
+SPARSE = torch.eye(4)
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype", "ignore:.*Sparse", "ignore:.*sparse", "ignore:.*quant")
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (lambda: SPARSE.to_sparse(), "sparse_coo tensor; call .to_dense"),
+        (lambda: SPARSE.to_sparse_csr(), "sparse_csr tensor; call .to_dense"),
+        (lambda: SPARSE.to("meta"), "meta tensor"),
+        (lambda: torch.nested.nested_tensor([SPARSE[0], SPARSE[1]]), "nested tensor"),
+        (lambda: torch.nested.nested_tensor([SPARSE[0], SPARSE[1]], layout=torch.jagged), "nested tensor"),
+        (lambda: SPARSE.to(torch.float8_e4m3fn), r"float8_e4m3fn \(4, 4\); call .float\(\)"),
+        (lambda: SPARSE.to(torch.complex64), r"complex64 \(4, 4\)"),
+        (lambda: torch.quantize_per_tensor(SPARSE, 0.1, 0, torch.qint8), "dequantize"),
+        (lambda: SPARSE.tolist(), "got list"),
+    ],
+)
+def test_features_without_floating_arithmetic_are_refused_with_a_remedy(features, message):
+    with pytest.raises(ValueError, match=message):
+        check_batch(features(), torch.arange(4))
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype", "ignore:.*Sparse", "ignore:.*sparse", "ignore:.*quant")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (lambda: torch.arange(4).to_sparse(), "sparse_coo tensor"),
+        (lambda: torch.arange(4, device="meta"), "meta tensor"),
+        (lambda: torch.arange(4.0), r"float32 \(4,\); call .long"),
+        (lambda: torch.ones(4, dtype=torch.bool), r"bool \(4,\); call .long"),
+        (lambda: torch.ones(4, dtype=torch.complex64), "complex64"),
+        (lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "qint8"),
+        (lambda: torch.eye(4), "arg max"),
+        (lambda: torch.arange(4).unsqueeze(1), "squeeze"),
+        (lambda: [0, 1, 2, 3], "got list"),
+    ],
+)
+def test_labels_that_are_no_class_indices_are_refused_with_a_remedy(target, message):
+    with pytest.raises(ValueError, match=message):
+        check_batch(SPARSE, target())
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-24, 1e19, 1e30])
+def test_float32_features_of_any_size_give_the_same_value(scale):
     features, target = clusters(4, 100, 12, 1.0)
-    with pytest.warns(UserWarning, match="squares overflow"):
-        assert evaluate(("nc1",), gather(features * 1e19, target, 4))["nc1"].isnan()
+    expected = evaluate(("nc1", "nc1_trace"), gather(features, target, 4))
+    scaled = evaluate(("nc1", "nc1_trace"), gather(features * scale, target, 4))
+    rel = 1e-3 if scale == 1e-40 else 1e-6  # 1e-40 is below the normal numbers of float32
+    assert {n: v.item() for n, v in scaled.items()} == pytest.approx(
+        {n: v.item() for n, v in expected.items()}, rel=rel
+    )
