@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from lightning_nc import functional
+from lightning_nc.measuring.classifier import find_classifier
+from lightning_nc.measuring.hooks import trace
+from lightning_nc.measuring.probe import Probe
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -54,6 +57,24 @@ def metric_value(name, rows, target, weight, bias, classes=None):
     if name == "nc3_centered":
         return functional.nc3(rows, target, weight, classes, center=True)
     return getattr(functional, name)(rows, target, num_classes=classes, **arguments)
+
+
+def found(model, forward, num_classes=None):
+    """The classifier of a model, by name."""
+    return find_classifier(model, *trace(model, forward), forward, num_classes)
+
+
+def measured_features(model, batch, **arguments):
+    """What a model gives for a batch, the features that are measured, and the classifier's weight and bias."""
+    probe = Probe(**arguments)
+    with torch.no_grad():
+        probe.attach(model, batch)
+        probe.start(batch)
+        output = probe.forward(model, batch)
+        features, _ = probe.features()
+    parts = probe.head.parts()
+    probe.detach()
+    return output, features[""], parts
 
 
 def free_port():

@@ -112,7 +112,7 @@ def test_one_line_measures_the_classifiers_input_in_eval_mode_exactly(tmp_path):
     with torch.no_grad():
         features = model.net[:4](ROWS).numpy()
     head = model.net[4]
-    expected = reference.all_measures(
+    expected = reference.all_metrics(
         features, TARGET.numpy(), head.weight.detach().double().numpy(), head.bias.detach().double().numpy()
     )
     last = callback.history[-1]

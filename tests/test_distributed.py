@@ -95,7 +95,7 @@ def test_online_mode_measures_what_both_ranks_were_trained_on():
     assert len(rows) == 52  # the sampler repeats one of the 51
     head = model_with(parts[0]["state"]).net[4]
     weight, bias = (part.detach().double().numpy() for part in (head.weight, head.bias))
-    expected = reference.all_measures(rows.double().numpy(), target.numpy(), weight, bias)
+    expected = reference.all_metrics(rows.double().numpy(), target.numpy(), weight, bias)
     for key, value in parts[0]["history"][-1].items():
         if key.startswith("nc/"):
             assert value == pytest.approx(expected[key.removeprefix("nc/")], rel=1e-6)

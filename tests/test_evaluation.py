@@ -161,7 +161,7 @@ def test_measure_agrees_with_an_independent_computation_at_every_layer():
     with torch.no_grad():
         first, features = model[0](rows).numpy(), model[:4](rows).numpy()
     weight, bias = model[4].weight.detach().double().numpy(), model[4].bias.detach().double().numpy()
-    expected = reference.all_measures(features, target.numpy(), weight, bias)
+    expected = reference.all_metrics(features, target.numpy(), weight, bias)
     names = ["nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered"]
     assert {name: values[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-5)
     assert values["2/nc1"] == pytest.approx(values["nc1"])

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import clusters
+from conftest import clusters, found
 from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_nc import measure
 from lightning_nc.measuring.batches import pool_features, targets_of
-from lightning_nc.measuring.classifier import find_classifier
 from lightning_nc.measuring.hooks import Recorder
 from lightning_nc.measuring.probe import match_layers
 
@@ -37,13 +36,13 @@ class Net(nn.Module):
 
 def test_the_classifier_is_the_layer_whose_output_is_the_models_output():
     model = Net()
-    assert find_classifier(model, lambda: model(torch.randn(4, 6))) == "head"
+    assert found(model, lambda: model(torch.randn(4, 6))) == "head"
 
 
 def test_the_classifier_behind_a_softmax_is_the_last_with_the_right_number_of_outputs():
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3), nn.LogSoftmax(dim=1))
-    assert find_classifier(model, lambda: model(torch.randn(4, 6))) == "1"
-    assert find_classifier(model, lambda: model(torch.randn(4, 6)), num_classes=8) == "0"
+    assert found(model, lambda: model(torch.randn(4, 6))) == "1"
+    assert found(model, lambda: model(torch.randn(4, 6)), num_classes=8) == "0"
 
 
 def test_the_projection_inside_attention_does_not_stand_in_the_way():
@@ -56,7 +55,7 @@ def test_the_projection_inside_attention_does_not_stand_in_the_way():
             return self.head(self.attention(x, x, x)[0].mean(dim=1)).log_softmax(dim=1)
 
     model = Attends()
-    assert find_classifier(model, lambda: model(torch.randn(4, 5, 6))) == "head"
+    assert found(model, lambda: model(torch.randn(4, 5, 6))) == "head"
 
 
 @pytest.mark.parametrize(
@@ -86,14 +85,14 @@ def test_a_head_with_normed_weight_is_found_and_measured_with_the_weight_it_appl
 )
 def test_other_last_layers_are_found_too(head, after):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), head, after)
-    name = find_classifier(model, lambda: model(torch.randn(4, 6)))
+    name = found(model, lambda: model(torch.randn(4, 6)))
     assert name == ("2" if isinstance(head, nn.Linear) else "2.1")
     rows, target = clusters(3, 10, 6, 0.3)
     values = measure(model, [(rows, target)], progress=False)
     with torch.no_grad():
         features = model[:2](rows).numpy()
     weight = model.get_submodule(name).weight.detach().double().flatten(1).numpy()
-    expected = reference.all_measures(features, target.numpy(), weight, np.zeros(3))
+    expected = reference.all_metrics(features, target.numpy(), weight, np.zeros(3))
     assert values["nc1"] == pytest.approx(expected["nc1"], rel=1e-4)
     assert values["nc3"] == pytest.approx(expected["nc3"], rel=1e-5)
 
@@ -114,19 +113,19 @@ class Averaged(nn.Module):
 def test_heads_whose_average_is_the_output_are_not_taken_for_one():
     model, x = Averaged(), torch.randn(8, 6)
     with pytest.raises(LookupError, match=r"could be the classifier, 'heads.0', 'heads.1':.*name one with classifier"):
-        find_classifier(model, lambda: model(x))
+        found(model, lambda: model(x))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_hidden_layers_as_wide_as_the_output_are_not_taken_for_heads():
     model, x = Averaged(heads=1), torch.randn(8, 6)
-    assert find_classifier(model, lambda: model(x)) == "heads.0"
+    assert found(model, lambda: model(x)) == "heads.0"
 
 
 def test_a_head_that_goes_by_two_names_is_one():
     model, x = Averaged(heads=1), torch.randn(8, 6)
     model.last = model.heads[0]
-    assert find_classifier(model, lambda: model(x)) == "heads.0"
+    assert found(model, lambda: model(x)) == "heads.0"
 
 
 def test_a_convolution_that_runs_after_linear_layers_is_the_last_layer():
@@ -140,7 +139,7 @@ def test_a_convolution_that_runs_after_linear_layers_is_the_last_layer():
             return self.last(x * gate[:, :, None, None]).mean(dim=(2, 3))
 
     model = Gated()
-    assert find_classifier(model, lambda: model(torch.randn(4, 6, 5, 5))) == "last"
+    assert found(model, lambda: model(torch.randn(4, 6, 5, 5))) == "last"
 
 
 def test_a_module_that_keeps_its_network_under_the_name_of_a_wrapper_is_called_itself():
@@ -203,16 +202,16 @@ def test_several_heads_are_named_in_the_error():
 
     model = TwoHeads()
     with pytest.raises(LookupError, match=r"'color', 'shape'; name one with classifier"):
-        find_classifier(model, lambda: model(torch.randn(4, 6)))
-    assert find_classifier(model, lambda: model(torch.randn(4, 6)), num_classes=4) == "shape"
+        found(model, lambda: model(torch.randn(4, 6)))
+    assert found(model, lambda: model(torch.randn(4, 6)), num_classes=4) == "shape"
 
 
 def test_a_model_without_linear_layer_and_one_that_calls_it_functionally_get_a_remedy():
     with pytest.raises(LookupError, match="name a module with classifier"):
-        find_classifier(nn.Conv2d(1, 1, 3), lambda: None)
+        found(nn.Conv2d(1, 1, 3), lambda: None)
     model = nn.Sequential(nn.Linear(6, 3))
     with pytest.raises(LookupError, match=r"write self.fc\(x\) instead of F.linear"):
-        find_classifier(model, lambda: nn.functional.linear(torch.randn(4, 6), model[0].weight))
+        found(model, lambda: nn.functional.linear(torch.randn(4, 6), model[0].weight))
 
 
 def test_a_head_that_is_called_functionally_is_not_mistaken_for_another_layer():
@@ -226,7 +225,7 @@ def test_a_head_that_is_called_functionally_is_not_mistaken_for_another_layer():
 
     model = Functional()
     with pytest.raises(LookupError, match="'head' was not called"):
-        find_classifier(model, lambda: model(torch.randn(4, 6)))
+        found(model, lambda: model(torch.randn(4, 6)))
 
 
 def test_layers_match_by_shell_pattern_and_near_names_are_offered():
@@ -241,33 +240,40 @@ def test_a_recorder_sees_keyword_arguments_leaves_no_hook_behind_and_sleeps_in_c
     x = torch.randn(4, 6)
     recorder = Recorder({}, inputs={"fc": layer})
     layer(x)
-    assert recorder.take() == []
-    recorder.arm(lambda module, tensor: tensor)
+    assert recorder.stop() == []
+    recorder.start(lambda name, tensor: tensor)
     layer(input=x)
     copy.deepcopy(layer)(x)
     pickle.loads(pickle.dumps(layer))(x)
-    ((name, seen),) = recorder.take()
+    ((name, seen),) = recorder.stop()
     assert name == "fc"
     assert torch.equal(seen, x)
     recorder.remove()
     assert not layer._forward_pre_hooks
 
 
-def test_the_call_that_fits_the_labels_is_taken():
-    fits, other = torch.randn(4, 6), torch.randn(9, 6)
-    recorded = [("fc", other), ("fc", fits), ("fc", None), ("other", torch.randn(4, 2))]
-    assert torch.equal(features_of("fc", recorded, 4), fits)
-    with pytest.raises(LookupError, match="a row for each of the 5 labels"):
-        features_of("fc", recorded, 5)
-    with pytest.raises(LookupError, match="'fc' was not called"):
-        features_of("fc", [("other", fits)], 5)
+def test_of_several_calls_the_last_with_a_row_for_each_label_is_measured():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            self.fc(x[:2])
+            output = self.fc(x)
+            self.fc(x.repeat(2, 1) + 1)
+            return output
+
+    rows, target = clusters(3, 10, 6, 0.3)
+    model = Twice()
+    assert measure(model, [(rows, target)], progress=False) == measure(model.fc, [(rows, target)], progress=False)
 
 
 def test_pooling_keeps_batch_and_channel():
     images, tokens = torch.randn(4, 6, 3, 2), torch.randn(4, 5, 6)
-    assert torch.allclose(pool_features(images, "mean"), images.mean(dim=(2, 3)))
-    assert torch.allclose(pool_features(tokens, "mean"), tokens.mean(dim=1))
-    assert torch.allclose(pool_features(tokens, "mean", nn.Conv1d(5, 5, 1)), tokens.mean(dim=2))
+    assert torch.allclose(pool_features(images, "mean", axis=1), images.mean(dim=(2, 3)))
+    assert torch.allclose(pool_features(tokens, "mean", axis=2), tokens.mean(dim=1))
+    assert torch.allclose(pool_features(tokens, "mean", axis=1), tokens.mean(dim=2))
     assert pool_features(images, "flatten").shape == (4, 36)
     assert pool_features(tokens, lambda features: features[:, 0]).shape == (4, 6)
 
@@ -295,7 +301,7 @@ class Embedding(nn.Module):
 def test_a_classifier_that_the_forward_does_not_call_is_named_with_the_way_out():
     model, rows = Embedding(), torch.randn(8, 6)
     with pytest.raises(LookupError, match=r"'classifier' was not called.* pass forward_fn"):
-        find_classifier(model, lambda: model(rows), num_classes=4)
+        found(model, lambda: model(rows), num_classes=4)
     batches = [(rows, torch.arange(8) % 4)]
     with pytest.raises(LookupError, match="in the training step alone, pass forward_fn"):
         measure(model, batches, classifier="classifier", progress=False)
@@ -317,7 +323,7 @@ def test_an_output_that_no_linear_layer_can_have_given_is_an_error():
     with pytest.raises(
         LookupError, match=r"returns 4 columns, which come from no linear layer; the last .*'body', has 8"
     ):
-        find_classifier(model, lambda: model(torch.randn(5, 6)))
+        found(model, lambda: model(torch.randn(5, 6)))
 
 
 def test_layers_before_the_head_that_are_not_called_do_not_stand_in_the_way():
@@ -332,7 +338,7 @@ def test_layers_before_the_head_that_are_not_called_do_not_stand_in_the_way():
             return self.head(nn.functional.linear(x, self.qkv.weight)).log_softmax(dim=1)
 
     model = Projected()
-    assert find_classifier(model, lambda: model(torch.randn(5, 6))) == "head"
+    assert found(model, lambda: model(torch.randn(5, 6))) == "head"
 
 
 def test_a_traced_model_is_measured():
@@ -347,7 +353,7 @@ def test_a_slice_of_the_outputs_is_still_the_classifiers():
 
     model = Sliced()
     model.unused = nn.Identity()
-    assert find_classifier(model, lambda: model(torch.randn(5, 6)), num_classes=3) == "head"
+    assert found(model, lambda: model(torch.randn(5, 6)), num_classes=3) == "head"
 
 
 def test_outputs_are_found_inside_a_dataclass():
@@ -365,9 +371,9 @@ def test_outputs_are_found_inside_a_dataclass():
             return Output(self.fc(x), self.domain(x))
 
     model = TwoHeads()
-    assert find_classifier(model, lambda: model(torch.randn(5, 6)), num_classes=4) == "fc"
+    assert found(model, lambda: model(torch.randn(5, 6)), num_classes=4) == "fc"
     with pytest.raises(LookupError, match="outputs of several linear layers, 'fc', 'domain'"):
-        find_classifier(model, lambda: model(torch.randn(5, 6)))
+        found(model, lambda: model(torch.randn(5, 6)))
 
 
 def test_a_function_turns_a_sequence_first_layer_into_a_row_per_sample():
@@ -397,7 +403,7 @@ def test_a_call_that_fails_names_the_way_out(batch, reason):
 
 
 def test_a_column_of_labels_gets_its_own_remedy():
-    with pytest.raises(ValueError, match=r"got int64 \(4, 1\); take squeeze\(1\)"):
+    with pytest.raises(ValueError, match=r"got int64 \(4, 1\); squeeze\(1\)"):
         measure(nn.Linear(6, 4), [(torch.randn(4, 6), torch.arange(4)[:, None])], progress=False)
 
 

@@ -130,7 +130,7 @@ def test_online_mode_measures_the_training_features_as_they_pass(tmp_path):
     rows, target = torch.cat(independent.rows).double().numpy(), torch.cat(independent.target).numpy()
     assert len(rows) == len(target) == 45
     head = model.net[4]
-    expected = reference.all_measures(
+    expected = reference.all_metrics(
         rows, target, head.weight.detach().double().numpy(), head.bias.detach().double().numpy()
     )
     for key in KEYS:

@@ -1,9 +1,8 @@
 import pytest
 import torch
+from conftest import found, measured_features
 from torch import nn
 
-from lightning_nc.features import find_classifier
-from lightning_nc.probe import Probe
 
 models = pytest.importorskip("torchvision.models")
 
@@ -18,20 +17,6 @@ def last_with_ten_outputs(model):
     return [name for name, outputs in linear or pointwise if outputs == 10][-1]
 
 
-def measured_features(model, batch, **arguments):
-    """What the model gives for a batch with one sample of each label, the features that were measured, and the probe."""
-    probe, moments = Probe(**arguments), {}
-    with torch.no_grad():
-        probe.attach(model, batch)
-        probe.arm(batch)
-        output = probe.forward(model, batch)
-        probe.absorb(moments, 0)
-    probe.detach()
-    present = moments[""].counts > 0
-    assert moments[""].counts[present].eq(1).all()  # so that the mean of a class is its sample
-    return output, moments[""].means[present].float(), probe.classifier_parts()
-
-
 @pytest.mark.parametrize("name", sorted(set(models.list_models(module=models)) - TOO_LARGE))
 def test_the_classifier_of_every_torchvision_model_is_found_and_its_input_gives_the_logits(name):
     size = SIZES.get(name, 32)
@@ -44,7 +29,7 @@ def test_the_classifier_of_every_torchvision_model_is_found_and_its_input_gives_
 
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        assert find_classifier(model, lambda: model(images)) == head
+        assert found(model, lambda: model(images)) == head
     if not name.startswith("squeezenet"):  # a ReLU and a mean over positions follow its classifier
         logits, features, parts = measured_features(model, (images, torch.arange(2)), classifier=head)
-        torch.testing.assert_close(features @ parts["weight"].T + parts.get("bias", 0), logits)
+        torch.testing.assert_close(features @ parts[0].T + (0 if parts[1] is None else parts[1]), logits)

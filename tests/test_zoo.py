@@ -5,12 +5,12 @@ import pytest
 import reference
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from test_torchvision import last_with_ten_outputs, measured_features
+from conftest import found, measured_features
+from test_torchvision import last_with_ten_outputs
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nc import NeuralCollapseCallback, measure
-from lightning_nc.features import find_classifier
 
 TIMM = [
     "resnet10t",
@@ -104,20 +104,20 @@ def test_the_classifier_of_timm_models_is_found_and_its_input_gives_the_logits(n
     head = last_with_ten_outputs(model)
     nn.init.normal_(model.get_submodule(head).weight)  # some heads start at zero
     with torch.no_grad():
-        assert find_classifier(model, lambda: model(images)) == head
+        assert found(model, lambda: model(images)) == head
     logits, features, parts = measured_features(model, (images, torch.arange(2)))
-    torch.testing.assert_close(features @ parts["weight"].T + parts.get("bias", 0), logits)
+    torch.testing.assert_close(features @ parts[0].T + (0 if parts[1] is None else parts[1]), logits)
 
 
 @pytest.mark.parametrize("name", TWO_HEADS)
 def test_two_heads_whose_average_is_the_output_are_named_and_either_can_be_chosen(name):
     model, images = of_timm(name)
     with torch.no_grad(), pytest.raises(LookupError, match=f"could be the classifier, {TWO_HEADS[name]}:"):
-        find_classifier(model, lambda: model(images))
+        found(model, lambda: model(images))
     logits, halves = None, []
     for head in TWO_HEADS[name].replace("'", "").split(", "):
         logits, features, parts = measured_features(model, (images, torch.arange(2)), classifier=head)
-        halves.append(features @ parts["weight"].T + parts["bias"])
+        halves.append(features @ parts[0].T + parts[1])
     torch.testing.assert_close(sum(halves) / 2, logits)
 
 
@@ -129,7 +129,7 @@ def test_transformers_are_measured_from_batches_as_they_are_trained_on(name):
     rows = samples(name)
     loader = DataLoader(rows, 8)
     with torch.no_grad():
-        assert find_classifier(model, lambda: model(**next(iter(loader)))) == TRANSFORMERS[name][0]
+        assert found(model, lambda: model(**next(iter(loader)))) == TRANSFORMERS[name][0]
         handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         for batch in loader:
             model(**batch)
@@ -140,7 +140,7 @@ def test_transformers_are_measured_from_batches_as_they_are_trained_on(name):
         features = np.stack([row[kept == 1].mean(axis=0) for row, kept in zip(features, mask, strict=True)])
     labels, weight = np.arange(24) % 4, head.weight.detach().double().numpy()
     values = measure(model, loader, progress=False)
-    expected = reference.all_measures(features, labels, weight, np.zeros(4))
+    expected = reference.all_metrics(features, labels, weight, np.zeros(4))
     assert values["nc1"] == pytest.approx(expected["nc1"], rel=1e-3)
     for measure_name in ("nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered"):
         assert values[measure_name] == pytest.approx(expected[measure_name], rel=1e-4)
@@ -150,7 +150,7 @@ def test_transformers_are_measured_from_batches_as_they_are_trained_on(name):
 def test_the_input_of_the_classifier_of_a_transformer_gives_the_logits(name):
     model = of_transformers(name)
     output, features, parts = measured_features(model, next(iter(DataLoader(samples(name), 4))))
-    torch.testing.assert_close(features @ parts["weight"].T + parts["bias"], output.logits)
+    torch.testing.assert_close(features @ parts[0].T + parts[1], output.logits)
 
 
 def test_the_token_that_a_language_model_classifies_from_can_be_chosen():
@@ -158,7 +158,7 @@ def test_the_token_that_a_language_model_classifies_from_can_be_chosen():
     batch = next(iter(DataLoader(samples("text"), 4)))
     batch["input_ids"], batch["attention_mask"] = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
     output, features, parts = measured_features(model, batch, pool=lambda hidden: hidden[:, -1])
-    torch.testing.assert_close(features @ parts["weight"].T, output.logits)
+    torch.testing.assert_close(features @ parts[0].T, output.logits)
     with pytest.warns(UserWarning, match="'score' is called on a sequence.*the last token say, pass pool="):
         measure(model, [batch], progress=False)
 

@@ -201,8 +201,9 @@ def find_classifier(
     last = (fitting or candidates or names)[-1]
     if not fitting and (not candidates or num_classes is not None):
         _check_uncalled(layers, names, last, num_classes if candidates else None)
-    if not candidates:
+    if not candidates and not fitting:
         _check_output(output, called, last, layers)
+    if not candidates:
         _check_only_head(last, names, layers, forward)
     return last
 

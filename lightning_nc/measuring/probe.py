@@ -98,6 +98,9 @@ class Probe:
         with forward_context():
             trial = _Trial(self, model, batch, len(target))
         self.head = self._find_head(model, trial)
+        if trial.sharded:  # its weight is seen in a forward only
+            with forward_context():
+                trial.run()
         # Reading labels makes the host wait for the device, so only those of the first batch are checked here.
         check_labels(target, self.classes)
         self._check_layers(names, trial)
