@@ -112,7 +112,7 @@ def test_the_classifier_of_timm_models_is_found_and_its_input_gives_the_logits(n
 @pytest.mark.parametrize("name", TWO_HEADS)
 def test_two_heads_whose_average_is_the_output_are_named_and_either_can_be_chosen(name):
     model, images = of_timm(name)
-    with torch.no_grad(), pytest.raises(LookupError, match=f"could be the classifier, {TWO_HEADS[name]}:"):
+    with torch.no_grad(), pytest.raises(LookupError, match=f"several linear layers, {TWO_HEADS[name]}; name one"):
         found(model, lambda: model(images))
     logits, halves = None, []
     for head in TWO_HEADS[name].replace("'", "").split(", "):
@@ -122,7 +122,7 @@ def test_two_heads_whose_average_is_the_output_are_named_and_either_can_be_chose
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-@pytest.mark.filterwarnings("ignore:the classifier 'score' is called on a sequence")
+@pytest.mark.filterwarnings("ignore:.*the classifier 'score' is called on every position")
 def test_transformers_are_measured_from_batches_as_they_are_trained_on(name):
     model = of_transformers(name)
     head, inputs = model.get_submodule(TRANSFORMERS[name][0]), []
@@ -159,7 +159,7 @@ def test_the_token_that_a_language_model_classifies_from_can_be_chosen():
     batch["input_ids"], batch["attention_mask"] = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
     output, features, parts = measured_features(model, batch, pool=lambda hidden: hidden[:, -1])
     torch.testing.assert_close(features @ parts[0].T, output.logits)
-    with pytest.warns(UserWarning, match="'score' is called on a sequence.*the last token say, pass pool="):
+    with pytest.warns(UserWarning, match="'score' is called on every position of a sequence.*such as the last token, pass pool="):
         measure(model, [batch], progress=False)
 
 

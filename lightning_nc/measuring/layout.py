@@ -84,7 +84,7 @@ def _axis(module: nn.Module, tensor: Tensor, outputs: bool) -> int | None:
     last = tensor.dim() - 1
     channels = _channels(module, outputs)
     if channels is None:
-        return None
+        return _axis_of_scale(module, tensor)
     if isinstance(module, _FIRST):
         return 1 if tensor.shape[1] == channels else None
     if isinstance(module, _LAST) or type(module) in (nn.LayerNorm, nn.RMSNorm):
@@ -92,6 +92,16 @@ def _axis(module: nn.Module, tensor: Tensor, outputs: bool) -> int | None:
     # A norm of another library, or a subclass that permutes: its number of channels must fit one axis alone.
     fitting = [axis for axis in range(1, last + 1) if tensor.shape[axis] == channels]
     return fitting[0] if len(fitting) == 1 and fitting[0] in (1, last) else None
+
+
+def _axis_of_scale(module: nn.Module, tensor: Tensor) -> int | None:
+    """The axis along which a layer without inner modules scales a tensor, by a parameter such as (1, C, 1, 1)."""
+    axes = set()
+    for scale in module._parameters.values() if next(module.children(), None) is None else ():
+        wide = [axis for axis, size in enumerate(scale.shape) if size > 1] if scale is not None else []
+        if len(wide) == 1 and scale is not None and scale.dim() == tensor.dim() and wide[0] > 0:
+            axes.update(axis for axis in wide if tensor.shape[axis] == scale.shape[axis])
+    return axes.pop() if len(axes) == 1 else None
 
 
 def _channels(module: nn.Module, outputs: bool) -> int | None:
@@ -113,8 +123,8 @@ def _channels(module: nn.Module, outputs: bool) -> int | None:
 
 
 def _carried(known: _Known, tensor: Tensor) -> int | None:
-    """The axis of ``tensor`` that a neighbor speaks of: the same one in the same shape, else the only one of that size."""
-    if known.shape == tuple(tensor.shape):
+    """The axis of ``tensor`` that a neighbor speaks of: the same one if the other sizes agree, else the one of its size."""
+    if _without(known.shape, known.axis) == _without(tuple(tensor.shape), known.axis) and len(known.shape) == tensor.dim():
         return known.axis
     size = known.shape[known.axis]
     fitting = [axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == size]
@@ -123,6 +133,11 @@ def _carried(known: _Known, tensor: Tensor) -> int | None:
         conventional = 1 if known.axis == 1 else tensor.dim() - 1
         return conventional if conventional in fitting else None
     return fitting[0] if len(fitting) == 1 and fitting[0] in (1, tensor.dim() - 1) else None
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The sizes of a shape but those of one axis and of the samples."""
+    return shape[1:axis] + shape[axis + 1 :]
 
 
 def _is_only_axis_of_its_size(axes: Sequence[int], tensor: Tensor) -> bool:

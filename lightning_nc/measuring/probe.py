@@ -253,6 +253,13 @@ class Probe:
         left_out: dict[str, list[str]] = {}
         if self.head is not None:
             self.widths[INPUT] = trial.width(self.head.name, INPUT, self._axes)
+            if self.pool == "mean" and INPUT in self._axes and isinstance(self.head.module, nn.Linear):
+                self.warn_once(
+                    "sequence",
+                    f"the classifier {self.head.name!r} is called on every position of a sequence; the mean over the positions is "
+                    "measured. If the model uses one of them, such as the last token, pass pool=, a function from (B, T, d) to "
+                    "(B, d)",
+                )
         for name in names:
             try:
                 if is_reserved(name):
