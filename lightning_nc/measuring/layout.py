@@ -55,9 +55,9 @@ def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> 
         return same.pop()
     before = next((known for known in reversed(givers) if known.position < position), None)
     after = next((known for known in takers if known.position > position), None)
-    neighbors = [axis for known in (before, after) if known and (axis := _carried(known, tensor)) is not None]
-    conventions = {known.axis == 1 for known in (*givers, *takers)}  # channels first everywhere, or last everywhere
-    sure = len(neighbors) == 2 or len(conventions) == 1 or _is_only_axis_of_its_size(neighbors, tensor)
+    uniform = len({known.axis == 1 for known in (*givers, *takers)}) == 1  # channels first everywhere, or last everywhere
+    neighbors = [axis for known in (before, after) if known and (axis := _carried(known, tensor, uniform)) is not None]
+    sure = len(neighbors) == 2 or uniform or _is_only_axis_of_its_size(neighbors, tensor)
     if len(set(neighbors)) == 1 and not same and sure:
         return neighbors[0]
     candidates = sorted({*same, *neighbors}) or range(1, tensor.dim())
@@ -122,9 +122,15 @@ def _channels(module: nn.Module, outputs: bool) -> int | None:
     return len(scale) if isinstance(scale, Tensor) and scale.dim() == 1 else None
 
 
-def _carried(known: _Known, tensor: Tensor) -> int | None:
-    """The axis of ``tensor`` that a neighbor speaks of: the same one if the other sizes agree, else the one of its size."""
-    if _without(known.shape, known.axis) == _without(tuple(tensor.shape), known.axis) and len(known.shape) == tensor.dim():
+def _carried(known: _Known, tensor: Tensor, uniform: bool) -> int | None:
+    """The axis of ``tensor`` that a neighbor speaks of: the same one in the same shape, else the one of its size.
+
+    In a model of one convention the number of channels may change between the two, as in a concatenation.
+    """
+    shape = tuple(tensor.shape)
+    if known.shape == shape:
+        return known.axis
+    if uniform and len(known.shape) == len(shape) and _without(known.shape, known.axis) == _without(shape, known.axis):
         return known.axis
     size = known.shape[known.axis]
     fitting = [axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == size]
