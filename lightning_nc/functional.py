@@ -98,10 +98,11 @@ def _nc1(s: Summary) -> Tensor:
     directions, values = s.moments.directions()
     if not len(values):
         return values.new_full((), math.nan)
-    whitening, contrasts = directions / values, s.moments.contrasts()
-    if contrasts.requires_grad:
+    whitening = directions / values
+    if s.means.requires_grad:
         # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
         # pseudoinverse exists for equal singular values too, that of V does not.
+        contrasts = s.moments.contrasts()
         if len(values) < min(contrasts.shape):
             contrasts = contrasts @ directions @ directions.T
         whitening = torch.linalg.pinv(contrasts, atol=values.min() / 2, rtol=0)

@@ -62,9 +62,14 @@ class ClassStatistics:
         return self.counts.sum()
 
     @property
+    def drift(self) -> float:
+        """Rounding error of the class means that their computation adds, in units of the last digit."""
+        return 4.0
+
+    @property
     def resolution(self) -> float:
         """What :meth:`within` gives for a direction without any deviation is at most this."""
-        return 0.0
+        return (16 * torch.finfo(self.means.dtype).eps) ** 2 * float(self.spread.sum())
 
     @property
     def precision(self) -> torch.dtype:
@@ -132,8 +137,7 @@ class ClassStatistics:
     def _rounding(self) -> tuple[Tensor, float]:
         """Rounding error of an entry of each feature, (d,), and by what factor sums in earlier layers can increase it."""
         info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
-        # The class means are rounded too, at every update.
-        eps = info.eps + own.eps * (8 + self.counts.max().sqrt())
+        eps = info.eps + own.eps * self.drift
         square = (self.counts @ self.means.square() + self.columns) / self.samples
         # float16 and bfloat16 are summed in float32.
         return eps * square.sqrt().clamp(min=info.smallest_normal) / math.sqrt(12), 8 if info.bits > 16 else 4
@@ -250,6 +254,11 @@ class ClassMoments(ClassStatistics):
             scatter=total(scatter),
             mislabeled=total(lambda m: m.mislabeled),
         )
+
+    @property
+    def drift(self) -> float:
+        """Running means are rounded at every update."""
+        return 8 + math.sqrt(self.counts.max())
 
     @property
     def resolution(self) -> float:
