@@ -49,6 +49,8 @@ __all__ = [
     "nc4",
 ]
 
+FrameName = Literal["etf", "of"]
+
 _PAPER = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")
 
 _BLOCK = 2**22
@@ -96,10 +98,11 @@ def _nc1(s: Summary) -> Tensor:
     directions, values = s.moments.directions()
     if not len(values):
         return values.new_full((), math.nan)
-    whitening, contrasts = directions / values, s.moments.contrasts()
-    if contrasts.requires_grad:
+    whitening = directions / values
+    if s.means.requires_grad:
         # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
         # pseudoinverse exists for equal singular values too, that of V does not.
+        contrasts = s.moments.contrasts()
         if len(values) < min(contrasts.shape):
             contrasts = contrasts @ directions @ directions.T
         whitening = torch.linalg.pinv(contrasts, atol=values.min() / 2, rtol=0)
@@ -134,11 +137,7 @@ def _nc1_cdnv(s: Summary) -> Tensor:
 
 
 def nc2(
-    features: Tensor,
-    target: Tensor,
-    num_classes: int | None = None,
-    frame: Literal["etf", "of"] = "etf",
-    center: bool = False,
+    features: Tensor, target: Tensor, num_classes: int | None = None, frame: FrameName = "etf", center: bool = False
 ) -> Tensor:
     r"""Distance of the class means from a simplex ETF or an orthogonal frame (OF).
 
@@ -219,11 +218,7 @@ def _nc2_maxangle(s: Summary) -> Tensor:
 
 
 def nc2_weight(weight: Tensor) -> Tensor:
-    r"""Distance of the classifier's rows from a simplex ETF, :math:`\| WW^\top / \|WW^\top\|_F - E \|_F`.
-
-    Args:
-        weight: (K, d).
-
+    r"""Distance of the rows of ``weight`` (K, d) from a simplex ETF, :math:`\| WW^\top / \|WW^\top\|_F - E \|_F`.
     Source: Zhu et al. (2021), arXiv 2105.02375.
     """
     return _frame_distance(weight.to(state_dtype(weight.device)), "etf")
@@ -280,7 +275,7 @@ def nc4(
         features: (N, d).
         target: class indices, (N,).
         weight: (K, d).
-        bias: (K,).
+        bias: (K,); zero if it is not given.
         num_classes: K; by default the number of rows of ``weight``.
 
     Source: Papyan et al. (2020), figure 7.

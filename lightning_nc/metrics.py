@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_nc.functional import METRICS, check_metrics, evaluate, nc2_name, nc4
+from lightning_nc.functional import METRICS, FrameName, check_metrics, evaluate, nc2_name, nc4
 from lightning_nc.moments import ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse"]
@@ -210,8 +210,7 @@ class NC1(_SingleMetric):
     """Within-class variability: :func:`lightning_nc.functional.nc1` in one pass.
 
     Args:
-        num_classes: K, at least 2.
-        num_features: d, at least 1.
+        num_classes, num_features: K, at least 2, and d, at least 1.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Input, state and errors: see :class:`NeuralCollapse`. The smallest value it can resolve is near
@@ -234,8 +233,7 @@ class NC2(_SingleMetric):
     """Distance of the class means from a frame: :func:`lightning_nc.functional.nc2` in one pass.
 
     Args:
-        num_classes: K, at least 2.
-        num_features: d, at least 1.
+        num_classes, num_features: K, at least 2, and d, at least 1.
         frame: ``"etf"``, simplex equiangular tight frame, or ``"of"``, orthogonal frame.
         center: center the class means first.
         kwargs: see :class:`torchmetrics.Metric`.
@@ -244,12 +242,7 @@ class NC2(_SingleMetric):
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        num_features: int,
-        frame: Literal["etf", "of"] = "etf",
-        center: bool = False,
-        **kwargs: Any,
+        self, num_classes: int, num_features: int, frame: FrameName = "etf", center: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(num_classes, num_features, metrics=nc2_name(frame, center), **kwargs)
 
@@ -258,8 +251,7 @@ class NC3(_SingleMetric):
     """Distance of the classifier's weight from the class means: :func:`lightning_nc.functional.nc3` in one pass.
 
     Args:
-        num_classes: K, at least 2.
-        num_features: d, at least 1.
+        num_classes, num_features: K, at least 2, and d, at least 1.
         weight: (K, d): the layer itself, a tensor, or a callable; see :class:`NeuralCollapse`.
         center: center the class means first.
         kwargs: see :class:`torchmetrics.Metric`.
@@ -281,8 +273,7 @@ class NC4(_ClassifierMetric):
     float32 at least. After synchronization every rank holds those of all ranks.
 
     Args:
-        num_classes: K, at least 2.
-        num_features: d, at least 1.
+        num_classes, num_features: K, at least 2, and d, at least 1.
         weight: (K, d): the layer itself, a tensor, or a callable; see :class:`NeuralCollapse`.
         bias: (K,), likewise. The layer's bias is used only if it is given here too.
         kwargs: see :class:`torchmetrics.Metric`.

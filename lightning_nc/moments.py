@@ -20,12 +20,12 @@ from torch.linalg import vector_norm
 
 __all__ = ["ClassDeviations", "ClassMoments", "check_batch", "check_labels", "check_target", "state_dtype"]
 
-_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""The types of features, coarsest first."""
+_DIGITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
+"""The types of features, coarsest first, and the binary digits that they store of each number."""
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
-_BLOCK = 256
+_BLOCK = 128
 """Rows of the scatter matrix that are multiplied at a time: the matrix is symmetric, and its lower blocks are skipped."""
 
 Self = TypeVar("Self", bound="ClassStatistics")
@@ -44,13 +44,15 @@ class ClassStatistics:
         counts: samples per class, (K,).
         means: class means, (K, d); zero for a class without a sample.
         spread: sum of squared distances to the class mean, per class, (K,).
+        columns: the same sum per feature instead of per class, (d,).
         nonfinite: number of samples with an infinity or a nan, ().
-        inexact: number of values that bfloat16, float16 and float32 cannot represent, (3,).
+        inexact: number of values with more digits than bfloat16, float16 and float32 hold, (3,).
     """
 
     counts: Tensor
     means: Tensor
     spread: Tensor
+    columns: Tensor
     nonfinite: Tensor
     inexact: Tensor
 
@@ -60,19 +62,19 @@ class ClassStatistics:
         return self.counts.sum()
 
     @property
-    def resolution(self) -> float:
-        """What :meth:`within` gives for a direction without any deviation is at most this."""
-        return 0.0
+    def drift(self) -> float:
+        """Rounding error of the class means that their computation adds, in units of the last digit."""
+        return 4.0
 
     @property
-    def column_spread(self) -> Tensor:
-        """Sum of squared distances to the class mean, per feature, (d,)."""
-        raise NotImplementedError
+    def resolution(self) -> float:
+        """What :meth:`within` gives for a direction without any deviation is at most this."""
+        return (16 * torch.finfo(self.means.dtype).eps) ** 2 * float(self.spread.sum())
 
     @property
     def precision(self) -> torch.dtype:
-        """The coarsest type that represents every feature: float32 for float64 features that came from float32."""
-        return _TYPES[[*self.inexact.eq(0).tolist(), True].index(True)]
+        """The coarsest type whose digits hold every feature: float32 for float64 features that came from float32."""
+        return list(_DIGITS)[[*self.inexact.eq(0).tolist(), True].index(True)]
 
     def select(self: Self, classes: Tensor) -> Self:
         """Only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
@@ -135,9 +137,8 @@ class ClassStatistics:
     def _rounding(self) -> tuple[Tensor, float]:
         """Rounding error of an entry of each feature, (d,), and by what factor sums in earlier layers can increase it."""
         info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
-        # The class means are rounded too, at every update.
-        eps = info.eps + own.eps * (8 + self.counts.max().sqrt())
-        square = (self.counts @ self.means.square() + self.column_spread) / self.samples
+        eps = info.eps + own.eps * self.drift
+        square = (self.counts @ self.means.square() + self.columns) / self.samples
         # float16 and bfloat16 are summed in float32.
         return eps * square.sqrt().clamp(min=info.smallest_normal) / math.sqrt(12), 8 if info.bits > 16 else 4
 
@@ -151,7 +152,7 @@ class ClassMoments(ClassStatistics):
     within-class scatter grows by exactly :math:`a^\top b`, whatever the mix of classes (Welford's identity, for batches).
 
     Args:
-        counts, means, spread, nonfinite, inexact: see :class:`ClassStatistics`.
+        counts, means, spread, columns, nonfinite, inexact: see :class:`ClassStatistics`.
         scatter: pooled within-class scatter, the sum over all samples of the outer product of the deviation, (d, d); only
             its upper triangle is meaningful. Of shape (0, 0) if it is not kept.
         mislabeled: number of labels outside [0, K), ().
@@ -174,8 +175,9 @@ class ClassMoments(ClassStatistics):
                 counts=sums,
                 means=sums.new_zeros(num_classes, num_features),
                 spread=sums.clone(),
+                columns=sums.new_zeros(num_features),
                 nonfinite=count,
-                inexact=count.new_zeros(len(_TYPES) - 1),
+                inexact=count.new_zeros(3),
                 scatter=sums.new_zeros(side, side),
                 mislabeled=count.clone(),
             )
@@ -209,7 +211,9 @@ class ClassMoments(ClassStatistics):
             # Any center is exact for a class without earlier samples; the new mean cancels least.
             before = torch.where(known.unsqueeze(1), before, after)
 
-            self.spread.index_add_(0, target, (before * after).sum(dim=1))
+            squares = before * after
+            self.spread.index_add_(0, target, squares.sum(dim=1))
+            self.columns += squares.sum(dim=0)
             for rows, right in _upper_blocks(len(self.scatter)):
                 self.scatter[rows, right].addmm_(before[:, rows].T, after[:, right])
 
@@ -236,9 +240,6 @@ class ClassMoments(ClassStatistics):
         counts = total(lambda m: m.counts)
         means = total(lambda m: m.means * m.counts.unsqueeze(1)) / counts.clamp(min=1).unsqueeze(1)
 
-        def spread(m: ClassMoments) -> Tensor:
-            return m.spread + m.counts * (m.means - means).square().sum(dim=1)
-
         def scatter(m: ClassMoments) -> Tensor:
             delta = m.means - means
             return m.scatter + (delta * m.counts.unsqueeze(1)).T @ delta if len(m.scatter) else m.scatter
@@ -246,7 +247,8 @@ class ClassMoments(ClassStatistics):
         return ClassMoments(
             counts=counts,
             means=means,
-            spread=total(spread),
+            spread=total(lambda m: m.spread + m.counts * (m.means - means).square().sum(dim=1)),
+            columns=total(lambda m: m.columns + m.counts @ (m.means - means).square()),
             nonfinite=total(lambda m: m.nonfinite),
             inexact=total(lambda m: m.inexact),
             scatter=total(scatter),
@@ -254,15 +256,14 @@ class ClassMoments(ClassStatistics):
         )
 
     @property
+    def drift(self) -> float:
+        """Running means are rounded at every update."""
+        return 8 + math.sqrt(self.counts.max())
+
+    @property
     def resolution(self) -> float:
         """The rounding of the scatter matrix; infinite if it is not kept."""
         return 32 * torch.finfo(self.means.dtype).eps * float(self.spread.sum()) if len(self.scatter) else math.inf
-
-    @property
-    def column_spread(self) -> Tensor:
-        """Sum of squared distances to the class mean, per feature, (d,); the average of all without the scatter matrix."""
-        width = self.means.shape[1]
-        return self.scatter.diagonal() if len(self.scatter) else (self.spread.sum() / width).expand(width)
 
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,), not negative."""
@@ -279,7 +280,7 @@ class ClassDeviations(ClassStatistics):
     """The same statistics with all features at hand: exact far below what a scatter matrix can hold, differentiable.
 
     Args:
-        counts, means, spread, nonfinite, inexact: see :class:`ClassStatistics`.
+        counts, means, spread, columns, nonfinite, inexact: see :class:`ClassStatistics`.
         deviations: features minus the mean of their class, (N, d).
         target: class indices, (N,).
     """
@@ -290,7 +291,7 @@ class ClassDeviations(ClassStatistics):
     @classmethod
     def of(cls, features: Tensor, target: Tensor, num_classes: int) -> ClassDeviations:
         """From features (N, d) and class indices (N,), computed in the widest type of their device."""
-        inexact, target = _inexact(features.detach()), target.long()
+        inexact, target = _inexact(features), target.long()
         features = features.to(state_dtype(features.device))
         counts = torch.zeros(num_classes, dtype=features.dtype, device=features.device)
         counts = counts.index_add(0, target, counts.new_ones(len(target)))
@@ -302,10 +303,12 @@ class ClassDeviations(ClassStatistics):
         means = class_sum(features) / size
         means = means + class_sum(features - means[target]) / size  # removes the rounding error of the first sum
         deviations = features - means[target]
+        squares = deviations.square()
         return cls(
             counts=counts,
             means=means,
-            spread=class_sum(deviations.square().sum(dim=1)),
+            spread=class_sum(squares.sum(dim=1)),
+            columns=squares.sum(dim=0),
             nonfinite=(~features.isfinite().all(dim=1)).sum(),
             inexact=inexact,
             deviations=deviations,
@@ -313,13 +316,8 @@ class ClassDeviations(ClassStatistics):
         )
 
     def select(self, classes: Tensor) -> ClassDeviations:
-        """Only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
+        """Only the classes in the mask ``classes``, (K,)."""
         return replace(super().select(classes), target=(classes.cumsum(0) - 1)[self.target])
-
-    @property
-    def column_spread(self) -> Tensor:
-        """Sum of squared distances to the class mean, per feature, (d,)."""
-        return self.deviations.square().sum(dim=0)
 
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,)."""
@@ -333,8 +331,10 @@ def _upper_blocks(side: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _inexact(features: Tensor) -> Tensor:
-    """How many of the values each type but the finest cannot represent, (3,)."""
-    return torch.stack([(features.to(dtype) != features).sum() for dtype in _TYPES[:-1]])
+    """How many of the values have more digits than bfloat16, float16 and float32 hold, (3,)."""
+    bits = features.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
+    excess = [max(0, _DIGITS[features.dtype] - digits) for digits in list(_DIGITS.values())[:-1]]
+    return torch.stack([(bits & (2**count - 1)).count_nonzero() for count in excess])
 
 
 def check_batch(features: Tensor, target: Tensor, num_features: int | None = None) -> None:
@@ -342,14 +342,9 @@ def check_batch(features: Tensor, target: Tensor, num_features: int | None = Non
     if not isinstance(features, Tensor):
         raise ValueError(f"features must be a tensor of shape (B, d), got {type(features).__name__}")
     _check_dense("features", features)
-    if features.dim() != 2 or features.dtype not in _TYPES:
-        remedy = (
-            "pool or flatten them"
-            if features.dim() != 2
-            else "dequantize"
-            if features.is_quantized
-            else "call .float()"
-        )
+    if features.dim() != 2 or features.dtype not in _DIGITS:
+        remedy = "dequantize" if features.is_quantized else "call .float()"
+        remedy = remedy if features.dim() == 2 else "pool or flatten them"
         raise ValueError(
             "features must be float64, float32, float16 or bfloat16 and of shape (B, d), "
             f"got {_describe(features)}; {remedy} first"
