@@ -468,7 +468,9 @@ class NeuralCollapseCallback(Callback):
                 loader, total = training_data(trainer, self.dataloader)
             except Exception as error:  # which the pass tells the other ranks
                 loader, total = _raising(error), None
-            batches = MappedBatches(Progress(trainer, loader, total), lambda batch: to_device(trainer, pl_module, batch))
+            batches = MappedBatches(
+                Progress(trainer, loader, total), lambda batch: to_device(trainer, pl_module, batch)
+            )
             collector = Collector(self._probe, self.metrics)
             context = trainer.precision_plugin.forward_context
             with warn_if_moved(loader):

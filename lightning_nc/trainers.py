@@ -73,7 +73,8 @@ def loader_at(loaders: Any, index: int) -> Any:
 
 def is_last_epoch(trainer: Trainer) -> bool:
     """Whether the current epoch is the last one, as far as is known now."""
-    batches = trainer.num_training_batches - trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    batches = trainer.num_training_batches - progress.processed
     ahead = max(batches, 0) * max(len(trainer.optimizers), 1)
     enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
     stopped = (trainer.should_stop and enough) or trainer.current_epoch + 1 == trainer.max_epochs
@@ -83,7 +84,9 @@ def is_last_epoch(trainer: Trainer) -> bool:
 def move_to_end(trainer: Trainer, callback: Any) -> None:
     """Let a callback act after all others but checkpoints: weight averaging swaps weights in the same hooks."""
     callbacks = [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
-    names = [{kind.__name__ for kind in type(other).__mro__} for other in callbacks]  # the class exists in both packages
+    names = [
+        {kind.__name__ for kind in type(other).__mro__} for other in callbacks
+    ]  # the class exists in both packages
     first = next((i for i, kinds in enumerate(names) if "Checkpoint" in kinds), len(callbacks))
     trainer.callbacks = [*callbacks[:first], callback, *callbacks[first:]]  # type: ignore[attr-defined]
 

@@ -139,7 +139,9 @@ def test_lightnings_sharded_models_are_measured_too():
 def test_measure_in_a_process_group_gives_all_ranks_the_values_of_all_unless_told_otherwise():
     first, second = (rank["loop"] for rank in run("sharded")[0])
     model = distributed.plain()
-    assert first["all"] == second["all"] == pytest.approx(measure(model, DataLoader(TRAIN, 51), progress=False), rel=1e-6)
+    assert (
+        first["all"] == second["all"] == pytest.approx(measure(model, DataLoader(TRAIN, 51), progress=False), rel=1e-6)
+    )
     parts = [(part[:35], part[35:]) for part in TRAIN.tensors]
     for rank, own in enumerate((first["own"], second["own"])):
         alone = measure(model, [(parts[0][rank], parts[1][rank])], progress=False)

@@ -20,8 +20,8 @@ from torch.utils.data import (
 )
 
 from lightning_nc import measure
-from lightning_nc.measuring.snapshot import evaluation_mode
 from lightning_nc.measuring.loaders import measurement_loader
+from lightning_nc.measuring.snapshot import evaluation_mode
 
 DATA = TensorDataset(torch.arange(51.0).unsqueeze(1), torch.arange(51) % 3)
 
@@ -216,7 +216,13 @@ def test_a_model_without_a_linear_classifier_can_still_be_measured_at_its_layers
             "num_classes is 5, but the classifier .* has 3 outputs",
         ),
         (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"layers": "fc"}, ValueError, r"write \['fc'\]"),
-        (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"pool": "max"}, ValueError, "'flatten', or a callable"),
+        (
+            nn.Linear(6, 3),
+            (torch.randn(4, 6), torch.arange(4)),
+            {"pool": "max"},
+            ValueError,
+            "'flatten', or a callable",
+        ),
         (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"target_fn": 1}, ValueError, "must be a callable"),
         (nn.Linear(6, 3), (torch.randn(4, 6), torch.arange(4)), {"metrics": ("nc9",)}, ValueError, "unknown metric"),
     ],

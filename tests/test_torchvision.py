@@ -3,7 +3,6 @@ import torch
 from conftest import found, measured_features
 from torch import nn
 
-
 models = pytest.importorskip("torchvision.models")
 
 SIZES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from conftest import found, measured_features
+from lightning.pytorch import LightningModule, Trainer
 from test_torchvision import last_with_ten_outputs
 from torch import nn
 from torch.utils.data import DataLoader
@@ -159,7 +159,9 @@ def test_the_token_that_a_language_model_classifies_from_can_be_chosen():
     batch["input_ids"], batch["attention_mask"] = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
     output, features, parts = measured_features(model, batch, pool=lambda hidden: hidden[:, -1])
     torch.testing.assert_close(features @ parts[0].T, output.logits)
-    with pytest.warns(UserWarning, match="'score' is called on every position of a sequence.*such as the last token, pass pool="):
+    with pytest.warns(
+        UserWarning, match="'score' is called on every position of a sequence.*such as the last token, pass pool="
+    ):
         measure(model, [batch], progress=False)
 
 

@@ -58,9 +58,7 @@ def first_rows(batch: Any, size: int, rows: int) -> Any:
     return apply_to_collection(batch, Tensor, shorten)
 
 
-def pool_features(
-    features: Tensor, pool: Pool = "mean", axis: int | None = None, mask: Tensor | None = None
-) -> Tensor:
+def pool_features(features: Tensor, pool: Pool = "mean", axis: int | None = None, mask: Tensor | None = None) -> Tensor:
     """(B, ...) to (B, d), in memory of its own.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ class Classifier:
             return None, None
         rows = self._rows.flatten(start_dim=1)
         offset = self._apply(torch.zeros_like(self._rows[:1]))
-        units = self._apply(torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device).view(-1, *self._rows.shape[1:]))
+        units = self._apply(
+            torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device).view(-1, *self._rows.shape[1:])
+        )
         if offset is None or units is None:
             return None, None
         weight, bias = (units - offset).T, offset[0]
@@ -83,9 +86,9 @@ class Classifier:
         """What the layer returns for ``rows`` in eval mode, (n, K); None if it cannot be called on them alone."""
         try:
             with _eval(self.module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                weight = getattr(self.module, "weight", None)
+                weight: Any = getattr(self.module, "weight", None)
                 floating = isinstance(weight, Tensor) and weight.is_floating_point()
-                output = self.module(rows.to(weight.dtype if floating else rows.dtype, copy=True))
+                output: Tensor = self.module(rows.to(weight.dtype if floating else rows.dtype, copy=True))
             return output.flatten(start_dim=1).to(torch.promote_types(output.dtype, torch.float32))
         except Exception:  # it takes labels as well, for example
             return None
@@ -131,7 +134,12 @@ def _part(module: nn.Module, name: str) -> Tensor | None:
     with _eval(module):
         part = getattr(module, name, None)
     sides = 2 if name == "weight" else 1
-    if not isinstance(part, Tensor) or hasattr(part, "full_tensor") or part.dim() < sides or not part.is_floating_point():
+    if (
+        not isinstance(part, Tensor)
+        or hasattr(part, "full_tensor")
+        or part.dim() < sides
+        or not part.is_floating_point()
+    ):
         return None
     if part.untyped_storage().size() == 0:  # FSDP frees the memory of the views it shows
         return None
@@ -299,26 +307,24 @@ def _check_only_head(
     marks: dict[str, Tensor] = {}
     inputs: list[Tensor] = []
 
-    def mark(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            marks[name] = torch.zeros_like(output, requires_grad=True)
-            return output + marks[name]
+    def mark(name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        marks[name] = torch.zeros_like(output, requires_grad=True)
+        return output + marks[name]
 
-        return hook
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs.append((*args, *kwargs.values())[0])
 
-    handles = [layers[name].register_forward_hook(mark(name)) for name in others]
-    handles.append(
-        layers[last].register_forward_pre_hook(lambda module, args, kwargs: inputs.append((*args, *kwargs.values())[0]), with_kwargs=True)
-    )
+    handles = [layers[name].register_forward_hook(partial(mark, name)) for name in others]
+    handles.append(layers[last].register_forward_pre_hook(keep, with_kwargs=True))
     try:
         with torch.enable_grad():
             forward()
     finally:
         for handle in handles:
             handle.remove()
-    total = sum(tensor.float().sum() for tensor in inputs)
-    reaches = isinstance(total, Tensor) and total.requires_grad
-    grads = torch.autograd.grad(total, [marks[n] for n in others], allow_unused=True) if reaches else [None] * len(others)
+    total = torch.stack([tensor.float().sum() for tensor in inputs]).sum()
+    ends = [marks[name] for name in others]
+    grads = torch.autograd.grad(total, ends, allow_unused=True) if total.requires_grad else [None] * len(ends)
     if beside := [name for name, grad in zip(others, grads, strict=True) if grad is None]:
         raise LookupError(
             f"several layers with {outputs_of(layers[last])} outputs could be the classifier, {listed([*beside, last])}: the "

@@ -23,7 +23,6 @@ from lightning_nc.measuring.loaders import check_loader, has_own_iteration, meas
 from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe, match_layers
 from lightning_nc.measuring.snapshot import evaluation_mode
 from lightning_nc.metrics import NeuralCollapse
-from lightning_nc.moments import state_dtype
 
 __all__ = ["SCATTER_LIMIT", "Collector", "MappedBatches", "exact_pass", "measure"]
 
@@ -161,7 +160,9 @@ class Collector:
         for layer, values in features.items():
             if self.spans:
                 if layer in self.spans:
-                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target[rows])
+                    self.projected[layer].update(
+                        values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target[rows]
+                    )
             elif (metric := self._metric(layer, values.shape[1], values.device)) is not None:
                 if metric.num_features != values.shape[1]:
                     raise ValueError(
@@ -208,7 +209,7 @@ class Collector:
 
     def values(self) -> dict[str, float]:
         """The values by key; those that need the classifier's weight for its input alone."""
-        values = {}
+        values: dict[str, float] = {}
         for layer, metric in self.metrics.items():
             computed = metric.compute()
             if layer in self.projected:
@@ -319,9 +320,7 @@ def exact_pass(
             metric.sync()
 
 
-def _run_all(
-    collector: Collector, run: Callable[[Any], None], batches: Iterable[Any], spare: Any, steps: int
-) -> None:
+def _run_all(collector: Collector, run: Callable[[Any], None], batches: Iterable[Any], spare: Any, steps: int) -> None:
     """Run the model on all batches and collect; an error is kept in the collector, and the remaining steps are taken."""
     taken = 0
     try:

@@ -38,9 +38,7 @@ class Recorder:
             module.register_forward_hook(partial(self._record, name, False)) for name, module in (outputs or {}).items()
         ]
         for name, module in (inputs or {}).items():
-            self._handles.append(
-                module.register_forward_pre_hook(partial(self._record, name, True), with_kwargs=True)
-            )
+            self._handles.append(module.register_forward_pre_hook(partial(self._record, name, True), with_kwargs=True))
 
     def start(self, keep: Keep) -> None:
         """Forget earlier calls and record from now on."""
@@ -113,12 +111,11 @@ class FirstInput:
 
     def __init__(self, model: nn.Module) -> None:
         self._tensor: Tensor | None = None
-        # A compiled model would keep the hook in its graph.
-        modules = [] if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()) else model.modules()
+        compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
         self._handles = [
             module.register_forward_pre_hook(self._see, with_kwargs=True)
-            for module in modules
-            if not isinstance(module, torch.jit.ScriptModule)
+            for module in model.modules()
+            if not compiled and not isinstance(module, torch.jit.ScriptModule)  # a compiled model would keep the hook
         ]
 
     def take(self) -> Tensor | None:

@@ -55,7 +55,9 @@ def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> 
         return same.pop()
     before = next((known for known in reversed(givers) if known.position < position), None)
     after = next((known for known in takers if known.position > position), None)
-    uniform = len({known.axis == 1 for known in (*givers, *takers)}) == 1  # channels first everywhere, or last everywhere
+    uniform = (
+        len({known.axis == 1 for known in (*givers, *takers)}) == 1
+    )  # channels first everywhere, or last everywhere
     neighbors = [axis for known in (before, after) if known and (axis := _carried(known, tensor, uniform)) is not None]
     sure = len(neighbors) == 2 or uniform or _is_only_axis_of_its_size(neighbors, tensor)
     if len(set(neighbors)) == 1 and not same and sure:
@@ -96,7 +98,7 @@ def _axis(module: nn.Module, tensor: Tensor, outputs: bool) -> int | None:
 
 def _axis_of_scale(module: nn.Module, tensor: Tensor) -> int | None:
     """The axis along which a layer without inner modules scales a tensor, by a parameter such as (1, C, 1, 1)."""
-    axes = set()
+    axes: set[int] = set()
     for scale in module._parameters.values() if next(module.children(), None) is None else ():
         wide = [axis for axis, size in enumerate(scale.shape) if size > 1] if scale is not None else []
         if len(wide) == 1 and scale is not None and scale.dim() == tensor.dim() and wide[0] > 0:
@@ -111,8 +113,10 @@ def _channels(module: nn.Module, outputs: bool) -> int | None:
         return width * (1 + module.bidirectional) if outputs else module.input_size
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return module.normalized_shape[-1] if len(module.normalized_shape) == 1 else None
-    names = ("out_channels", "out_features") if outputs else ("in_channels", "in_features", "in1_features")
-    names += ("num_features", "num_channels", "embed_dim") + (("embedding_dim",) if outputs else ())
+    own = (
+        ["out_channels", "out_features", "embedding_dim"] if outputs else ["in_channels", "in_features", "in1_features"]
+    )
+    names = [*own, "num_features", "num_channels", "embed_dim"]
     found = next((value for name in names if isinstance(value := getattr(module, name, None), int)), None)
     leaf = next(module.children(), None) is None
     if found is not None and (leaf or isinstance(module, _FIRST + _LAST)):

@@ -242,8 +242,9 @@ class Probe:
             )
         rows = trial.rows_into(name)
         if self.classifier is None and rows is not None and self.is_new("found"):
+            title = name or type(module).__name__
             rank_zero_info(
-                f"neural collapse: measuring the input of {name or type(module).__name__!r} ({self.classes} classes, {rows.shape[1]} features)"
+                f"neural collapse: measuring the input of {title!r} ({self.classes} classes, {rows.shape[1]} features)"
             )
         return Classifier(name, module, self.classes, rows, trial.sharded)
 
@@ -256,8 +257,8 @@ class Probe:
             if self.pool == "mean" and INPUT in self._axes and isinstance(self.head.module, nn.Linear):
                 self.warn_once(
                     "sequence",
-                    f"the classifier {self.head.name!r} is called on every position of a sequence; the mean over the positions is "
-                    "measured. If the model uses one of them, such as the last token, pass pool=, a function from (B, T, d) to "
+                    f"the classifier {self.head.name!r} is called on every position of a sequence; the mean over the positions "
+                    "is measured. If the model uses one of them, such as the last token, pass pool=, a function from (B, T, d) to "
                     "(B, d)",
                 )
         for name in names:
@@ -289,7 +290,7 @@ class _Trial:
         try:
             if any(len(probe.targets(first_rows(batch, size, rows))) != rows for rows in self.rows):
                 raise ValueError("the batch cannot be shortened")
-            self.run = lambda: probe.forward(model, first_rows(batch, size, self.rows[0]))
+            self.run: Callable[[], Any] = lambda: probe.forward(model, first_rows(batch, size, self.rows[0]))
             self.output, self.calls = trace(model, self.run)
             _, self.fewer = trace(model, lambda: probe.forward(model, first_rows(batch, size, self.rows[1])))
         except Exception:  # a graph, or a model for one batch size: run it on the batch as it is
