@@ -1,4 +1,5 @@
-# make demo   train ResNet18 on real digits until it collapses      make test   run the tests
+# make demo   train ResNet18 on real digits until it collapses
+# make test   run the tests that cover every kind of thing once      make test-all   run the full matrices too
 # Both make the environment (.venv) first where it is missing. Needs Python 3.10 or newer and make, nothing else.
 
 PYTHON ?= python3
@@ -6,12 +7,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo test lint types docs figures benchmarks clean $(NUMBERED)
+.PHONY: demo test test-all lint types docs figures benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED)
