@@ -12,11 +12,14 @@ INSTALLED = $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
 
+# One thread: the models are small, and several threads, or processes with several each, only wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
