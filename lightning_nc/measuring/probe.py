@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 from lightning.fabric.utilities import rank_zero_info
@@ -33,6 +33,8 @@ from lightning_nc.measuring.layout import feature_axis
 from lightning_nc.moments import check_batch, check_labels, check_target
 
 __all__ = ["NotCalledError", "Probe", "match_layers"]
+
+_T = TypeVar("_T")
 
 INPUT = ""
 """The name of the classifier's input among the layers."""
@@ -130,6 +132,22 @@ class Probe:
         """Warn, once in a run."""
         if self.is_new(topic):
             warnings.warn(f"neural collapse: {message}", stacklevel=3)
+
+    def attempt(self, measure: Callable[[], _T]) -> _T | None:
+        """Call ``measure``; unless strict, warn and return None if it raises."""
+        try:
+            return measure()
+        except Exception as error:
+            if self.strict:
+                raise
+            # On every rank: the reason may be known to one of them alone.
+            if self.is_new("cannot be measured"):
+                warnings.warn(
+                    f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
+                    "raises instead)",
+                    stacklevel=2,
+                )
+            return None
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Run the model on a batch."""
@@ -258,8 +276,8 @@ class Probe:
                 self.warn_once(
                     "sequence",
                     f"the classifier {self.head.name!r} is called on every position of a sequence; the mean over the positions "
-                    "is measured. If the model uses one of them, such as the last token, pass pool=, a function from (B, T, d) to "
-                    "(B, d)",
+                    "is measured. If the model uses one of them, such as the last token, pass pool=, a function from "
+                    "(B, T, d) to (B, d)",
                 )
         for name in names:
             try:
