@@ -134,7 +134,7 @@ class NeuralCollapseCallback(Callback):
         self.history: list[dict[str, Any]] = []
         self.previous_histories: list[list[dict[str, Any]]] = []
         self.class_means: Tensor | None = None
-        self._classes: list[int] = []  # the classes of these means
+        self._classes: list[int] = []  # whose means they are
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step of the last measurement of training data
@@ -157,16 +157,10 @@ class NeuralCollapseCallback(Callback):
         return plot_history(self.history, num_classes=None if self.class_means is None else len(self.class_means))
 
     def should_measure(self, trainer: Trainer) -> bool:
-        """Whether the current epoch is measured: the first, the last as far as is known, and those of ``every_n_epochs``.
-
-        Override it to choose by any other rule.
-        """
-        epoch = trainer.current_epoch
-        every = self.every_n_epochs
+        """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
+        epoch, every = trainer.current_epoch, self.every_n_epochs
         scheduled = every(epoch) if callable(every) else (epoch + 1) % every == 0
         return epoch == 0 or scheduled or is_last_epoch(trainer)
-
-    # ------------------------------------------------------------------------------------------ around the run
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -174,12 +168,7 @@ class NeuralCollapseCallback(Callback):
         self._fitting = stage == "fit"
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began = None
-        others = [other for other in _callbacks_of(trainer) if set(self.stages) & set(other.stages)]
-        if any(self._settings() != other._settings() for other in others):
-            raise MisconfigurationException(
-                "two NeuralCollapseCallbacks would log different numbers under the same keys; give them different stages, or "
-                "measure the second with lightning_nc.measure"
-            )
+        _check_others(trainer, self)
         if self._fitting:
             move_to_end(trainer, self)
 
@@ -234,8 +223,6 @@ class NeuralCollapseCallback(Callback):
         if self._fitting or not self.history:
             self.history = [dict(row) for row in state_dict["history"]]
 
-    # ------------------------------------------------------------------------------------------------ training
-
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_began = None
@@ -282,7 +269,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Early stopping ended training after an epoch that was not due, or weight averaging has replaced the weights.
+        # Early stopping ended training after an epoch that was not due, or weight averaging replaced the weights.
         if "train" not in self.stages or self.mode == "online" or not trainer.global_step:
             return
         swapped = self._measured is not None and self._measured[1] == trainer.global_step
@@ -293,8 +280,6 @@ class NeuralCollapseCallback(Callback):
         epoch = max(trainer.current_epoch - 1, 0)
         values = self._measure(trainer, pl_module, epoch, **({"weights": "swapped"} if swapped else {}))
         log_after_training(trainer, pl_module, values, epoch)
-
-    # ------------------------------------------------------------------------------------- validation and test
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -360,8 +345,6 @@ class NeuralCollapseCallback(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_loop(trainer, pl_module, "test")
 
-    # ------------------------------------------------------------------------------------------- running loops
-
     def _uses_loops(self) -> bool:
         return self.mode == "online" or self.stages != ("train",)
 
@@ -381,8 +364,6 @@ class NeuralCollapseCallback(Callback):
             if self._probe.attempt(partial(collector.synchronize, ranks_of(trainer))):
                 values = self._remember(trainer, collector, epoch, stage, loader, **marks)
                 log_values(trainer, pl_module, values)
-
-    # ------------------------------------------------------------------------------------------- the exact pass
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, **marks: Any) -> dict[str, float]:
         """Measure the training data; the values by key, also appended to the history."""
@@ -408,10 +389,6 @@ class NeuralCollapseCallback(Callback):
             if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
                 self.class_means, self._classes = means
         return values
-
-    def _settings(self) -> tuple[Any, ...]:
-        p = self._probe
-        return self.mode, self.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool
 
 
 def _check_choices(every_n_epochs: Any, stages: Any, mode: str, dataloader: Any) -> None:
@@ -451,4 +428,17 @@ def _say_swapped(probe: Probe, what: str) -> None:
         rank_zero_info(
             f"neural collapse: another callback has replaced the weights (weight averaging, for example), so {what} not about "
             "the weights of the last training step; history marks such rows with weights='swapped'"
+        )
+
+
+def _check_others(trainer: Trainer, callback: NeuralCollapseCallback) -> None:
+    def settings(of: NeuralCollapseCallback) -> tuple[Any, ...]:
+        p = of._probe
+        return of.mode, of.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool
+
+    others = [other for other in _callbacks_of(trainer) if set(other.stages) & set(callback.stages)]
+    if any(settings(other) != settings(callback) for other in others):
+        raise MisconfigurationException(
+            "two NeuralCollapseCallbacks would log different numbers under the same keys; give them different stages, or "
+            "measure the second with lightning_nc.measure"
         )

@@ -30,7 +30,7 @@ SCATTER_LIMIT = 2**30
 """Bytes that the scatter matrices of all layers may take together; features beyond it need a second pass."""
 
 
-def measure(
+def measure(  # noqa: D417
     model: nn.Module,
     dataloader: Iterable[Any],
     *,
@@ -169,7 +169,8 @@ class Collector:
     def prepare(self, device: torch.device) -> None:
         """Create the metrics, so that a rank without samples has them too."""
         for layer, width in self.probe.widths.items():
-            self._metric(layer, width, device)
+            if width:
+                self._metric(layer, width, device)
 
     def synchronize(self, ranks: torch.device | None) -> bool:
         """Merge over the ranks, whose collectives are on the device ``ranks``; True when done. Raise what went wrong."""

@@ -231,9 +231,10 @@ class Probe:
         modules = named_modules(model)
         try:
             name = self.classifier or find_classifier(model, trial.output, trial.calls, trial.run, self.num_classes)
-        except LookupError:
+        except LookupError as error:
             if not (self.layers and self.num_classes):
                 raise
+            self.warn_once("no classifier", f"only layers are measured: {error}")
             self.classes = self.num_classes
             return None
         if name not in modules:
@@ -271,7 +272,12 @@ class Probe:
         self.widths, self._axes = {}, {}
         left_out: dict[str, list[str]] = {}
         if self.head is not None:
-            self.widths[INPUT] = trial.width(self.head.name, INPUT, self._axes)
+            try:
+                self.widths[INPUT] = trial.width(self.head.name, INPUT, self._axes)
+            except NotCalledError:
+                if self.classifier is None:
+                    raise
+                self.widths[INPUT] = 0  # not known yet: the training step may call it
             if self.pool == "mean" and INPUT in self._axes and isinstance(self.head.module, nn.Linear):
                 self.warn_once(
                     "sequence",
@@ -311,6 +317,8 @@ class _Trial:
             self.run: Callable[[], Any] = lambda: probe.forward(model, first_rows(batch, size, self.rows[0]))
             self.output, self.calls = trace(model, self.run)
             _, self.fewer = trace(model, lambda: probe.forward(model, first_rows(batch, size, self.rows[1])))
+            if not any(self._has_rows(a.output, b.output) for a, b in zip(self.calls, self.fewer, strict=False)):
+                raise ValueError("a part of the batch was not shortened")
         except Exception:  # a graph, or a model for one batch size: run it on the batch as it is
             self.run = lambda: probe.forward(model, copy_batch(batch))
             self.output, self.calls = trace(model, self.run)
