@@ -39,6 +39,7 @@ class _ClassifierMetric(Metric):
             if not isinstance(size, int | numpy.integer) or size < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
         self.num_classes, self.num_features = num_classes, num_features
+        self._should_unsync = self.sync_on_compute  # who calls sync() also decides when the rank's own state returns
         self.compute_with_cache = False  # a cached value would outlive a change of the weight
         self._weight = _Reference("weight", weight, (num_classes, num_features))
         self._bias = _Reference("bias", bias, (num_classes,))

@@ -398,7 +398,10 @@ def _one_rank(rank, world_size, port, queue):
     if rank < 2:
         fill(manual, features[shares[rank]], target[shares[rank]])
     manual.sync()
-    assert manual.counts.sum() == len(target)
+    values["synchronized by hand"] = manual.compute().item()
+    assert manual.counts.sum() == len(target)  # until unsync()
+    manual.unsync()
+    assert manual.counts.sum() == len(target[shares[rank]])
     low, labels, _ = bottleneck(CLASSES, 100, 64, torch.bfloat16)
     narrow = NC1(CLASSES, 64)
     if rank < 2:
@@ -425,6 +428,7 @@ def test_real_processes_agree_with_one(world_size):
         name: fill(m, *data()).compute().item() for name, m in {**every_metric(), "nc4": with_list_state()}.items()
     }
     low, labels, _ = bottleneck(CLASSES, 100, 64, torch.bfloat16)
+    single["synchronized by hand"] = single["nc1"]
     single["low rank"] = F.nc1(low, labels).item()
     for values in results.values():
         assert values == pytest.approx(single, rel=1e-6)
