@@ -86,6 +86,7 @@ class _First:
 
     def __init__(self, loader: Iterable[Any], count: int | None) -> None:
         self.loader, self.count = loader, count
+        self.dataset = getattr(loader, "dataset", None)
 
     def __iter__(self) -> Iterator[Any]:
         return islice(self.loader, self.count)
