@@ -52,7 +52,7 @@ def attach(trainer: Trainer, pl_module: LightningModule, probe: Probe, batch: An
     """Attach a probe to the module if it is not yet, by running the module on the first samples of ``batch``."""
     if probe.attached:
         return
-    with evaluation_mode(pl_module, trainer.strategy.root_device):
+    with evaluation_mode(pl_module, trainer.strategy.root_device, probe.warn_once):
         probe.attach(_model_to_call(trainer, pl_module), batch, trainer.precision_plugin.forward_context)
 
 
@@ -60,7 +60,8 @@ def run_exact_pass(
     trainer: Trainer, pl_module: LightningModule, collector: Collector, dataloader: Iterable[Any] | None
 ) -> bool:
     """Collect the features of the training data, or of ``dataloader``, in a pass of their own; True when done."""
-    with evaluation_mode(pl_module, trainer.strategy.root_device):
+    warn = collector.probe.warn_once
+    with evaluation_mode(pl_module, trainer.strategy.root_device, warn):
         try:
             loader, total = _training_data(trainer, dataloader)
         except Exception as error:  # the pass tells the other ranks
@@ -68,7 +69,7 @@ def run_exact_pass(
         progress = _Progress(trainer, loader, total)
         batches = MappedBatches(progress, lambda batch: _to_device(trainer, pl_module, batch))
         context = trainer.precision_plugin.forward_context
-        with warn_if_moved(loader):
+        with warn_if_moved(loader, warn):
             exact_pass(collector, _model_to_call(trainer, pl_module), batches, context, ranks_of(trainer), total or 0)
     return True
 

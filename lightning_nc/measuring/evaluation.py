@@ -85,7 +85,7 @@ def measure(  # noqa: D417
     bar = tqdm(loader, "Neural collapse", total, leave=False, disable=not progress)
     batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
     try:
-        with evaluation_mode(model, on), warn_if_moved(dataloader):
+        with evaluation_mode(model, on, probe.warn_once), warn_if_moved(dataloader, probe.warn_once):
             exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
             return collector.values()
     finally:

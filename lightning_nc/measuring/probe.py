@@ -371,7 +371,11 @@ class _Trial:
             return False
         if callable(self.pool) and tensor.dim() > 2:
             tensor, other = self.pool(tensor), self.pool(other)
-        return bool(tensor.dim() and other.dim()) and (tensor.size(0), other.size(0)) == self.rows
+        if not tensor.dim() or not other.dim() or (tensor.size(0), other.size(0)) != self.rows:
+            return False
+        # If the batch could not be shortened, an axis of the same size may be that of the samples.
+        shortened, count = self.rows[0] != self.rows[1], self.rows[0]
+        return shortened or count == 1 or tensor.dim() < 3 or count not in tensor.shape[1:]
 
 
 def _tensor(call: Call, name: str) -> Tensor | None:
