@@ -227,6 +227,8 @@ class Collector:
             values |= {
                 make_key(name, layer, stage, loader): float(computed[name]) for name in self.names if name in computed
             }
+        if not values:
+            raise LookupError(f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier")
         return values
 
     def class_means(self) -> tuple[Tensor, list[int]] | None:
