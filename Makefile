@@ -24,6 +24,8 @@ test-all: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check lightning_nc tests examples benchmarks
+	$(BIN)/codespell
+	$(BIN)/codespell --dictionary .ci/private.txt --regex "def fold\b|[\w-]+"
 
 types: $(INSTALLED)
 	$(BIN)/mypy

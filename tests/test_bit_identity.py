@@ -62,7 +62,7 @@ def run(out, *options):
 
 
 @pytest.mark.slow
-def test_the_full_matrix_is_bit_identical_in_one_process_and_in_two(tmp_path):
+def test_training_is_bit_identical_with_and_without_the_callback(tmp_path):
     one, two = run(tmp_path / "one.json"), run(tmp_path / "two.json", "--two")
     words = {True: "identical", False: "DIFFERENT", None: ""}
     lines = ["| loader | precision | callback | 1 process | 2 processes |", "|---|---|---|---|---|"]

@@ -8,7 +8,7 @@ import torch
 from conftest import OTHER, PAPER, ROWS, TARGET
 from torch import nn
 
-from lightning_nc.measuring.loops import RunningLoops
+from lightning_nc.measuring.loops import RunningLoops, is_ready
 from lightning_nc.measuring.probe import Probe
 
 BATCHES = list(zip(ROWS.split(8), TARGET.split(8), strict=True))
@@ -29,7 +29,7 @@ class Loop:
 
     def run(self, stage, batches, loader=0, own=None):
         for batch in batches:
-            self.loops.start(stage, loader, batch, lambda batch=batch: self.attach(batch))
+            self.loops.start(stage, loader, self.model, batch, lambda batch=batch: self.attach(batch))
             self.model(batch[0])
             self.loops.finish(stage, loader, own)
 
@@ -73,7 +73,7 @@ def test_a_stage_is_measured_only_between_begin_and_end():
     assert not loop.loops.is_active("test")
     loop.loops.begin("test", False)
     assert not loop.loops.is_active("test")
-    loop.loops.finish("test", 0, None)  # nothing has begun, nothing happens
+    loop.run("test", BATCHES)  # nothing has begun, nothing happens
     assert loop.loops.end("test") == {}
     loop.loops.begin("test", True)
     assert loop.loops.is_active("test")
@@ -120,16 +120,26 @@ def test_an_error_waits_for_the_end_of_the_loop_unless_the_probe_is_strict():
         strict.run("train", broken)
 
 
+def test_a_model_with_lazy_layers_is_left_alone_until_they_have_a_shape():
+    loop = Loop(num_classes=3)
+    loop.model = nn.LazyLinear(3)
+    assert not is_ready(loop.probe, loop.model)
+    loop.loops.begin("train", True)
+    loop.run("train", BATCHES)  # the first batch gives the shape
+    assert is_ready(loop.probe, loop.model)
+    assert nc1(loop.loops.end("train")[0]) == true_nc1(BATCHES[1:])
+
+
 def test_a_step_that_leaves_the_model_out_is_left_out_and_a_loop_of_such_steps_is_an_error():
     loop = Loop()
     loop.loops.begin("train", True)
     loop.run("train", BATCHES[:2])
-    loop.loops.start("train", 0, OTHERS[0], lambda: None)
+    loop.loops.start("train", 0, loop.model, OTHERS[0], lambda: None)
     loop.loops.finish("train", 0, None)
     loop.run("train", BATCHES[2:])
     assert nc1(loop.loops.end("train")[0]) == true_nc1(BATCHES)
     loop.loops.begin("train", True)
-    loop.loops.start("train", 0, OTHERS[0], lambda: None)
+    loop.loops.start("train", 0, loop.model, OTHERS[0], lambda: None)
     loop.loops.finish("train", 0, None)
     with pytest.raises(LookupError, match="was not called in the forward pass"):
         loop.loops.end("train")[0].synchronize(None)

@@ -1,5 +1,8 @@
 """What the callback asks of a Trainer, and the callback beside everything else that a Trainer can do."""
 
+import csv
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning
 import torch
@@ -15,21 +18,26 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     TQDMProgressBar,
 )
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_nc import NeuralCollapseCallback
+from lightning_nc.measuring.evaluation import Collector
+from lightning_nc.measuring.probe import Probe
+from lightning_nc.measuring.snapshot import fingerprint
 from lightning_nc.trainers import (
+    has_other_weights,
     is_last_epoch,
-    loader_at,
-    model_to_call,
+    log_after_training,
+    log_values,
     move_to_end,
+    own_samples_of,
     ranks_of,
-    to_device,
-    training_data,
+    run_exact_pass,
 )
 
 
@@ -77,51 +85,34 @@ def test_an_epoch_that_was_stopped_is_the_last_unless_more_are_required(tmp_path
     assert [values[0] for values in answers.values()] == [False, True]
 
 
-def test_the_training_data_are_those_of_the_epoch_each_once(tmp_path):
+def measured(trainer, forward_fn=None, dataloader=None):
+    """A collector after an exact pass."""
+    collector = Collector(Probe(forward_fn=forward_fn), ("nc1",))
+    assert run_exact_pass(trainer, trainer.lightning_module, collector, dataloader)
+    return collector
+
+
+def test_a_pass_takes_the_training_data_of_an_epoch_each_once(tmp_path):
     class Stream(IterableDataset):
         def __iter__(self):
             yield from DATA
 
     def samples(trainer):
-        batches, total = training_data(trainer, None)
-        return sum(len(batch[1]) for batch in batches), total
+        return measured(trainer).samples
 
-    assert asked(tmp_path, samples, max_epochs=1)[0] == [(45, 6)] * 6
-    assert asked(tmp_path, samples, data=loader(drop_last=True), max_epochs=1)[0] == [(45, 6)] * 5
-    assert asked(tmp_path, samples, limit_train_batches=2, max_epochs=1)[0] == [(16, 2)] * 2
-    seen_so_far = asked(tmp_path, samples, data=DataLoader(Stream(), 8), max_epochs=1)[0]
-    assert [count for count, _ in seen_so_far] == [8, 16, 24, 32, 40, 45]
+    assert asked(tmp_path, samples, max_epochs=1)[0] == [45] * 6
+    assert asked(tmp_path, samples, data=loader(drop_last=True), max_epochs=1)[0] == [45] * 5
+    assert asked(tmp_path, samples, limit_train_batches=2, max_epochs=1)[0] == [16] * 2
+    assert asked(tmp_path, samples, data=DataLoader(Stream(), 8), max_epochs=1)[0] == [8, 16, 24, 32, 40, 45]
 
 
-def test_a_dataloader_that_was_given_is_copied_and_anything_else_is_taken_as_it_is(tmp_path):
-    given = [DATA[:4]]
-
-    def taken(trainer):
-        return training_data(trainer, given), training_data(trainer, loader(shuffle=True))
-
-    plain, (copied, total) = asked(tmp_path, taken, max_epochs=1, limit_train_batches=1)[0][0]
-    assert plain[0] is given
-    assert plain[1] is None
-    assert total == 6
-    assert torch.equal(torch.cat([rows for rows, _ in copied]), DATA.tensors[0])
+def test_a_pass_over_other_data_takes_all_of_them(tmp_path):
+    for given in (loader(), [DATA[:]]):
+        passed = lambda trainer, given=given: measured(trainer, dataloader=given).samples  # noqa: E731
+        assert asked(tmp_path, passed, max_epochs=1, limit_train_batches=2)[0] == [45, 45]
 
 
-def test_dataloaders_of_a_stage_are_counted_whatever_holds_them():
-    first, second = loader(), loader()
-    for loaders in ([first, second], {"a": first, "b": second}):
-        assert loader_at(loaders, 1) is second
-        assert loader_at(loaders, 2) is None
-    assert loader_at(first, 0) is first
-
-
-def test_a_single_process_calls_the_module_itself_and_has_no_ranks(tmp_path):
-    called = lambda trainer: (ranks_of(trainer), model_to_call(trainer, trainer.lightning_module))  # noqa: E731
-    ranks, model = asked(tmp_path, called, model=(module := Classifier()), max_epochs=1)[0][0]
-    assert ranks is None
-    assert model is module
-
-
-def test_a_batch_is_converted_and_passes_the_hooks_of_batch_transfer(tmp_path):
+def test_a_pass_converts_batches_and_runs_the_hooks_of_batch_transfer(tmp_path):
     class Hooked(Classifier):
         def on_before_batch_transfer(self, batch, dataloader_idx):
             return batch[0] + 1, batch[1]
@@ -129,11 +120,64 @@ def test_a_batch_is_converted_and_passes_the_hooks_of_batch_transfer(tmp_path):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return 2 * batch[0], batch[1]
 
-    moved = lambda trainer: to_device(trainer, trainer.lightning_module, DATA[:4])  # noqa: E731
-    rows, target = asked(tmp_path, moved, model=Hooked(), max_epochs=1, precision="64-true")[0][0]
+    batches = []
+
+    def forward_fn(module, batch):
+        batches.append(batch)
+        return module(batch[0])
+
+    passed = lambda trainer: measured(trainer, forward_fn, [DATA[:]]).samples  # noqa: E731
+    asked(tmp_path, passed, model=Hooked(), max_epochs=1, limit_train_batches=1, precision="64-true")
+    rows, target = batches[-1]
     assert rows.dtype == torch.float64
-    torch.testing.assert_close(rows, 2 * (DATA[:4][0].double() + 1))
-    assert torch.equal(target, DATA[:4][1])
+    torch.testing.assert_close(rows, 2 * (DATA[:][0].double() + 1))
+    assert torch.equal(target, DATA[:][1])
+
+
+def test_the_samples_of_a_rank_are_counted_for_a_distributed_sampler_alone():
+    shared = DataLoader(DATA, 8, sampler=DistributedSampler(DATA, 2, 1))
+    one, two = SimpleNamespace(world_size=1), SimpleNamespace(world_size=2)
+    for loaders in ([loader(), shared], {"a": loader(), "b": shared}):
+        assert [own_samples_of(two, loaders, index) for index in range(3)] == [None, 22, None]
+        assert own_samples_of(one, loaders, 1) is None
+    assert own_samples_of(two, shared, 0) == 22
+
+
+def test_a_single_process_has_no_ranks(tmp_path):
+    assert asked(tmp_path, ranks_of, max_epochs=1, limit_train_batches=1)[0] == [None]
+
+
+def test_weights_are_other_ones_after_any_step(tmp_path):
+    seen = []
+
+    def changed(trainer):
+        before, model = (seen or [""])[-1], trainer.lightning_module
+        seen.append(fingerprint(model))
+        return has_other_weights(trainer, model, before), has_other_weights(trainer, model, seen[-1])
+
+    assert asked(tmp_path, changed, max_epochs=1)[0] == [(True, False)] * 6
+
+
+def test_values_are_logged_and_shown_to_callbacks_in_their_own_precision(tmp_path):
+    value = 1 / 3
+
+    def logs(trainer):
+        log_values(trainer, trainer.lightning_module, {"nc/nc1": value, "nc/x": 2 * value})
+        return trainer.callback_metrics["nc/nc1"].item()
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    assert set(asked(tmp_path, logs, max_epochs=1, logger=logger)[0]) == {value}
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["nc/nc1"]]
+    assert [(float(row["nc/nc1"]), float(row["nc/x"])) for row in rows] == [(value, 2 * value)]
+
+
+def test_values_after_the_training_reach_loggers_and_callbacks_with_their_epoch(tmp_path):
+    trainer, model = fit(tmp_path, [], max_epochs=2, logger=CSVLogger(tmp_path, name="", version=""))
+    log_after_training(trainer, model, {"nc/nc1": 0.5}, epoch=1)
+    trainer.logger.save()
+    assert trainer.callback_metrics["nc/nc1"].item() == 0.5
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["nc/nc1"]]
+    assert [(float(row["nc/nc1"]), row["epoch"], row["step"]) for row in rows] == [(0.5, "1", "11")]
 
 
 def test_the_callback_goes_behind_all_others_but_checkpoints():
