@@ -130,7 +130,7 @@ def test_a_norm_that_steps_whenever_the_weight_is_read_takes_no_step_more(tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(run([]), measured, strict=True))
 
 
-def test_what_a_module_logs_meanwhile_is_dropped_and_its_own_log_is_back_afterwards():
+def test_what_a_module_logs_meanwhile_is_dropped_and_its_own_log_is_back_afterward():
     class Logging(LightningModule):
         def __init__(self):
             super().__init__()
