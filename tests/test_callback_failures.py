@@ -106,7 +106,7 @@ def test_a_measurement_that_fails_in_its_middle_leaves_training_as_it_was(tmp_pa
 
 @pytest.mark.parametrize("arguments", [{}, {"mode": "online"}, {"stages": ("validate",)}])
 def test_a_pool_that_fails_in_a_hook_is_an_error_of_the_measurement_not_of_the_step(tmp_path, arguments):
-    class Folded(Classifier):
+    class Reshaped(Classifier):
         def __init__(self):
             super().__init__()
             self.fold = nn.Unflatten(1, (2, 4))
@@ -118,7 +118,7 @@ def test_a_pool_that_fails_in_a_hook_is_an_error_of_the_measurement_not_of_the_s
 
     callback = NeuralCollapseCallback(["fold"], pool=lambda features: features[:, 0, :, 0], **arguments)
     with pytest.warns(UserWarning, match="'fold' is left out: too many indices"):
-        trainer, _ = fit(tmp_path, [callback], model=Folded(), val=loader(False))
+        trainer, _ = fit(tmp_path, [callback], model=Reshaped(), val=loader(False))
     assert trainer.global_step == 18
     assert len(callback.history) == 3
     assert not any("fold" in key for row in callback.history for key in row)
