@@ -9,7 +9,7 @@ import torch
 from conftest import hooks_of
 from torch import nn
 
-from lightning_nc.measuring.hooks import FirstInput, Recorder, named_modules, tensors_in, trace
+from lightning_nc.measuring.hooks import Recorder, named_modules, tensors_in, trace
 
 
 def keep(name, tensor):
@@ -111,16 +111,6 @@ def test_a_module_with_two_names_is_traced_under_the_first():
     model.again = model[0]
     _, calls = trace(model, lambda: model[0](torch.randn(5, 6)))
     assert [call.name for call in calls] == ["0"]
-
-
-def test_the_first_input_of_a_step_is_that_of_the_first_module_that_runs():
-    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
-    first, x = FirstInput(model), torch.randn(5, 6)
-    model[0](input=x)
-    model(torch.randn(5, 6))
-    assert first.take() is x
-    assert hooks_of(model) == []
-    assert FirstInput(model).take() is None
 
 
 def test_names_do_not_show_the_wrappers_of_compilation_and_checkpointing():

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import reference
 import torch
-from conftest import OTHER, PAPER, ROWS, TARGET
+from conftest import OTHER, PAPER, ROWS, TARGET, hooks_of
 from torch import nn
 
 from lightning_nc.measuring.loops import RunningLoops, is_ready
@@ -164,6 +164,7 @@ def test_a_step_that_gives_the_model_other_values_than_its_batch_is_pointed_out_
             loop.loops.watch_inputs(loop.model, batch)
             loop.model(change(batch[0]))
             loop.loops.check_inputs()
+            assert hooks_of(loop.model) == []
             loop.model(-batch[0])  # nobody watches any more
             loop.loops.check_inputs()
     said = [
