@@ -265,15 +265,16 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._epoch_began is None:  # the first batch, or the first one after a resume in the middle of an epoch
+        first = self._epoch_began is None  # the first batch, or the first one after a resume in the middle of an epoch
+        if first:
             self._epoch_began = perf_counter()
             due = self.should_measure(trainer)
             self._validation_due = self._validation_due or due
             self._loops.begin("train", due and self.mode == "online" and "train" in self.stages)
             self._marks = {"partial": True} if batch_idx and self.mode == "online" else {}
-            if self._loops.is_active("train"):
-                self._loops.watch_inputs(pl_module, batch)
         self._start(trainer, pl_module, "train", batch)
+        if first and self._loops.is_active("train"):  # after the start, which may run the model itself
+            self._loops.watch_inputs(pl_module, batch)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
