@@ -153,7 +153,7 @@ class NeuralCollapseCallback(Callback):
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step of the last measurement of training data
-        self._weights = ""  # fingerprint of the weights of that measurement
+        self._weights = ""  # fingerprint of the weights being trained, at that measurement or before validation
         self._marks: dict[str, Any] = {}  # for the next row: partial, weights
         self._validation_due = self._fitting = False
         self._fits = 0
@@ -296,13 +296,16 @@ class NeuralCollapseCallback(Callback):
         self._finish_epoch(trainer, pl_module)
 
     def _finish_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "train" not in self.stages or self._measured == (trainer.current_epoch, trainer.global_step):
+        if "train" not in self.stages or self._is_measured(trainer):
             return
         if self.mode == "online":
-            self._measured = trainer.current_epoch, trainer.global_step
+            self._measured, self._weights = (trainer.current_epoch, trainer.global_step), fingerprint(pl_module)
             self._finish_loop(trainer, pl_module, "train")
         elif self.should_measure(trainer):
             self._publish(trainer, pl_module, self._measure(trainer, pl_module, trainer.current_epoch))
+
+    def _is_measured(self, trainer: Trainer) -> bool:
+        return self._measured == (trainer.current_epoch, trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -332,6 +335,11 @@ class NeuralCollapseCallback(Callback):
     # ------------------------------------------------------------------------------------- validation and test
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if "validate" in self.stages and trainer.state.fn == "fit" and not self._is_measured(trainer):
+            self._weights = fingerprint(pl_module)
+
+    @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "validate" not in self.stages or trainer.sanity_checking:
             return
@@ -339,8 +347,7 @@ class NeuralCollapseCallback(Callback):
         due = trainer.state.fn != "fit" or self._validation_due or self.should_measure(trainer)
         self._loops.begin("validate", due)
         self._validation_due, self._marks = False, {}
-        measured = self._measured == (trainer.current_epoch, trainer.global_step)
-        if due and measured and trainer.state.fn == "fit" and self._has_swapped(trainer, pl_module):
+        if due and trainer.state.fn == "fit" and self._has_swapped(trainer, pl_module):
             self._marks = {"weights": "swapped"}
             if self._probe.is_new("swapped"):
                 rank_zero_info(

@@ -41,7 +41,8 @@ class RunningLoops:
 
     def start(self, stage: str, loader: int, batch: Any, attach: Callable[[], None]) -> None:
         """Before the model runs on a batch; ``attach`` attaches the probe if it is not attached yet."""
-        collector = self._collectors[stage].setdefault(loader, Collector(self.probe, self.names))
+        fresh = Collector(self.probe, self.names, keep_weight=stage != "train")
+        collector = self._collectors[stage].setdefault(loader, fresh)
         collector.start(batch, attach)
         self._raise_if_strict(collector)
 
