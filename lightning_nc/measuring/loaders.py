@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,8 +67,7 @@ def measurement_loader(
     if loader.num_workers:
         copied["prefetch_factor"] = loader.prefetch_factor
     if isinstance(loader.dataset, IterableDataset):
-        batches: Iterable[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, **copied)
-        return _First(batches, max_batches), max_batches
+        return _First(DataLoader(loader.dataset, batch_size=loader.batch_size, **copied), max_batches), max_batches
     sampler = _sampler(loader)
     indices, batch_size = _indices(loader, sampler, max_batches)
     size = (max_batches or 0) * (batch_size or 1) * world_size
@@ -84,8 +84,9 @@ def measurement_loader(
 class _First:
     """The first batches of a loader, as often as it is iterated."""
 
-    def __init__(self, loader: Iterable[Any], count: int | None) -> None:
+    def __init__(self, loader: DataLoader[Any], count: int | None) -> None:
         self.loader, self.count = loader, count
+        self.dataset = loader.dataset
 
     def __iter__(self) -> Iterator[Any]:
         return islice(self.loader, self.count)
@@ -126,7 +127,8 @@ def warn_if_moved(loader: Any) -> Iterator[None]:
 
 
 def _numbers(dataset: Any) -> dict[str, Any]:
-    return {name: value for name, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, int | float)}
+    held = getattr(dataset, "__dict__", {})
+    return {name: n for name, n in held.items() if isinstance(n, numbers.Real) and not isinstance(n, bool)}
 
 
 def check_loader(dataloader: Any) -> None:
