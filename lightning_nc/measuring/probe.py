@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy
+import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -326,7 +327,9 @@ class _Trial:
                 axes[name] = feature_axis(self.calls, fitting[-1], outputs=name != INPUT)
             else:
                 axes[name] = 1 if self.pool == "mean_channels_first" else tensor.dim() - 1
-        return pool_features(tensor, self.pool, axes.get(name)).shape[1]
+        rows = pool_features(tensor, self.pool, axes.get(name))
+        check_batch(rows, torch.zeros(len(rows), dtype=torch.long))
+        return rows.shape[1]
 
     def rows_into(self, layer: str) -> Tensor | None:
         """A few inputs of a layer, (n, d), or (n, d, 1, ...) of a convolution."""
