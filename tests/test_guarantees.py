@@ -1,15 +1,17 @@
 """Numbers that were once wrong without a warning, and what is done about each: the faults as users met them."""
 
 import copy
+import resource
+import sys
 import warnings
 
+import numpy as np
 import pytest
 import reference
 import torch
 from conftest import clusters
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -163,7 +165,9 @@ class SequenceFirst(nn.Module):
 def test_a_sequence_first_layer_with_as_many_positions_as_samples_is_not_mistaken_for_a_batch_of_samples():
     rows, target = clusters(3, 4, 12 * 8, 0.8)
     model, inputs = SequenceFirst(), rows.view(12, 12, 8)  # T = B
-    with pytest.warns(UserWarning, match="'encoder' is left out: no call of 'encoder' has a row for each .* pass .* pool="):
+    with pytest.warns(
+        UserWarning, match="'encoder' is left out: no call of 'encoder' has a row for each .* pass .* pool="
+    ):
         values = measure(model, [(inputs, target)], layers=["encoder"], progress=False)
     assert not any(key.startswith("encoder/") for key in values)
     truth = {"encoder": seen_by(model, "encoder", inputs).mean(dim=0)}
@@ -184,15 +188,19 @@ class Opaque(nn.Module):
 
 
 def test_an_ambiguous_axis_is_refused_with_the_shape_and_the_candidates_and_can_be_chosen():
-    model, message = Opaque(), r"output \(3, 5, 5\) holds the features is ambiguous; candidates are axis 1 \(5\) and axis 2"
+    model, message = (
+        Opaque(),
+        r"output \(3, 5, 5\) holds the features is ambiguous; candidates are axis 1 \(5\) and axis 2",
+    )
     with pytest.warns(UserWarning, match=message):
         values = measure(model, [(ROWS, TARGET)], layers=["mix"], progress=False)
-    assert values and not any(key.startswith("mix/") for key in values)
+    assert values
+    assert not any(key.startswith("mix/") for key in values)
     tokens = seen_by(model, "mix", ROWS)
     check(model, ROWS, TARGET, {"mix": tokens.mean(dim=1)}, pool="mean_channels_last")
     check(model, ROWS, TARGET, {"mix": tokens.mean(dim=2)}, pool="mean_channels_first")
     with pytest.raises(LookupError, match=message):
-        Run(Wrapped(model), NeuralCollapseCallback(layers=["model.mix"], strict=True))
+        run(Wrapped(model), NeuralCollapseCallback(layers=["model.mix"], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ 3. weights
@@ -218,11 +226,11 @@ class Wrapped(LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
 
 
-def Run(module, *callbacks, data=DATA, val=None, **options):  # noqa: N802
+def run(module, *callbacks, data=DATA, val=None, ckpt_path=None, **options):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(**{"max_epochs": 2, "accelerator": "cpu", "callbacks": list(callbacks), **quiet, **options})
     loader = data if isinstance(data, DataLoader) else DataLoader(data, 8, shuffle=True)
-    trainer.fit(module, loader, val)
+    trainer.fit(module, loader, val, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -263,9 +271,11 @@ def test_the_weight_of_an_adapted_head_is_the_one_that_it_applies_while_the_adap
     assert measure(model, [(ROWS, TARGET)], progress=False) == values  # found without being named
 
     callback = NeuralCollapseCallback(strict=True)
-    Run(Wrapped(model), callback)
+    run(Wrapped(model), callback)
     plain = merged(model)
-    assert last_row(callback) == pytest.approx(expected(seen_by(plain, "body", ROWS), TARGET, plain.head.weight), rel=1e-4)
+    assert last_row(callback) == pytest.approx(
+        expected(seen_by(plain, "body", ROWS), TARGET, plain.head.weight), rel=1e-4
+    )
     before = callback.history[0]["nc/nc3"], callback.history[-1]["nc/nc3"]
     assert before[0] != pytest.approx(before[1], rel=1e-3)  # the adapter has moved between the epochs
 
@@ -276,7 +286,9 @@ class Recording(Wrapped):
     def __init__(self, model, head):
         super().__init__(model)
         self.received = []
-        model.get_submodule(head).register_forward_pre_hook(lambda module, args: self.received.append(args[0].detach().clone()))
+        model.get_submodule(head).register_forward_pre_hook(
+            lambda module, args: self.received.append(args[0].detach().clone())
+        )
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 0:
@@ -295,7 +307,7 @@ class Recording(Wrapped):
 def test_online_mode_reads_the_weight_of_an_adapted_head_at_the_end_of_the_epoch(use_dora):
     model = adapted(use_dora)
     callback, module = NeuralCollapseCallback(mode="online", strict=True), Recording(model, "base_model.model.head")
-    Run(module, callback)
+    run(module, callback)
     assert last_row(callback) == pytest.approx(expected(*module.epoch(), merged(model).head.weight), rel=1e-4)
 
 
@@ -346,15 +358,17 @@ def test_a_hook_that_changes_what_the_head_receives_is_not_overlooked():
     assert values == pytest.approx(expected(features, TARGET, model[2].weight), rel=1e-5)
 
 
-@pytest.mark.parametrize("normed", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "normed", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
+)
 def test_a_parametrized_head_is_measured_with_the_weight_of_eval_mode_while_it_trains(normed):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), normed(nn.Linear(8, 3)))
     module, exact = Recording(model, "2"), NeuralCollapseCallback(strict=True)
-    Run(module, exact)
+    run(module, exact)
     model.eval()
     assert last_row(exact) == pytest.approx(expected(seen_by(model, "1", ROWS), TARGET, model[2].weight), rel=1e-4)
     online = NeuralCollapseCallback(mode="online", strict=True)
-    Run(module.train(), online)
+    run(module.train(), online)
     model.eval()
     assert last_row(online) == pytest.approx(expected(*module.epoch(), model[2].weight), rel=1e-4)
 
@@ -442,10 +456,10 @@ def test_a_layer_whose_keys_would_read_as_those_of_a_stage_is_refused_with_a_rem
     assert {"nc1", "head/nc1"} <= values.keys()
     assert not any(key.startswith(f"{name}/") for key in values)
     with pytest.raises(ValueError, match=message):
-        Run(Top(), NeuralCollapseCallback(layers=[name], strict=True))
+        run(Top(), NeuralCollapseCallback(layers=[name], strict=True))
     module, callback = Top(), NeuralCollapseCallback(layers=["*"], stages=("train", "validate"))
     with pytest.warns(UserWarning, match=message):
-        Run(module, callback)
+        run(module, callback)
     assert not any(key.startswith(f"nc/{name}/") for row in callback.history for key in row)
 
 
@@ -468,7 +482,7 @@ AVERAGING = {
 def test_the_last_row_is_about_the_model_that_fit_leaves_whatever_averages_its_weights(kind, before):
     module, callback, average = Wrapped(net()), NeuralCollapseCallback(strict=True), AVERAGING[kind]()
     callbacks = [average, callback] if before else [callback, average]
-    trainer = Run(module, *callbacks, max_epochs=5)
+    trainer = run(module, *callbacks, max_epochs=5)
     model = module.model
     truth = expected(seen_by(model, "2", ROWS), TARGET, model[3].weight)
     assert last_row(callback) == pytest.approx(truth, rel=1e-5)
@@ -491,10 +505,16 @@ def test_validation_rows_under_an_average_are_about_the_average_and_say_so(mode,
             self.used = copy.deepcopy(pl_module.model)
             super().on_validation_epoch_end(trainer, pl_module)
 
-    module, callback, average = Wrapped(net()), NeuralCollapseCallback(stages=("train", "validate"), mode=mode, strict=True), Averaged()
+    module, callback, average = (
+        Wrapped(net()),
+        NeuralCollapseCallback(stages=("train", "validate"), mode=mode, strict=True),
+        Averaged(),
+    )
     rows, target = clusters(3, 9, 6, 0.6, seed=1)
     val = DataLoader(TensorDataset(rows, target), 8)
-    Run(module, *([average, callback] if before else [callback, average]), val=val, max_epochs=3, num_sanity_val_steps=0)
+    run(
+        module, *([average, callback] if before else [callback, average]), val=val, max_epochs=3, num_sanity_val_steps=0
+    )
     used = average.used.eval()
     truth = expected(seen_by(used, "2", rows), target, used[3].weight)
     row = [row for row in callback.history if row["stage"] == "validate"][-1]
@@ -505,7 +525,7 @@ def test_validation_rows_under_an_average_are_about_the_average_and_say_so(mode,
 @pytest.mark.parametrize("mode", ["exact", "online"])
 def test_rows_say_nothing_about_weights_where_nothing_replaces_them(mode):
     callback = NeuralCollapseCallback(stages=("train", "validate"), mode=mode, strict=True)
-    Run(Wrapped(net()), callback, val=DataLoader(DATA, 8), max_epochs=3)
+    run(Wrapped(net()), callback, val=DataLoader(DATA, 8), max_epochs=3)
     assert [row["stage"] for row in callback.history] == ["train", "validate"] * 3
     assert not any("weights" in row for row in callback.history)
 
@@ -513,7 +533,7 @@ def test_rows_say_nothing_about_weights_where_nothing_replaces_them(mode):
 def test_validation_in_the_middle_of_an_epoch_says_that_it_is_about_averaged_weights_too():
     callback = NeuralCollapseCallback(stages=("train", "validate"), strict=True)
     options = {"val": DataLoader(DATA, 8), "val_check_interval": 0.5, "num_sanity_val_steps": 0}
-    Run(Wrapped(net()), EMAWeightAveraging(decay=0.9), callback, **options)
+    run(Wrapped(net()), EMAWeightAveraging(decay=0.9), callback, **options)
     rows = [(row["stage"], row.get("weights")) for row in callback.history]
     epoch = [("validate", "swapped"), ("train", None), ("validate", "swapped")]
     assert rows == [*epoch, *epoch, ("train", "swapped")]
@@ -547,9 +567,9 @@ class Mixing(Wrapped):
 @pytest.mark.parametrize("how", ["mixup", "permutation"])
 def test_online_mode_warns_where_the_step_mixes_the_samples_of_a_batch(how):
     with pytest.warns(UserWarning, match="other values than those of the batch.*use mode='exact'"):
-        Run(Mixing(how), NeuralCollapseCallback(mode="online"))
+        run(Mixing(how), NeuralCollapseCallback(mode="online"))
     module, callback = Mixing(how), NeuralCollapseCallback(strict=True)
-    Run(module, callback)
+    run(module, callback)
     truth = expected(seen_by(module.model, "2", ROWS), TARGET, module.model[3].weight)
     assert last_row(callback) == pytest.approx(truth, rel=1e-5)
 
@@ -557,6 +577,209 @@ def test_online_mode_warns_where_the_step_mixes_the_samples_of_a_batch(how):
 @pytest.mark.parametrize("how", ["plain", "view", "keyword"])
 def test_an_ordinary_step_causes_no_warning_in_online_mode(how, recwarn):
     callback = NeuralCollapseCallback(mode="online", stages=("train", "validate"), strict=True)
-    Run(Mixing(how), callback, val=DataLoader(DATA, 8), max_epochs=3)
+    run(Mixing(how), callback, val=DataLoader(DATA, 8), max_epochs=3)
     assert len(callback.history) == 6
     assert [str(w.message) for w in recwarn if "neural collapse" in str(w.message)] == []
+
+
+# --------------------------------------------------------------------------------------------- 11. how often it measures
+
+
+def stopping(evaluated, hook, when):
+    """A module that asks for the end of the training; ``evaluated`` receives the batch sizes that it sees in eval mode."""
+
+    class Stopping(Wrapped):
+        def forward(self, x):
+            if not self.training and len(x) > 3:  # three samples at most are used to look at the model
+                evaluated.append(len(x))
+            return super().forward(x)
+
+    def stop(module):
+        module.trainer.should_stop = when(module.current_epoch)
+
+    setattr(Stopping, hook, stop)
+    return Stopping(net())
+
+
+def test_an_early_stop_that_min_epochs_holds_back_does_not_cause_a_pass_in_every_epoch():
+    evaluated, callback = [], NeuralCollapseCallback(every_n_epochs=20, strict=True)
+    module = stopping(evaluated, "on_train_epoch_start", lambda epoch: True)
+    run(module, callback, max_epochs=100, min_epochs=60)
+    assert [row["epoch"] for row in callback.history] == [0, 19, 39, 59]
+    assert sum(evaluated) == 4 * len(ROWS)
+
+
+def test_a_stop_after_an_epoch_that_was_not_due_is_measured_once():
+    evaluated, callback = [], NeuralCollapseCallback(every_n_epochs=20, strict=True)
+    module = stopping(evaluated, "on_train_epoch_end", lambda epoch: epoch >= 6)
+    run(module, callback, max_epochs=100, min_epochs=5)
+    assert [row["epoch"] for row in callback.history] == [0, 6]
+    assert sum(evaluated) == 2 * len(ROWS)
+
+
+# --------------------------------------------------------------------------------------------- 13. memory of many layers
+
+
+def resident():
+    """Bytes of memory that this process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_scatter_matrices_of_all_layers_together_stay_below_a_gibibyte_and_this_is_said(caplog):
+    width, depth = 2048, 60  # 33 MB each, and 2 GB together
+    model = nn.Sequential(nn.Linear(6, width), *[nn.Identity() for _ in range(depth)], nn.Linear(width, 3))
+    taken, before = [], resident()
+    model[-1].register_forward_hook(lambda *call: taken.append(resident() - before))
+    with caplog.at_level("INFO"):
+        values = measure(model, [(ROWS, TARGET)] * 2, layers=["*"], metrics="nc1", progress=False)
+    assert max(taken) < 2**30
+    (said,) = [record.message for record in caplog.records if "second pass" in record.message]
+    assert "more than 1 GiB together" in said
+    assert "fewer layers or pool='mean' avoid it" in said
+    truth = reference.nc1_by_axes(seen_by(model, "0", ROWS).numpy(), TARGET.numpy())
+    assert [values[f"{name}/nc1"] for name in range(depth + 1)] == [pytest.approx(truth, rel=1e-5)] * (depth + 1)
+
+
+# --------------------------------------------------------------------------------------------- 14. several trainings
+
+
+def test_each_of_several_trainings_has_a_history_of_its_own():
+    callback = NeuralCollapseCallback(strict=True)
+    finals = []
+    for fold in range(3):  # cross-validation
+        model = net()
+        part = TensorDataset(ROWS[fold::3], TARGET[fold::3])
+        run(Wrapped(model), callback, data=part, max_epochs=2)
+        truth = expected(seen_by(model, "2", ROWS[fold::3]), TARGET[fold::3], model[3].weight)
+        finals.append(truth)
+        assert [row["epoch"] for row in callback.history] == [0, 1]
+        assert last_row(callback) == pytest.approx(truth, rel=1e-5)
+    assert [[row["epoch"] for row in history] for history in callback.previous_histories] == [[0, 1], [0, 1]]
+    for history, truth in zip([*callback.previous_histories, callback.history], finals, strict=True):
+        assert history[-1]["nc/nc1"] == pytest.approx(truth["nc1"], rel=1e-5)
+
+
+def test_training_that_goes_on_with_another_trainer_from_a_checkpoint_goes_on_with_its_history(tmp_path):
+    callback, module = NeuralCollapseCallback(strict=True), Wrapped(net())
+    trainer = run(module, callback, max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, DataLoader(DATA, 8))
+    assert [row["epoch"] for row in callback.history] == [0, 1, 2]
+    again = NeuralCollapseCallback(strict=True)
+    run(Wrapped(net()), again, max_epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert [row["epoch"] for row in again.history] == [0, 1, 2, 3]
+    assert not again.previous_histories
+
+
+# ---------------------------------------------------------------------------------- 16. types that torch cannot compute
+
+
+def test_a_schedule_may_be_an_integer_of_numpy():
+    callback = NeuralCollapseCallback(every_n_epochs=np.int64(2), num_classes=np.int64(3), strict=True)
+    run(Wrapped(net()), callback, max_epochs=5)
+    assert [row["epoch"] for row in callback.history] == [0, 1, 3, 4]
+
+
+def test_an_exported_program_is_refused_with_the_reason():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    exported = torch.export.export(model, (ROWS[:8],)).module()
+    with pytest.raises(TypeError, match=r"no eval mode.*Measure the module that it was exported from"):
+        measure(exported, [(ROWS[:8], TARGET[:8])], progress=False)
+
+
+class Returning(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x.to_sparse(), "dense tensor, got a sparse_coo tensor; call .to_dense"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"got float8_e4m3fn \(\d+, 6\); call .float\(\) first"),
+        (lambda x: torch.empty(len(x), 6, device="meta"), "dense tensor, got a meta tensor; give it values first"),
+        (lambda x: torch.complex(x, x), "no call of '(model.)?inner' has a row for each"),
+    ],
+    ids=["sparse", "float8", "meta", "complex"],
+)
+def test_features_that_torch_cannot_compute_with_are_left_out_with_a_remedy(function, reason):
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = Returning(function), nn.Linear(6, 3)
+
+        def forward(self, x):
+            self.inner(x)
+            return self.head(x)
+
+    model = Inside()
+    with pytest.warns(UserWarning, match=f"'inner' is left out: .*{reason}"):
+        values = measure(model, [(ROWS, TARGET)], layers=["*"], progress=False)
+    assert {key: values[key] for key in PAPER} == pytest.approx(expected(ROWS, TARGET, model.head.weight), rel=1e-5)
+    with pytest.raises((ValueError, LookupError), match=f"'model.inner' cannot be measured: .*{reason}"):
+        run(Wrapped(model), NeuralCollapseCallback(layers=["model.inner"], strict=True))
+
+
+# --------------------------------------------------------------------------------- 17. state outside of the model
+
+
+class Cursor(IterableDataset):
+    """A stream that goes on where it was left."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __iter__(self):
+        for _ in range(40):
+            self.position += 1
+            yield ROWS[self.position % 45], TARGET[self.position % 45]
+
+
+def test_a_stream_whose_cursor_a_measurement_moves_is_pointed_out():
+    with pytest.warns(UserWarning, match="measuring moved position of the data set Cursor.*over a copy of the data"):
+        run(Wrapped(net()), NeuralCollapseCallback(), data=DataLoader(Cursor(), 8))
+    with pytest.warns(UserWarning, match="measuring moved position of the data set Cursor"):
+        measure(net(), DataLoader(Cursor(), 8), progress=False)
+
+
+def test_a_stream_without_a_cursor_causes_no_warning(recwarn):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from DATA
+
+    run(Wrapped(net()), NeuralCollapseCallback(strict=True), data=DataLoader(Stream(), 8))
+    assert [str(w.message) for w in recwarn if "neural collapse" in str(w.message)] == []
+
+
+class MomentumEncoder(nn.Module):
+    """As in MoCo or BYOL, where the target network moves in forward, in training and in evaluation."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.online, self.target, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.target.requires_grad_(False)
+        self.always = always
+
+    def forward(self, x):
+        if self.always or self.training:
+            with torch.no_grad():
+                for own, other in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                    own.lerp_(other, 0.1)
+        return self.head(self.online(x).relu() + self.target(x).relu())
+
+
+def test_a_momentum_encoder_that_a_measurement_moves_is_pointed_out(recwarn):
+    with pytest.warns(UserWarning, match="forward pass of the model changes its parameters"):
+        run(Wrapped(MomentumEncoder(always=True)), NeuralCollapseCallback())
+    with pytest.warns(UserWarning, match="forward pass of the model changes its parameters"):
+        measure(MomentumEncoder(always=True), [(ROWS, TARGET)], progress=False)
+    recwarn.clear()
+    measure(MomentumEncoder(always=False), [(ROWS, TARGET)], progress=False)
+    assert not recwarn
