@@ -1,15 +1,21 @@
 """Numbers that were once wrong without a warning, and what is done about each: the faults as users met them."""
 
 import copy
+import functools
+import os
 import resource
+import subprocess
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
+import guarantees_ranks
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import clusters
+from conftest import clusters, free_port
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
@@ -427,6 +433,62 @@ def test_a_loop_around_measure_keeps_its_batches_and_its_augmentations(options):
     plain, measured = epochs(False), epochs(True)
     assert len(measured) == len(plain) == 20
     assert all(torch.equal(a, b) for a, b in zip(plain, measured, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ 6. process groups
+
+
+@functools.cache
+def ranks():
+    """What ``guarantees_ranks.py`` gives on each of two ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [*launcher, str(free_port()), guarantees_ranks.__file__, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert not done.returncode, done.stderr
+        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(2)]
+
+
+def whole(norm=False, layer="3"):
+    """The truth about all samples of both ranks."""
+    model = guarantees_ranks.model(norm)
+    rows, target = guarantees_ranks.ROWS, guarantees_ranks.TARGET
+    return expected(seen_by(model, layer, rows, output=False), target, model[3].weight)
+
+
+def test_streams_that_give_the_ranks_different_classes_are_measured_together():
+    first, second = (rank["streams_of_other_classes"] for rank in ranks())
+    assert first == second == pytest.approx(whole(), rel=1e-6)
+
+
+def test_the_buffers_of_the_first_rank_count_and_those_of_the_others_come_back():
+    (first, zeros), (second, ones) = (rank["batch_norm"] for rank in ranks())
+    assert (zeros, ones) == ([0] * 9, [1] * 9)
+    assert {key: value for key, value in first.items() if "/" not in key} == pytest.approx(whole(norm=True), rel=1e-6)
+    assert first == second
+
+
+def test_one_rank_measures_alone_without_waiting_for_the_others():
+    assert ranks()[0]["one_rank_alone"] == pytest.approx(whole(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("one_fails", "ValueError: targets must lie in"),
+        ("one_has_no_batch", "LookupError: the dataloader gave no batch"),
+    ],
+)
+def test_if_one_rank_cannot_measure_all_raise_and_none_waits(part, reason):
+    first, second = (rank[part] for rank in ranks())
+    assert first.startswith("RuntimeError: another rank could not measure its part")
+    assert second.startswith(reason)
+
+
+def test_a_sharded_model_in_mixed_precision_is_measured_with_the_weight_that_it_applies():
+    first, second = (rank["sharded_in_bfloat16"] for rank in ranks())
+    assert first == second == pytest.approx(whole(), rel=5e-3)  # bfloat16 has three digits
 
 
 # ---------------------------------------------------------------------------------------------------- 7. names of layers
