@@ -59,7 +59,8 @@ def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> 
         len({known.axis == 1 for known in (*givers, *takers)}) == 1
     )  # channels first everywhere, or last everywhere
     neighbors = [axis for known in (before, after) if known and (axis := _carried(known, tensor, uniform)) is not None]
-    sure = len(neighbors) == 2 or uniform or _is_only_axis_of_its_size(neighbors, tensor)
+    # Between two neighbors that agree, or by its size: behind a single one, a square tensor may have been transposed.
+    sure = len(neighbors) == 2 or _is_only_axis_of_its_size(neighbors, tensor)
     if len(set(neighbors)) == 1 and not same and sure:
         return neighbors[0]
     candidates = sorted({*same, *neighbors}) or range(1, tensor.dim())
@@ -138,7 +139,7 @@ def _carried(known: _Known, tensor: Tensor, uniform: bool) -> int | None:
         return known.axis
     size = known.shape[known.axis]
     fitting = [axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == size]
-    if len(fitting) > 1 and known.axis in (1, len(known.shape) - 1):
+    if len(fitting) > 1 and len(known.shape) == len(shape) and known.axis in (1, len(known.shape) - 1):
         # Several axes of that size: the convention of the neighbor is kept, and another source has to confirm it.
         conventional = 1 if known.axis == 1 else tensor.dim() - 1
         return conventional if conventional in fitting else None
