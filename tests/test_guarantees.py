@@ -110,8 +110,7 @@ def test_channels_last_layers_are_averaged_over_positions_even_where_all_sizes_a
     model, (inputs, target) = ChannelsLast(width), images(8)
     layers = ["features.0", "features.1", "features.1.0", "features.1.1.mlp", "features.1.0.norm", "norm"]
     features = {name: seen_by(model, name, inputs).mean(dim=(1, 2)) for name in layers}
-    if width == 6:
-        features["permute"] = seen_by(model, "permute", inputs).mean(dim=(2, 3))
+    features["permute"] = seen_by(model, "permute", inputs).mean(dim=(2, 3))
     check(model, inputs, target, features, head="head", weight=model.head.weight)
 
 
@@ -145,14 +144,64 @@ def test_a_layer_behind_a_convolution_of_one_dimension_is_averaged_over_time_wha
     model, (rows, target) = nn.Sequential(stem, *body), clusters(3, 12, 2 * length, 0.8)
     inputs = rows.view(-1, 2, length)
     features = {name: seen_by(model, name, inputs).mean(dim=2) for name in ("0", "0.1", "0.2", "1", "1.act", "2")}
+    check(model, inputs, target, features, pool="mean_channels_first", head="5", weight=model[5].weight)
+    if length == 7:  # behind the residual connection nothing is left but sizes, and they are equal
+        with pytest.warns(UserWarning, match=r"the layers '1', '1.act', '2' are left out.* is ambiguous"):
+            measure(model, [(inputs, target)], layers=list(features), progress=False)
+        features = {name: features[name] for name in ("0", "0.1", "0.2")}
     check(model, inputs, target, features, head="5", weight=model[5].weight)
 
 
 def test_a_layer_of_linear_layers_is_averaged_over_time_whatever_its_name():
-    model = nn.Sequential(nn.Linear(5, 7), Attention1d(7), nn.ReLU(), nn.Flatten(), nn.Linear(49, 3))
+    model = nn.Sequential(nn.Linear(5, 7), Attention1d(7), nn.ReLU(), nn.Linear(7, 4), nn.Flatten(), nn.Linear(28, 3))
     rows, target = clusters(3, 12, 35, 0.8)
-    inputs = rows.view(-1, 7, 5)
-    check(model, inputs, target, {name: seen_by(model, name, inputs).mean(dim=1) for name in ("0", "1", "2")})
+    inputs = rows.view(-1, 7, 5)  # seven positions and seven features
+    check(model, inputs, target, {name: seen_by(model, name, inputs).mean(dim=1) for name in ("0", "1", "2", "3")})
+
+
+class Contiguous(Permute):
+    def forward(self, x):
+        return super().forward(x).contiguous()
+
+
+@pytest.mark.parametrize("kind", [Permute, Contiguous])
+@pytest.mark.parametrize("length", [5, 7])
+def test_a_module_that_permutes_the_axes_is_seen_through(kind, length):
+    swaps = kind(0, 2, 1), nn.GELU(), kind(0, 2, 1)
+    model = nn.Sequential(nn.Linear(4, 7), *swaps, nn.Linear(7, 7), nn.Flatten(), nn.Linear(7 * length, 3))
+    rows, target = clusters(3, 12, 4 * length, 0.8)
+    inputs = rows.view(-1, length, 4)
+    features = {name: seen_by(model, name, inputs).mean(dim=2) for name in ("1", "2")}
+    features |= {name: seen_by(model, name, inputs).mean(dim=1) for name in ("0", "3", "4")}
+    if length == 7:  # what follows a square tensor cannot be known
+        with pytest.warns(UserWarning, match="'2' is left out: which axis"):
+            measure(model, [(inputs, target)], layers=["2"], progress=False)
+        del features["2"]
+    check(model, inputs, target, features)
+
+
+def test_maps_of_attention_are_left_out_also_where_there_are_as_many_positions_as_features():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys, self.softmax, self.out, self.head = (
+                nn.Linear(8, 8),
+                nn.Softmax(-1),
+                nn.Linear(8, 8),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x):
+            keys, parts = (t.unflatten(2, (2, 4)).transpose(1, 2) for t in (self.keys(x), x))
+            maps = self.softmax(keys @ keys.transpose(-1, -2))  # (B, heads, T, T)
+            return self.head(self.out((maps @ parts).transpose(1, 2).flatten(2)).mean(dim=1))
+
+    rows, target = clusters(3, 12, 64, 0.8)
+    model, inputs = Attention(), rows.view(-1, 8, 8)
+    with pytest.warns(UserWarning, match=r"'softmax' is left out: which axis of its output \(3, 2, 8, 8\)"):
+        values = measure(model, [(inputs, target)], layers=["softmax"], progress=False)
+    assert not any(key.startswith("softmax/") for key in values)
+    check(model, inputs, target, {name: seen_by(model, name, inputs).mean(dim=1) for name in ("keys", "out")})
 
 
 class SequenceFirst(nn.Module):
