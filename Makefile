@@ -17,6 +17,8 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check lightning_nc tests examples benchmarks
+	$(BIN)/codespell
+	$(BIN)/codespell --dictionary .ci/private.txt --regex "def fold\b|[\w-]+"
 
 types: $(INSTALLED)
 	$(BIN)/mypy

@@ -4,50 +4,44 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_nc.functional import check_metrics
-from lightning_nc.keys import STAGES, make_key, parse_key
+from lightning_nc.keys import STAGES
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
-from lightning_nc.measuring.distributed import all_max
-from lightning_nc.measuring.evaluation import Collector, MappedBatches, exact_pass
-from lightning_nc.measuring.loaders import check_loader, own_samples, warn_if_moved
-from lightning_nc.measuring.loops import RunningLoops
+from lightning_nc.measuring.evaluation import Collector
+from lightning_nc.measuring.loaders import check_loader
+from lightning_nc.measuring.loops import RunningLoops, is_ready
 from lightning_nc.measuring.probe import Probe
-from lightning_nc.measuring.snapshot import evaluation_mode, fingerprint
-from lightning_nc.moments import state_dtype
+from lightning_nc.measuring.snapshot import fingerprint
 from lightning_nc.trainers import (
-    Progress,
+    attach,
+    has_other_weights,
     is_last_epoch,
-    loader_at,
-    model_to_call,
+    log_after_training,
+    log_values,
     move_to_end,
+    own_samples_of,
     ranks_of,
-    to_device,
-    training_data,
+    run_exact_pass,
+    tensors_of,
+    use_epoch_as_axis,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["NeuralCollapseCallback", "log_spaced"]
-
-_T = TypeVar("_T")
-_IN_PROGRESS_BAR = ("nc/nc1", "nc/nc2_etf_centered", "nc/nc3_centered")
 
 
 def log_spaced(per_decade: int = 10) -> Callable[[int], bool]:
@@ -90,18 +84,19 @@ class NeuralCollapseCallback(Callback):
             classifier's weight exist for the classifier's input alone.
         stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured from the batches of their loops, without
             an extra pass, under ``nc/val/`` and ``nc/test/`` (``nc/val_1/`` for a second dataloader).
-        mode: how training data are measured: ``"exact"`` in an extra pass in eval mode; ``"online"`` reuses the features computed
+        mode: ``"exact"`` measures the training data in an extra pass in eval mode; ``"online"`` reuses the features computed
             during training, in train mode and with weights that change within the epoch.
         every_n_epochs: an int, or a callable from epoch to bool such as :func:`log_spaced`. The first and the last epoch are
             always measured; with an int n also epochs n - 1, 2n - 1 and so on, when ``ModelCheckpoint(every_n_epochs=n)`` acts.
-        dataloader: what the exact pass runs over instead of the training data, for example the same images without
-            augmentation.
+        dataloader: what the exact pass runs over instead of the training data, the same images without augmentation for
+            example.
         target_fn: batch -> (B,) class indices; by default the second item of a pair, or ``label``, ``labels``, ``target``,
             ``targets`` or ``y`` of a mapping.
         forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch, or with the
             entries of a mapping that match its argument names.
-        pool: how features of more than two dimensions become (B, d): ``"mean"``, ``"mean_channels_first"``,
-            ``"mean_channels_last"``, ``"flatten"`` or a callable; see :func:`lightning_nc.measure`.
+        pool: how features of more than two dimensions become (B, d): ``"mean"`` over positions, with the axis of the features
+            taken from the layers around; ``"mean_channels_first"`` or ``"mean_channels_last"`` to say which axis it is;
+            ``"flatten"``; or a callable.
         strict: raise when a measurement fails; by default it warns once, says why, and training goes on.
 
     Raises:
@@ -133,28 +128,18 @@ class NeuralCollapseCallback(Callback):
             self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        _check_schedule(every_n_epochs)
-        if isinstance(stages, str) or not stages or not set(stages) <= STAGES.keys():
-            raise MisconfigurationException(
-                f"stages must be a sequence of any of {', '.join(map(repr, STAGES))}, got {stages!r}"
-            )
-        if mode not in ("exact", "online"):
-            raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
-        if mode == "online" and dataloader is not None:
-            raise MisconfigurationException(
-                "mode='online' measures the batches of the training loop, so dataloader= has no effect; leave one of them out"
-            )
+        _check_choices(every_n_epochs, stages, mode, dataloader)
         self.stages, self.mode = tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history: list[dict[str, Any]] = []
         self.previous_histories: list[list[dict[str, Any]]] = []
         self.class_means: Tensor | None = None
-        self._classes: list[int] = []  # the classes of these means
+        self._classes: list[int] = []  # whose means they are
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step of the last measurement of training data
         self._weights = ""  # fingerprint of the weights being trained, at that measurement or before validation
-        self._marks: dict[str, Any] = {}  # for the next row: partial, weights
+        self._partial = self._swapped = False  # the epoch was resumed in its middle; validation runs with other weights
         self._validation_due = self._fitting = False
         self._fits = 0
 
@@ -172,16 +157,10 @@ class NeuralCollapseCallback(Callback):
         return plot_history(self.history, num_classes=None if self.class_means is None else len(self.class_means))
 
     def should_measure(self, trainer: Trainer) -> bool:
-        """Whether the current epoch is measured: the first, the last as far as is known, and those of ``every_n_epochs``.
-
-        Override it to choose by any other rule.
-        """
-        epoch = trainer.current_epoch
-        every = self.every_n_epochs
+        """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
+        epoch, every = trainer.current_epoch, self.every_n_epochs
         scheduled = every(epoch) if callable(every) else (epoch + 1) % every == 0
         return epoch == 0 or scheduled or is_last_epoch(trainer)
-
-    # ------------------------------------------------------------------------------------------ around the run
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -189,21 +168,13 @@ class NeuralCollapseCallback(Callback):
         self._fitting = stage == "fit"
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began = None
-        others = [c for c in trainer.callbacks if isinstance(c, NeuralCollapseCallback) and c is not self]  # type: ignore[attr-defined]
-        if any(set(self.stages) & set(other.stages) and self._settings() != other._settings() for other in others):
-            raise MisconfigurationException(
-                "two NeuralCollapseCallbacks would log different numbers under the same keys; give them different stages, or "
-                "measure the second with lightning_nc.measure"
-            )
+        _check_others(trainer, self)
         if self._fitting:
             move_to_end(trainer, self)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
-            if hasattr(experiment, "define_metric"):  # W&B: epochs, not steps, along the x axis
-                experiment.define_metric("nc/*", step_metric="epoch")
+        use_epoch_as_axis(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,7 +182,7 @@ class NeuralCollapseCallback(Callback):
         if trainer.global_step or trainer.current_epoch:
             # Resumed: monitors look for the last values, and the last epoch may be measured already.
             known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
-            trainer.callback_metrics.update(_tensors(known, pl_module.device))
+            trainer.callback_metrics.update(tensors_of(known, pl_module.device))
             steps = [(row["epoch"], row["step"]) for row in self.history if row["stage"] == "train"]
             self._measured = steps[-1] if steps else None
         elif self._fits and self.history:  # another training, of cross-validation for example
@@ -226,18 +197,13 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        every = [callback for callback in trainer.callbacks if isinstance(callback, NeuralCollapseCallback)]  # type: ignore[attr-defined]
+        every = _callbacks_of(trainer)
         history = [row for callback in every for row in callback.history]
         if every[0] is not self or not trainer.is_global_zero or not history:
             return
         means, classes = next(((c.class_means, c._classes) for c in every if c.class_means is not None), (None, []))
         for logger in trainer.loggers:
-            try:
-                publish_figures(logger, history, means, classes)
-            except Exception as error:  # a full disk or a server that is gone: the run itself is done and saved
-                rank_zero_warn(
-                    f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"
-                )
+            publish_figures(logger, history, means, classes)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -257,8 +223,6 @@ class NeuralCollapseCallback(Callback):
         if self._fitting or not self.history:
             self.history = [dict(row) for row in state_dict["history"]]
 
-    # ------------------------------------------------------------------------------------------------ training
-
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_began = None
@@ -271,7 +235,7 @@ class NeuralCollapseCallback(Callback):
             due = self.should_measure(trainer)
             self._validation_due = self._validation_due or due
             self._loops.begin("train", due and self.mode == "online" and "train" in self.stages)
-            self._marks = {"partial": True} if batch_idx and self.mode == "online" else {}
+            self._partial = batch_idx > 0
         self._start(trainer, pl_module, "train", batch)
         if first and self._loops.is_active("train"):  # after the start, which may run the model itself
             self._loops.watch_inputs(pl_module, batch)
@@ -302,37 +266,24 @@ class NeuralCollapseCallback(Callback):
             self._measured, self._weights = (trainer.current_epoch, trainer.global_step), fingerprint(pl_module)
             self._finish_loop(trainer, pl_module, "train")
         elif self.should_measure(trainer):
-            self._publish(trainer, pl_module, self._measure(trainer, pl_module, trainer.current_epoch))
+            log_values(trainer, pl_module, self._measure(trainer, pl_module, trainer.current_epoch))
 
     def _is_measured(self, trainer: Trainer) -> bool:
         return self._measured == (trainer.current_epoch, trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Early stopping ended training after an epoch that was not due, or weight averaging has replaced the weights.
+        # Early stopping ended training after an epoch that was not due, or weight averaging replaced the weights.
         if "train" not in self.stages or self.mode == "online" or not trainer.global_step:
             return
-        if self._measured is not None and self._measured[1] == trainer.global_step:
-            if not self._has_swapped(trainer, pl_module):
-                return
-            self._marks = {"weights": "swapped"}
-            rank_zero_info(
-                "neural collapse: another callback replaced the weights at the end of training (weight averaging, for example); "
-                "the last row of history, with weights='swapped', is about the model that fit leaves"
-            )
+        swapped = self._measured is not None and self._measured[1] == trainer.global_step
+        if swapped and not has_other_weights(trainer, pl_module, self._weights):
+            return
+        if swapped:
+            _say_swapped(self._probe, "the last row is about the model that fit leaves,")
         epoch = max(trainer.current_epoch - 1, 0)
-        values = self._measure(trainer, pl_module, epoch)
-        # Lightning's own logging is closed by now.
-        trainer.callback_metrics.update(_tensors(values, pl_module.device))
-        for logger in trainer.loggers if values else ():
-            logger.log_metrics({**values, "epoch": epoch}, step=trainer.global_step - 1)
-
-    def _has_swapped(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether, on any rank, the weights are others than when the training data were measured."""
-        changed, ranks = fingerprint(pl_module) != self._weights, ranks_of(trainer)
-        return changed if ranks is None else bool(all_max(changed, ranks))
-
-    # ------------------------------------------------------------------------------------- validation and test
+        values = self._measure(trainer, pl_module, epoch, **({"weights": "swapped"} if swapped else {}))
+        log_after_training(trainer, pl_module, values, epoch)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,22 +297,18 @@ class NeuralCollapseCallback(Callback):
         # If validation is less frequent, the next loop after an epoch that is due is measured.
         due = trainer.state.fn != "fit" or self._validation_due or self.should_measure(trainer)
         self._loops.begin("validate", due)
-        self._validation_due, self._marks = False, {}
-        if due and trainer.state.fn == "fit" and self._has_swapped(trainer, pl_module):
-            self._marks = {"weights": "swapped"}
-            if self._probe.is_new("swapped"):
-                rank_zero_info(
-                    "neural collapse: validation runs with other weights than those being trained (weight averaging, for "
-                    "example), so nc/val/ and nc/ of one epoch are about different weights; the rows say weights='swapped'"
-                )
+        self._validation_due = False
+        self._swapped = due and trainer.state.fn == "fit" and has_other_weights(trainer, pl_module, self._weights)
+        if self._swapped:
+            _say_swapped(self._probe, "nc/val/ is")
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.sanity_checking and self._uses_loops() and self._is_ready(pl_module):
+        if trainer.sanity_checking and self._uses_loops() and is_ready(self._probe, pl_module):
             # Nothing to measure, but a model that is compiled in its first call must have its hooks before.
-            self._guarded(lambda: self._attach(trainer, pl_module, batch))
+            self._probe.attempt(lambda: attach(trainer, pl_module, self._probe, batch))
         self._start(trainer, pl_module, "validate", batch, dataloader_idx)
 
     @override
@@ -374,7 +321,7 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._loops.finish("validate", dataloader_idx, _own(trainer, trainer.val_dataloaders, dataloader_idx))
+        self._loops.finish("validate", dataloader_idx, own_samples_of(trainer, trainer.val_dataloaders, dataloader_idx))
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -400,29 +347,17 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._loops.finish("test", dataloader_idx, _own(trainer, trainer.test_dataloaders, dataloader_idx))
+        self._loops.finish("test", dataloader_idx, own_samples_of(trainer, trainer.test_dataloaders, dataloader_idx))
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_loop(trainer, pl_module, "test")
 
-    # ------------------------------------------------------------------------------------------- running loops
-
     def _uses_loops(self) -> bool:
         return self.mode == "online" or self.stages != ("train",)
 
-    def _is_ready(self, pl_module: LightningModule) -> bool:
-        """False while a lazy layer waits for the first training batch to take its shape, and its numbers, from."""
-        return self._probe.attached or not any(map(is_lazy, chain(pl_module.parameters(), pl_module.buffers())))
-
-    def _attach(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        if not self._probe.attached:
-            with evaluation_mode(pl_module, trainer.strategy.root_device):
-                self._probe.attach(model_to_call(trainer, pl_module), batch, trainer.precision_plugin.forward_context)
-
     def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, loader: int = 0) -> None:
-        if self._loops.is_active(stage) and self._is_ready(pl_module):
-            self._loops.start(stage, loader, batch, lambda: self._attach(trainer, pl_module, batch))
+        self._loops.start(stage, loader, pl_module, batch, lambda: attach(trainer, pl_module, self._probe, batch))
 
     def _finish_loop(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self._loops.is_active(stage):
@@ -431,139 +366,87 @@ class NeuralCollapseCallback(Callback):
         last = max((row["epoch"] for row in self.history), default=0)
         epoch = trainer.current_epoch if trainer.state.fn == "fit" else last
         batches = {"validate": trainer.num_val_batches, "test": trainer.num_test_batches}.get(stage, [0])
-        marks = self._marks
+        marks: dict[str, Any] = {"partial": True} if stage == "train" and self._partial else {}
+        marks |= {"weights": "swapped"} if stage == "validate" and self._swapped else {}
         for loader, collector in self._loops.end(stage, len(batches) if trainer.world_size > 1 else None).items():
-            values = self._guarded(partial(self._values_of_loop, trainer, pl_module, collector, stage)) or {}
-            self._marks = marks
-            self._publish(trainer, pl_module, self._remember(trainer, values, epoch, stage, loader))
+            if self._probe.attempt(partial(collector.synchronize, ranks_of(trainer))):
+                values = self._remember(trainer, collector, epoch, stage, loader, **marks)
+                log_values(trainer, pl_module, values)
 
-    def _values_of_loop(
-        self, trainer: Trainer, pl_module: LightningModule, collector: Collector, stage: str
-    ) -> dict[str, float]:
-        collector.synchronize(ranks_of(trainer))
-        if wide := collector.too_wide():
-            self._probe.warn_once(
-                "wide",
-                f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
-                "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
-            )
-        return self._values(collector, stage)
-
-    # ------------------------------------------------------------------------------------------- the exact pass
-
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, **marks: Any) -> dict[str, float]:
         """Measure the training data; the values by key, also appended to the history."""
         self._measured, began = (trainer.current_epoch, trainer.global_step), perf_counter()
-        values = self._guarded(lambda: self._run(trainer, pl_module))
+        self._weights = fingerprint(pl_module)
+        collector = Collector(self._probe, self.metrics)
+        done = self._probe.attempt(lambda: run_exact_pass(trainer, pl_module, collector, self.dataloader))
+        values = self._remember(trainer, collector, epoch, "train", **marks) if done else {}
         if not self._uses_loops():
             self._probe.detach()
-        if values is None:
-            return {}
-        took = perf_counter() - began
-        epoch_took = math.inf if self._epoch_began is None else began - self._epoch_began
-        if took > max(1, 0.25 * epoch_took) and self._probe.is_new("slow"):
-            rank_zero_info(
-                f"measuring neural collapse took {took:.1f} s, {100 * took / epoch_took:.0f} % of the {epoch_took:.1f} s of the "
-                "epoch before it; NeuralCollapseCallback(every_n_epochs=...) measures less often, mode='online' without an "
-                "extra pass"
-            )
-        return self._remember(trainer, values, epoch, "train")
-
-    def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        self._weights = fingerprint(pl_module)
-        with evaluation_mode(pl_module, trainer.strategy.root_device):
-            try:
-                loader, total = training_data(trainer, self.dataloader)
-            except Exception as error:  # which the pass tells the other ranks
-                loader, total = _raising(error), None
-            batches = MappedBatches(
-                Progress(trainer, loader, total), lambda batch: to_device(trainer, pl_module, batch)
-            )
-            collector = Collector(self._probe, self.metrics)
-            context = trainer.precision_plugin.forward_context
-            with warn_if_moved(loader):
-                model = model_to_call(trainer, pl_module)
-                exact_pass(collector, model, batches, context, ranks_of(trainer), total or 0)
-            return self._values(collector, "train")
-
-    # ---------------------------------------------------------------------------------------- what becomes of values
-
-    def _guarded(self, measure: Callable[[], _T]) -> _T | None:
-        """Call ``measure``; warn and return None if it raises."""
-        try:
-            return measure()
-        except Exception as error:
-            if self.strict:
-                raise
-            if self._probe.is_new("cannot be measured"):
-                # On every rank: the reason may be known to one of them alone.
-                warnings.warn(
-                    f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
-                    "raises instead)",
-                    stacklevel=2,
-                )
-            return None
-
-    def _values(self, collector: Collector, stage: str) -> dict[str, float]:
-        values = collector.values()
-        if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
-            self.class_means, self._classes = means
+        if done:
+            epoch_took = math.inf if self._epoch_began is None else began - self._epoch_began
+            _say_if_slow(self._probe, perf_counter() - began, epoch_took)
         return values
 
     def _remember(
-        self, trainer: Trainer, values: dict[str, float], epoch: int, stage: str, loader: int = 0
+        self, trainer: Trainer, collector: Collector, epoch: int, stage: str, loader: int = 0, **marks: Any
     ) -> dict[str, float]:
         """Append a row to the history; the values by the keys under which they are logged."""
-        logged = {}
-        for key, value in values.items():
-            parts = parse_key(key)
-            logged[make_key(parts.metric, parts.layer, stage, loader)] = value
-        if logged:
-            self.history.append({"stage": stage, "epoch": epoch, "step": trainer.global_step, **self._marks, **logged})
-        self._marks = {}
-        return logged
-
-    def _publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
-        tensors = _tensors(values, pl_module.device)
-        for key, value in tensors.items():
-            # The maximum of one value is the value itself, in its own precision. All ranks have the same value, so none needs
-            # to ask the others.
-            pl_module.log(
-                key,
-                value,
-                prog_bar=key in _IN_PROGRESS_BAR,
-                on_step=False,
-                on_epoch=True,
-                reduce_fx="max",
-                sync_dist=True,
-                rank_zero_only=True,
-                add_dataloader_idx=False,
-                batch_size=1,
-            )
-        trainer.callback_metrics.update(tensors)
-
-    def _settings(self) -> tuple[Any, ...]:
-        p = self._probe
-        return self.mode, self.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool
+        values = self._probe.attempt(lambda: collector.values(stage, loader)) or {}
+        if values:
+            self.history.append({"stage": stage, "epoch": epoch, "step": trainer.global_step, **marks, **values})
+            if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
+                self.class_means, self._classes = means
+        return values
 
 
-def _check_schedule(every_n_epochs: Any) -> None:
+def _check_choices(every_n_epochs: Any, stages: Any, mode: str, dataloader: Any) -> None:
     if not callable(every_n_epochs) and (not isinstance(every_n_epochs, numbers.Integral) or every_n_epochs < 1):
         raise MisconfigurationException(
             f"every_n_epochs must be a positive integer or a callable from epoch to bool, got {every_n_epochs!r}"
         )
     if getattr(every_n_epochs, "__name__", "") == log_spaced.__name__:
         raise MisconfigurationException("every_n_epochs=log_spaced lacks its parentheses; write log_spaced()")
+    if isinstance(stages, str) or not stages or not set(stages) <= STAGES.keys():
+        raise MisconfigurationException(
+            f"stages must be a sequence of any of {', '.join(map(repr, STAGES))}, got {stages!r}"
+        )
+    if mode not in ("exact", "online"):
+        raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
+    if mode == "online" and dataloader is not None:
+        raise MisconfigurationException(
+            "mode='online' measures the batches of the training loop, so dataloader= has no effect; leave one of them out"
+        )
 
 
-def _own(trainer: Trainer, loaders: Any, index: int) -> int | None:
-    return own_samples(loader_at(loaders, index)) if trainer.world_size > 1 else None
+def _callbacks_of(trainer: Trainer) -> list[NeuralCollapseCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, NeuralCollapseCallback)]  # type: ignore[attr-defined]
 
 
-def _raising(error: Exception) -> Iterator[Any]:
-    raise error
-    yield
+def _say_if_slow(probe: Probe, took: float, epoch_took: float) -> None:
+    if took > max(1, 0.25 * epoch_took) and probe.is_new("slow"):
+        rank_zero_info(
+            f"measuring neural collapse took {took:.1f} s, {100 * took / epoch_took:.0f} % of the {epoch_took:.1f} s of the "
+            "epoch before it; NeuralCollapseCallback(every_n_epochs=...) measures less often, mode='online' without an extra "
+            "pass"
+        )
 
 
-def _tensors(values: dict[str, float], device: torch.device) -> dict[str, Tensor]:
-    return {key: torch.tensor(value, dtype=state_dtype(device)) for key, value in values.items()}
+def _say_swapped(probe: Probe, what: str) -> None:
+    if probe.is_new(what):
+        rank_zero_info(
+            f"neural collapse: another callback has replaced the weights (weight averaging, for example), so {what} not about "
+            "the weights of the last training step; history marks such rows with weights='swapped'"
+        )
+
+
+def _check_others(trainer: Trainer, callback: NeuralCollapseCallback) -> None:
+    def settings(of: NeuralCollapseCallback) -> tuple[Any, ...]:
+        p = of._probe
+        return of.mode, of.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool
+
+    others = [other for other in _callbacks_of(trainer) if set(other.stages) & set(callback.stages)]
+    if any(settings(other) != settings(callback) for other in others):
+        raise MisconfigurationException(
+            "two NeuralCollapseCallbacks would log different numbers under the same keys; give them different stages, or "
+            "measure the second with lightning_nc.measure"
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_nc.runs import metrics_of
@@ -37,12 +38,17 @@ def publish_figures(
     if class_means is not None and len(class_means) <= _MOST_CLASSES:
         unit = torch.nn.functional.normalize(class_means - class_means.mean(dim=0), dim=1)
         figures["class_means"] = plot_gram(unit @ unit.T, classes)
-    for name, figure in figures.items():
-        _publish(logger, name, figure, step=history[-1]["step"])
-    if hasattr(logger, "log_table"):
-        last = {key: value for row in history for key, value in metrics_of(row).items()}
-        rows = [list(item) for item in last.items()]
-        logger.log_table("figures/final_values", columns=["metric", "value"], data=rows)
+    try:
+        for name, figure in figures.items():
+            _publish(logger, name, figure, step=history[-1]["step"])
+        if hasattr(logger, "log_table"):
+            last = {key: value for row in history for key, value in metrics_of(row).items()}
+            rows = [list(item) for item in last.items()]
+            logger.log_table("figures/final_values", columns=["metric", "value"], data=rows)
+    except Exception as error:  # a full disk or a server that is gone: the run itself is done and saved
+        rank_zero_warn(
+            f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"
+        )
 
 
 def _publish(logger: Any, name: str, figure: Figure, step: int) -> None:

@@ -156,17 +156,11 @@ def plain_ufm(
     r = 1.0 if math.isinf(lambda_b) else lambda_b * bias_share
     centered_value, centered_cost = _two_factors(c)
     mean_value, mean_cost = _two_factors(c / r) if r > 0 else (0.0, 0.0)
-    frame: Frame = "between"
-    if centered_value == 0:
-        frame = "zero"
-    elif mean_value == 0:
-        frame = "etf"
-    elif math.isinf(lambda_b):
-        frame = "of"
+    frame: Frame = "of" if math.isinf(lambda_b) else "etf" if mean_value == 0 else "between"
     ratio = (samples_per_class * lambda_h / lambda_w) ** 0.25
     return Minimum(
         objective=((num_classes - 1) * centered_cost + r * mean_cost) / num_classes,
-        frame=frame,
+        frame=frame if centered_value > 0 else "zero",
         num_classes=num_classes,
         means_factor=1 / ratio,
         weight_factor=ratio,

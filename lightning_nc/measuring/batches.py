@@ -82,7 +82,10 @@ def pool_features(features: Tensor, pool: Pool = "mean", axis: int | None = None
         return pool(features).detach().clone()
     if pool == "flatten":
         return features.flatten(start_dim=1).clone()
-    assert axis is not None
+    if axis is None:
+        raise LookupError(
+            f"which axis of {tuple(features.shape)} holds the features is not known; pass pool=, a function from it to (B, d)"
+        )
     rows = features.movedim(axis, -1)
     if mask is not None and mask.shape == rows.shape[:-1]:
         wide = torch.promote_types(features.dtype, torch.float32)  # a sum may leave float16

@@ -30,7 +30,7 @@ SCATTER_LIMIT = 2**30
 """Bytes that the scatter matrices of all layers may take together; features beyond it need a second pass."""
 
 
-def measure(
+def measure(  # noqa: D417
     model: nn.Module,
     dataloader: Iterable[Any],
     *,
@@ -55,14 +55,7 @@ def measure(
         dataloader: gives batches.
         layers: names (shell patterns allowed) of modules whose outputs are measured too, under ``"<layer>/<metric>"``. A
             layer that cannot be measured is left out with a warning that says why.
-        classifier: name of the last linear layer; detected by default.
-        num_classes: K; by default the classifier's number of outputs.
-        metrics: ``"paper"``, or a name or names in :data:`lightning_nc.functional.METRICS`.
-        target_fn: batch -> (B,) class indices; by default the second item, or one of the usual keys of a mapping.
-        forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch.
-        pool: how features of more than two dimensions become (B, d): ``"mean"`` over positions, with the axis of the features
-            taken from the layers around; ``"mean_channels_first"`` or ``"mean_channels_last"`` to say which axis it is;
-            ``"flatten"``; or a callable.
+        classifier, num_classes, metrics, target_fn, forward_fn, pool: see :class:`lightning_nc.NeuralCollapseCallback`.
         device: where batches are moved to; by default the device of the model's first parameter.
         progress: show a progress bar.
         sync: in a process group, return the values of all ranks together, on all ranks; False measures each rank's own data.
@@ -86,21 +79,23 @@ def measure(
     probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool)
     collector = Collector(probe, check_metrics(metrics))
     match_layers(model, layers or ())
-    if device is None:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    on, total = torch.device(device), sized_len(dataloader)
+    on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
     ranks = on if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
-    loader = dataloader
-    if isinstance(dataloader, DataLoader) and not has_own_iteration(dataloader):
-        loader, total = measurement_loader(dataloader, None, *rank_of(dataloader))
+    loader, total = _every_sample_once(dataloader)
     bar = tqdm(loader, "Neural collapse", total, leave=False, disable=not progress)
     batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
     try:
-        with evaluation_mode(model, on), warn_if_moved(dataloader):
+        with evaluation_mode(model, on, probe.warn_once), warn_if_moved(dataloader, probe.warn_once):
             exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
             return collector.values()
     finally:
         probe.detach()
+
+
+def _every_sample_once(dataloader: Iterable[Any]) -> tuple[Iterable[Any], int | None]:
+    if isinstance(dataloader, DataLoader) and not has_own_iteration(dataloader):
+        return measurement_loader(dataloader, None, *rank_of(dataloader))
+    return dataloader, sized_len(dataloader)
 
 
 class MappedBatches:
@@ -176,15 +171,18 @@ class Collector:
     def prepare(self, device: torch.device) -> None:
         """Create the metrics, so that a rank without samples has them too."""
         for layer, width in self.probe.widths.items():
-            self._metric(layer, width, device)
+            if width:
+                self._metric(layer, width, device)
 
-    def synchronize(self, ranks: torch.device | None) -> None:
-        """Merge over the ranks, whose collectives are on the device ``ranks``, if any; raise what went wrong on one."""
+    def synchronize(self, ranks: torch.device | None) -> bool:
+        """Merge over the ranks, whose collectives are on the device ``ranks``; True when done. Raise what went wrong."""
         all_raise(self.error or (None if self.batches else self._missed), ranks)
         if ranks is not None:
-            check_same_shapes({layer: metric.num_features for layer, metric in self.metrics.items()}, ranks)
-            for metric in self.metrics.values():
+            metrics = self.projected or self.metrics
+            check_same_shapes({layer: metric.num_features for layer, metric in metrics.items()}, ranks)
+            for metric in metrics.values():
                 metric.sync()
+        return True
 
     def project(self, ranks: torch.device | None) -> bool:
         """Prepare a second pass, for the NC1 of features that are too wide; False if none are.
@@ -198,6 +196,12 @@ class Collector:
             if span.shape[1]:  # else all class means coincide, and nc1 is not defined
                 self.spans[layer] = span
                 self.projected[layer] = self._create(span.shape[1], ["nc1"], span.device)
+        if self.spans and self.probe.is_new("two passes"):
+            sizes = ", ".join(f"{layer or 'classifier input'} {width}" for layer, width in self.too_wide().items())
+            rank_zero_info(
+                f"neural collapse: the features of {sizes} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} "
+                "GiB together, so their nc1 takes a second pass over the data; fewer layers or pool='mean' avoid it"
+            )
         return bool(self.spans)
 
     def too_wide(self) -> dict[str, int]:
@@ -209,14 +213,26 @@ class Collector:
             if wanted and not any(METRICS[name].scatter for name in metric.metrics)
         }
 
-    def values(self) -> dict[str, float]:
-        """The values by key; those that need the classifier's weight for its input alone."""
+    def values(self, stage: str | None = None, loader: int = 0) -> dict[str, float]:
+        """The values by key, see :func:`make_key`; those that need the classifier's weight for its input alone."""
+        if wide := self.too_wide().keys() - self.projected.keys():
+            self.probe.warn_once(
+                "wide",
+                f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
+                "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
+            )
         values: dict[str, float] = {}
         for layer, metric in self.metrics.items():
             computed = metric.compute()
             if layer in self.projected:
                 computed = {**computed, **self.projected[layer].compute()}
-            values |= {make_key(name, layer): float(computed[name]) for name in self.names if name in computed}
+            values |= {
+                make_key(name, layer, stage, loader): float(computed[name]) for name in self.names if name in computed
+            }
+        if not values:
+            raise LookupError(
+                f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier"
+            )
         return values
 
     def class_means(self) -> tuple[Tensor, list[int]] | None:
@@ -234,8 +250,8 @@ class Collector:
         names = [name for name in self.names if given.issuperset(METRICS[name].needs)]
         if not names:
             return None
-        taken = sum(12 * m.num_features**2 for m in self.metrics.values() if any(METRICS[n].scatter for n in m.metrics))
-        if 12 * width**2 > SCATTER_LIMIT - taken and self.probe.classes < width:  # else a projection gains nothing
+        taken = sum(8 * m.num_features**2 for m in self.metrics.values() if any(METRICS[n].scatter for n in m.metrics))
+        if 8 * width**2 > SCATTER_LIMIT - taken and self.probe.classes < width:  # else a projection gains nothing
             names = [name for name in names if not METRICS[name].scatter] or ["nc1_trace"]  # for its class means
         self.metrics[layer] = self._create(
             width, names, device, weight=self._source(0, weight), bias=self._source(1, bias)
@@ -275,7 +291,7 @@ def exact_pass(
     ranks: torch.device | None = None,
     steps: int = 0,
 ) -> None:
-    """Run ``model`` over ``batches``; run it twice if features are too wide for a scatter matrix.
+    """Run ``model`` over ``batches`` and collect; run it twice if features are too wide for a scatter matrix.
 
     Args:
         collector: collects the features; its probe is attached on the first batch.
@@ -295,14 +311,13 @@ def exact_pass(
             raise LookupError("the dataloader gave no batch, so there is nothing to measure")
         spare, taken = None if ranks is None else copy_batch(first), chain([first], iterator)
         probe.attach(model, first, forward_context)
-        if ranks is not None:
-            collector.prepare(ranks)
     except Exception as caught:
         error = caught
     all_raise(error, ranks)
     if ranks is not None:
         check_same_shapes(probe.widths, ranks)
         broadcast_buffers(model, ranks)
+        collector.prepare(ranks)
     steps = 0 if ranks is None else int(all_max(steps, ranks))
 
     def run(batch: Any) -> None:
@@ -312,16 +327,8 @@ def exact_pass(
     _run_all(collector, run, taken, spare, steps)
     collector.synchronize(ranks)
     if collector.project(ranks):
-        sizes = ", ".join(f"{layer or 'classifier input'} {width}" for layer, width in collector.too_wide().items())
-        if probe.is_new("two passes"):
-            rank_zero_info(
-                f"neural collapse: the features of {sizes} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} "
-                "GiB together, so their nc1 takes a second pass over the data; fewer layers or pool='mean' avoid it"
-            )
         _run_all(collector, run, batches, spare, steps)
-        all_raise(collector.error, ranks)
-        for metric in collector.projected.values() if ranks is not None else ():
-            metric.sync()
+        collector.synchronize(ranks)
 
 
 def _run_all(collector: Collector, run: Callable[[Any], None], batches: Iterable[Any], spare: Any, steps: int) -> None:

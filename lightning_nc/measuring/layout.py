@@ -76,26 +76,24 @@ def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> 
 
 
 def _known(calls: Sequence[Call], outputs: bool) -> list[_Known]:
-    found = []
+    found: list[_Known] = []
     for position, call in enumerate(calls):
         tensor = call.output if outputs else call.input
         if tensor is not None and not tensor.is_nested and tensor.dim() > 2:
             axis, order = _axis(call.module, tensor, outputs), None
-            if axis is None and outputs and (order := _reordering(call)) is not None:
-                same = [known.axis for known in found if known.key == _key(call.input)]
-                held = same[-1] if same else _carried(found[-1], call.input, False) if found else None
+            source = call.input if outputs and axis is None else None
+            if source is not None and (order := _reordering(call.module, source, tensor)) is not None:
+                same = [known.axis for known in found if known.key == _key(source)]
+                held = same[-1] if same else _carried(found[-1], source, False) if found else None
                 axis = order.index(held) if held else 0
             if axis is not None:
                 found.append(_Known(_key(tensor), tuple(tensor.shape), axis, position, order is not None))
     return found
 
 
-def _reordering(call: Call) -> tuple[int, ...] | None:
-    """The order of the input's axes in the output, if all that a module does is to permute them."""
-    x, y = call.input, call.output
-    if x is None or y is None or x.is_nested or x.numel() != y.numel() or call.module._parameters:
-        return None
-    if x.shape == y.shape and torch.equal(x, y):
+def _reordering(module: nn.Module, x: Tensor, y: Tensor) -> tuple[int, ...] | None:
+    """The order of the axes of the input ``x`` in the output ``y``, if all that a module does is to permute them."""
+    if module._parameters or x.is_nested or x.numel() != y.numel() or (x.shape == y.shape and torch.equal(x, y)):
         return None
     orders = ((0, *order) for order in islice(permutations(range(1, x.dim())), 1, None))
     return next((o for o in orders if x.permute(o).shape == y.shape and torch.equal(x.permute(o), y)), None)

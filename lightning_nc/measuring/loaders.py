@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numbers
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain, islice
@@ -86,7 +85,7 @@ class _First:
 
     def __init__(self, loader: DataLoader[Any], count: int | None) -> None:
         self.loader, self.count = loader, count
-        self.dataset = loader.dataset
+        self.dataset = getattr(loader, "dataset", None)
 
     def __iter__(self) -> Iterator[Any]:
         return islice(self.loader, self.count)
@@ -112,17 +111,17 @@ def own_samples(loader: Any) -> int | None:
 
 
 @contextmanager
-def warn_if_moved(loader: Any) -> Iterator[None]:
-    """Warn if a number that the data set keeps, the cursor of a stream for example, changes meanwhile."""
+def warn_if_moved(loader: Any, warn: Callable[[str, str], None]) -> Iterator[None]:
+    """Call ``warn(topic, message)`` if a number that the data set keeps, such as the cursor of a stream, changes."""
     dataset = getattr(loader, "dataset", None)
     before = _numbers(dataset)
     yield
     moved = [name for name, value in _numbers(dataset).items() if before.get(name, value) != value]
     if moved:
-        warnings.warn(
-            f"neural collapse: measuring moved {', '.join(moved)} of the data set {type(dataset).__name__}, so training goes on "
-            "from another place; pass dataloader=, over a copy of the data",
-            stacklevel=3,
+        warn(
+            "cursor",
+            f"measuring moved {', '.join(moved)} of the data set {type(dataset).__name__}, so training goes on from another "
+            "place; pass dataloader=, over a copy of the data",
         )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_nc.measuring.evaluation import Collector
 from lightning_nc.measuring.hooks import FirstInput, tensors_in
 from lightning_nc.measuring.probe import Probe
 
-__all__ = ["RunningLoops"]
+__all__ = ["RunningLoops", "is_ready"]
 
 
 class RunningLoops:
@@ -39,8 +41,10 @@ class RunningLoops:
         """Whether the batches of ``stage`` are measured."""
         return stage in self._collectors
 
-    def start(self, stage: str, loader: int, batch: Any, attach: Callable[[], None]) -> None:
+    def start(self, stage: str, loader: int, model: nn.Module, batch: Any, attach: Callable[[], None]) -> None:
         """Before the model runs on a batch; ``attach`` attaches the probe if it is not attached yet."""
+        if not self.is_active(stage) or not is_ready(self.probe, model):
+            return
         fresh = Collector(self.probe, self.names, keep_weight=stage != "train")
         collector = self._collectors[stage].setdefault(loader, fresh)
         collector.start(batch, attach)
@@ -82,6 +86,11 @@ class RunningLoops:
     def _raise_if_strict(self, collector: Collector) -> None:
         if self.probe.strict and collector.error is not None:
             raise collector.error
+
+
+def is_ready(probe: Probe, model: nn.Module) -> bool:
+    """False while a lazy layer waits for the first training batch to take its shape, and its numbers, from."""
+    return probe.attached or not any(map(is_lazy, chain(model.parameters(), model.buffers())))
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:

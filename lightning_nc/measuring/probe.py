@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -34,6 +34,8 @@ from lightning_nc.measuring.layout import feature_axis
 from lightning_nc.moments import check_batch, check_labels, check_target
 
 __all__ = ["NotCalledError", "Probe", "match_layers"]
+
+_T = TypeVar("_T")
 
 INPUT = ""
 """The name of the classifier's input among the layers."""
@@ -132,6 +134,22 @@ class Probe:
         if self.is_new(topic):
             warnings.warn(f"neural collapse: {message}", stacklevel=3)
 
+    def attempt(self, measure: Callable[[], _T]) -> _T | None:
+        """Call ``measure``; unless strict, warn and return None if it raises."""
+        try:
+            return measure()
+        except Exception as error:
+            if self.strict:
+                raise
+            # On every rank: the reason may be known to one of them alone.
+            if self.is_new("cannot be measured"):
+                warnings.warn(
+                    f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
+                    "raises instead)",
+                    stacklevel=2,
+                )
+            return None
+
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Run the model on a batch."""
         if self.forward_fn is not None:
@@ -214,9 +232,10 @@ class Probe:
         modules = named_modules(model)
         try:
             name = self.classifier or find_classifier(model, trial.output, trial.calls, trial.run, self.num_classes)
-        except LookupError:
+        except LookupError as error:
             if not (self.layers and self.num_classes):
                 raise
+            self.warn_once("no classifier", f"only layers are measured: {error}")
             self.classes = self.num_classes
             return None
         if name not in modules:
@@ -254,13 +273,18 @@ class Probe:
         self.widths, self._axes = {}, {}
         left_out: dict[str, list[str]] = {}
         if self.head is not None:
-            self.widths[INPUT] = trial.width(self.head.name, INPUT, self._axes)
+            try:
+                self.widths[INPUT] = trial.width(self.head.name, INPUT, self._axes)
+            except NotCalledError:
+                if self.classifier is None:
+                    raise
+                self.widths[INPUT] = 0  # not known yet: the training step may call it
             if self.pool == "mean" and INPUT in self._axes and isinstance(self.head.module, nn.Linear):
                 self.warn_once(
                     "sequence",
                     f"the classifier {self.head.name!r} is called on every position of a sequence; the mean over the positions "
-                    "is measured. If the model uses one of them, such as the last token, pass pool=, a function from (B, T, d) to "
-                    "(B, d)",
+                    "is measured. If the model uses one of them, such as the last token, pass pool=, a function from "
+                    "(B, T, d) to (B, d)",
                 )
         for name in names:
             try:
@@ -294,6 +318,8 @@ class _Trial:
             self.run: Callable[[], Any] = lambda: probe.forward(model, first_rows(batch, size, self.rows[0]))
             self.output, self.calls = trace(model, self.run)
             _, self.fewer = trace(model, lambda: probe.forward(model, first_rows(batch, size, self.rows[1])))
+            if not any(self._has_rows(a.output, b.output) for a, b in zip(self.calls, self.fewer, strict=False)):
+                raise ValueError("a part of the batch was not shortened")
         except Exception:  # a graph, or a model for one batch size: run it on the batch as it is
             self.run = lambda: probe.forward(model, copy_batch(batch))
             self.output, self.calls = trace(model, self.run)
@@ -348,7 +374,11 @@ class _Trial:
             return False
         if callable(self.pool) and tensor.dim() > 2:
             tensor, other = self.pool(tensor), self.pool(other)
-        return bool(tensor.dim() and other.dim()) and (tensor.size(0), other.size(0)) == self.rows
+        if not tensor.dim() or not other.dim() or (tensor.size(0), other.size(0)) != self.rows:
+            return False
+        # If the batch could not be shortened, an axis of the same size may be that of the samples.
+        shortened, count = self.rows[0] != self.rows[1], self.rows[0]
+        return shortened or count == 1 or tensor.dim() < 3 or count not in tensor.shape[1:]
 
 
 def _tensor(call: Call, name: str) -> Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,17 +26,20 @@ _CONTAINERS = (list, deque, set, dict, defaultdict, OrderedDict, Counter)
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
+def evaluation_mode(
+    model: nn.Module, device: torch.device, warn: Callable[[str, str], None] | None = None
+) -> Iterator[None]:
     """Eval mode without gradients; on exit restore training flags, buffers, attributes, metrics and random streams.
 
-    What the model logs meanwhile is dropped: it would be logged twice.
+    What the model logs meanwhile is dropped: it would be logged twice. ``warn(topic, message)`` is called if the forward pass
+    changes parameters, which are not restored.
 
     Raises:
         TypeError: for a model that has no eval mode.
     """
     modules = list(model.modules())
     restore = [step for module in modules for step in _remember(module)]
-    parameters = fingerprint(model)
+    parameters = fingerprint(model) if warn is not None else ""
     loggers = [module for module in modules if hasattr(type(module), "log_dict")]
     python, numpys = random.getstate(), numpy.random.get_state()
     devices = [device] if device.type == "cuda" else []
@@ -54,11 +56,11 @@ def evaluation_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
                     "from: an exported program calls none of its layers, so hooks see nothing"
                 ) from error
             yield
-        if fingerprint(model) != parameters:
-            warnings.warn(
-                "neural collapse: the forward pass of the model changes its parameters (a momentum encoder, for example), and "
-                "so has this measurement; update them in the training step instead",
-                stacklevel=3,
+        if warn is not None and fingerprint(model) != parameters:
+            warn(
+                "parameters",
+                "the forward pass of the model changes its parameters (a momentum encoder, for example), and so has this "
+                "measurement; update them in the training step instead",
             )
     finally:
         random.setstate(python)

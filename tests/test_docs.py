@@ -1,0 +1,52 @@
+"""The documentation is true of the code: its examples run, the tests and the messages that it names exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("code", blocks("README.md"))
+def test_the_examples_of_the_readme_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_tests_that_the_page_how_we_know_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/how_we_know.md").read_text(encoding="utf-8")))
+    found = {
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert len(named) > 50
+    assert named <= found, sorted(named - found)
+
+
+def messages():
+    """The string literals of the package, with ... where a value is inserted."""
+    texts = []
+    for file in (ROOT / "lightning_nc").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_the_messages_in_the_table_of_remedies_are_those_of_the_code():
+    page = (ROOT / "docs/callback.md").read_text(encoding="utf-8")
+    table = page.partition("## Warnings and remedies")[2].partition("## Limits")[0]
+    rows = [row.split("|")[1].strip() for row in table.splitlines() if row.startswith("| ")]
+    said = [message for row in rows if row != "The message says" for message in row.split(";")]
+    text = messages()
+    unknown = [m for m in said if not all(piece.strip(" ,") in text for piece in m.split("...") if piece.strip(" ,"))]
+    assert len(said) > 50
+    assert not unknown
