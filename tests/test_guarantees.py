@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_nc import NeuralCollapseCallback, measure
 
@@ -462,15 +462,16 @@ class Augmented(Dataset):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_workers": 2, "persistent_workers": True}, {"generator": "own"}],
-    ids=["process", "persistent workers", "generator"],
+    [{}, {"num_workers": 2, "persistent_workers": True}, {"generator": "own"}, {"sampler": "subset"}],
+    ids=["process", "persistent workers", "generator", "sampler"],
 )
 def test_a_loop_around_measure_keeps_its_batches_and_its_augmentations(options):
     def epochs(measuring):
         model = nn.Linear(6, 3)
         torch.manual_seed(3)
         own = {**options, "generator": torch.Generator().manual_seed(5)} if "generator" in options else options
-        loader, seen = DataLoader(Augmented(), 4, shuffle=True, **own), []
+        own = {"sampler": SubsetRandomSampler(range(40))} if "sampler" in options else {"shuffle": True, **own}
+        loader, seen = DataLoader(Augmented(), 4, **own), []
         for _ in range(2):
             for step, (rows, _) in enumerate(loader):
                 seen.append(rows)

@@ -81,11 +81,11 @@ def measure(  # noqa: D417
     match_layers(model, layers or ())
     on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
     ranks = on if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
-    loader, total = _every_sample_once(dataloader)
-    bar = tqdm(loader, "Neural collapse", total, leave=False, disable=not progress)
-    batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
     try:
         with evaluation_mode(model, on, probe.warn_once), warn_if_moved(dataloader, probe.warn_once):
+            loader, total = _every_sample_once(dataloader)  # a sampler draws from the random streams
+            bar = tqdm(loader, "Neural collapse", total, leave=False, disable=not progress)
+            batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
             exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
             return collector.values()
     finally:
