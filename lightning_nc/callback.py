@@ -207,6 +207,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._loops.stop_watching()
         self._probe.detach()
 
     @override

@@ -669,6 +669,10 @@ class Mixing(Wrapped):
             return 0.7 * nn.functional.cross_entropy(out, y) + 0.3 * nn.functional.cross_entropy(out, y[order])
         if self.how == "permutation":
             return nn.functional.cross_entropy(self(x[order]), y[order])
+        if self.how == "cutmix":  # in place, as its authors do it
+            x[:, 3:] = x[order, 3:]
+        if self.how == "error":
+            raise ZeroDivisionError
         if self.how == "view":
             x = x.view(-1, 2, 3).flatten(1).float()
         if self.how == "keyword":
@@ -676,7 +680,7 @@ class Mixing(Wrapped):
         return nn.functional.cross_entropy(self(x), y)
 
 
-@pytest.mark.parametrize("how", ["mixup", "permutation"])
+@pytest.mark.parametrize("how", ["mixup", "permutation", "cutmix"])
 def test_online_mode_warns_where_the_step_mixes_the_samples_of_a_batch(how):
     with pytest.warns(UserWarning, match="other values than those of the batch.*use mode='exact'"):
         run(Mixing(how), NeuralCollapseCallback(mode="online"))
@@ -684,6 +688,13 @@ def test_online_mode_warns_where_the_step_mixes_the_samples_of_a_batch(how):
     run(module, callback)
     truth = expected(seen_by(module.model, "2", ROWS), TARGET, module.model[3].weight)
     assert last_row(callback) == pytest.approx(truth, rel=1e-5)
+
+
+def test_an_error_in_the_first_step_leaves_no_hook_behind():
+    module = Mixing("error")
+    with pytest.raises(ZeroDivisionError):
+        run(module, NeuralCollapseCallback(mode="online"))
+    assert not any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules())
 
 
 @pytest.mark.parametrize("how", ["plain", "view", "keyword"])
