@@ -813,6 +813,19 @@ def test_an_exported_program_is_refused_with_the_reason():
         measure(exported, [(ROWS[:8], TARGET[:8])], progress=False)
 
 
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda body: torch.jit.trace(body.eval(), ROWS)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_with_a_scripted_or_traced_body_is_measured_and_left_as_it_was(compiled):
+    body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout())
+    body(ROWS)
+    model = nn.Sequential(compiled(body), nn.Linear(8, 3)).train()
+    before = copy.deepcopy(list(model.buffers()))
+    values = measure(model, [(ROWS, TARGET)], progress=False)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    assert values == pytest.approx(expected(body.eval()(ROWS), TARGET, model[1].weight), rel=1e-5)
+
+
 class Returning(nn.Module):
     def __init__(self, function):
         super().__init__()
