@@ -229,6 +229,50 @@ def test_a_sequence_first_layer_with_as_many_positions_as_samples_is_not_mistake
     check(model, inputs, target, truth, pool=lambda tokens: tokens.mean(dim=0))
 
 
+class Sorting(nn.Module):
+    """Sorts its samples, as recurrent networks did by length, and puts only its outputs back in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.head(self.body(x[order]))[order.argsort()]
+
+
+def test_rows_in_another_order_than_the_labels_are_refused():
+    with pytest.raises(LookupError, match="rows of the last call of 'head' are in another order than the samples"):
+        measure(Sorting(), [(ROWS, TARGET)], progress=False)
+
+    class Beside(Sorting):
+        def forward(self, x):
+            super().forward(x)
+            return self.last(x)
+
+    model = Beside()
+    model.last = nn.Linear(6, 3)
+    with pytest.warns(UserWarning, match="the layer 'body' is left out: the rows .* in another order"):
+        values = measure(model, [(ROWS, TARGET)], layers=["body"], progress=False)
+    assert values == pytest.approx(expected(ROWS, TARGET, model.last.weight), rel=1e-5)
+
+
+def test_a_model_that_takes_sorted_samples_only_is_measured():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.LSTM(2, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            lengths = torch.arange(len(x), 0, -1).clamp(max=5)  # pack_padded_sequence wants them to fall
+            packed = nn.utils.rnn.pack_padded_sequence(x.flatten(1).view(len(x), 5, 2), lengths, batch_first=True)
+            return self.head(self.body(packed)[1][0][-1])
+
+    rows, target = clusters(3, 12, 10, 0.8)
+    model = Recurrent()
+    check(model, rows, target, head="head", weight=model.head.weight)
+
+
 class Opaque(nn.Module):
     """Nothing in or around it says which axis holds the features: it works on parameters of its own shape."""
 
