@@ -77,12 +77,13 @@ class Recorder:
 
 
 class Call(NamedTuple):
-    """One call of a module: its first floating-point input and output."""
+    """One call of a module: its first floating-point input and output, and the parameter that was its weight then."""
 
     name: str
     module: nn.Module
     input: Tensor | None
     output: Tensor | None
+    weight: Tensor | None
 
 
 def trace(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[Call]]:
@@ -90,7 +91,8 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[Call]
     calls: list[Call] = []
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append(Call(name, module, _first_floating((*args, *kwargs.values())), _first_floating(output)))
+        weight = module._parameters.get("weight")
+        calls.append(Call(name, module, _first_floating((*args, *kwargs.values())), _first_floating(output), weight))
 
     first_names: dict[nn.Module, str] = {}
     for name, module in named_modules(model).items():
