@@ -1,4 +1,5 @@
-# make demo   train ResNet18 on real digits until it collapses      make test   run the tests
+# make demo   train ResNet18 on real digits until it collapses
+# make test   run the tests that cover every kind of thing once      make test-all   run the full matrices too
 # Both make the environment (.venv) first where it is missing. Needs Python 3.10 or newer and make, nothing else.
 
 PYTHON ?= python3
@@ -6,13 +7,19 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo test lint types docs figures benchmarks clean $(NUMBERED)
+.PHONY: demo test test-all lint types docs figures benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
 
+# One thread: the models are small, and several threads, or processes with several each, only wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
+	$(PYTEST) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -57,4 +57,4 @@ def is_reserved(layer: str) -> bool:
 
 def natural_order(name: str) -> list[int | str]:
     """A sort key that puts ``layer2`` before ``layer10``."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

@@ -158,7 +158,7 @@ def _model_to_call(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """A batch as the training step receives it, without ``on_after_batch_transfer``."""
+    """A batch as the training step receives it: converted, moved, and through the hooks of batch transfer."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

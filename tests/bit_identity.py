@@ -1,7 +1,7 @@
-"""Trains with and without the callback, and says where the two differ in a single bit.
+"""Trainings with and without the callback, and whether they differ in a single bit.
 
-Run by test_bit_identity.py, in one process and, through torchrun, in two. Writes a JSON list of rows
-(loader, precision, what the callback does, whether all was identical) to the file given.
+test_bit_identity.py compares a few of them. The full matrix is a script of its own, in one process and, by torchrun, in two:
+it writes a JSON list of rows (loader, precision, what the callback does, whether all was identical) to the file given.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import DATA, Classifier, loader
 from lightning.pytorch import Trainer, seed_everything
-from test_callback import DATA, Classifier, loader
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_nc import NeuralCollapseCallback
@@ -48,8 +48,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 WORLD_SIZE = 2 if "--two" in sys.argv else 1
 
 
-def train(make_loader, precision, arguments):
-    """Everything that a training leaves behind."""
+def train(make_loader, precision, arguments, validation=True):
+    """Everything that a training leaves behind, without the callback if ``arguments`` is None."""
     seed_everything(3, verbose=False)
     callback = None if arguments is None else NeuralCollapseCallback(strict=True, **arguments)
     trainer = Trainer(
@@ -65,12 +65,17 @@ def train(make_loader, precision, arguments):
         enable_model_summary=False,
     )
     model = Classifier()
-    trainer.fit(model, make_loader(), loader(shuffle=False))
+    trainer.fit(model, make_loader(), loader(shuffle=False) if validation else None)
     assert callback is None or len(callback.history) == 2 * len(callback.stages)
     optimizer = trainer.optimizers[0].state_dict()["state"]
     tensors = [*model.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.values())]
     streams = [torch.get_rng_state(), torch.tensor(np.random.get_state()[1].astype(np.int64))]
     return [*tensors, *streams, torch.tensor(model.seen)], random.getstate(), [m.training for m in model.modules()]
+
+
+def is_identical(first, second):
+    """Whether two trainings left the same behind, bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True)) and first[1:] == second[1:]
 
 
 def main():
@@ -85,11 +90,7 @@ def main():
             plain = train(LOADERS[loader_name], precision, None)
             for mode, arguments in MODES.items():
                 measured = train(LOADERS[loader_name], precision, arguments)
-                same = (
-                    all(torch.equal(a, b) for a, b in zip(plain[0], measured[0], strict=True))
-                    and plain[1:] == measured[1:]
-                )
-                rows.append((loader_name, precision, mode, same))
+                rows.append((loader_name, precision, mode, is_identical(plain, measured)))
     if WORLD_SIZE > 1:
         identical = torch.tensor([row[3] for row in rows], dtype=torch.int)
         torch.distributed.all_reduce(identical, torch.distributed.ReduceOp.MIN)

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from conftest import clusters
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from conftest import ClassifierInputs, clusters
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 from lightning_nc import NeuralCollapseCallback, measure
 from lightning_nc.measuring import evaluation
+from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes, is_sharded
 
 TRAIN = TensorDataset(*clusters(3, 17, 6, 0.5))  # 51 samples, which two ranks cannot share evenly
 OTHER = TensorDataset(*clusters(3, 7, 6, 0.7, seed=1))
@@ -46,21 +47,6 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-class Features(Callback):
-    """Independently, by a hook of its own: what the classifier is given in the training steps of an epoch."""
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        self.rows, self.target = [], []
-        hook = lambda module, args: self.rows.append(args[0].detach())  # noqa: E731
-        self.handle = pl_module.net[4].register_forward_pre_hook(hook)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.target.append(batch[1])
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.handle.remove()
 
 
 def fit(callbacks, model=None, val=None, data=TRAIN, **kwargs):
@@ -96,7 +82,7 @@ def exact():
 
 
 def online():
-    callback, independent = NeuralCollapseCallback(mode="online", strict=True), Features()
+    callback, independent = NeuralCollapseCallback(mode="online", strict=True), ClassifierInputs()
     _, model = fit([callback, independent])
     features = torch.cat(independent.rows), torch.cat(independent.target)
     return {"history": callback.history, "features": features, "state": state_of(model)}
@@ -256,7 +242,7 @@ def measured_in_a_loop():
     return {"all": measure(model, padded, progress=False), "own": own}
 
 
-def fsdp(model, use_orig_params):
+def fsdp(model, use_orig_params=True):
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
@@ -270,6 +256,39 @@ def fsdp2(model):
         if isinstance(module, nn.Linear):
             fully_shard(module)
     return fully_shard(model)
+
+
+def error_of(function, *args):
+    """The kind and the message of what is raised; None if nothing is."""
+    try:
+        function(*args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+class Buffers(nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.register_buffer("own", torch.full((2,), float(rank)))
+        self.register_buffer("empty", torch.zeros(0))
+        self.register_buffer("none", None)
+        self.register_buffer("cache", torch.full((2 + rank,), float(rank)), persistent=False)
+
+
+def steps():
+    """The collective steps, one by one."""
+    rank, cpu = torch.distributed.get_rank(), torch.device("cpu")
+    model = Buffers(rank)
+    broadcast_buffers(model, cpu)
+    return {
+        "largest": all_max(-3.5 + rank, cpu),
+        "no error": error_of(all_raise, None, cpu),
+        "error of rank 1": error_of(all_raise, KeyError("mine") if rank else None, cpu),
+        "same shapes": error_of(check_same_shapes, {"": 6, "body": 9}, cpu),
+        "other shapes": error_of(check_same_shapes, {"": 6 + rank}, cpu),
+        "buffers": {name: buffer.tolist() for name, buffer in model.named_buffers()},
+    }
 
 
 def main(part, folder):
@@ -296,8 +315,10 @@ def main(part, folder):
         results = {"history": callback.history, "state": state_of(model)}
     if part == "sharded":
         torch.distributed.init_process_group("gloo")
+        results["steps"] = steps()
+        results["is sharded"] = [is_sharded(wrap(plain())) for wrap in (fsdp2, fsdp, DistributedDataParallel)]
         results["FSDP, flat parameters"] = sharded(lambda model: fsdp(model, False))
-        results["FSDP, original parameters"] = sharded(lambda model: fsdp(model, True))
+        results["FSDP, original parameters"] = sharded(fsdp)
         results["FSDP2"] = sharded(fsdp2)
         results["loop"] = measured_in_a_loop()
     torch.save(results, Path(folder) / f"{part}{torch.distributed.get_rank()}.pt")

@@ -1,108 +1,34 @@
+"""The callback on training data: what is measured when, where the values go, and what is refused."""
+
 import csv
 import itertools
-import random
+import time
 
-import numpy as np
 import pytest
 import reference
 import torch
-from conftest import clusters
+from conftest import (
+    DATA,
+    KEYS,
+    ROWS,
+    TARGET,
+    Classifier,
+    Normalized,
+    StopAfter,
+    fit,
+    hooks_of,
+    last,
+    loader,
+    true_nc1,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_nc import NeuralCollapseCallback
-
-ROWS, TARGET = clusters(3, 15, 6, 0.5)
-DATA = TensorDataset(ROWS, TARGET)
-KEYS = [f"nc/{name}" for name in ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")]
-
-
-class Classifier(LightningModule):
-    """Everything that training noise can come from: batch norm, dropout, momentum, random augmentation."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
-        self.seen = []
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        self.seen.append(x.sum().item())
-        noise = torch.randn_like(x) * random.random() * np.random.rand()
-        loss = nn.functional.cross_entropy(self(x + 0.1 * noise), y)
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-def loader(shuffle=True, **kwargs):
-    return DataLoader(DATA, 8, shuffle=shuffle, **kwargs)
-
-
-def fit(tmp_path, callbacks, data=None, model=None, ckpt_path=None, val=None, **trainer):
-    defaults = {
-        "max_epochs": 3,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": tmp_path,
-    }
-    runner = Trainer(callbacks=callbacks, **{**defaults, **trainer})
-    model = Classifier() if model is None else model
-    runner.fit(model, data if data is not None else loader(), val, ckpt_path=ckpt_path)
-    return runner, model
-
-
-def fingerprint(trainer, model):
-    optimizer = trainer.optimizers[0].state_dict()["state"]
-    tensors = [*model.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.values())]
-    streams = [torch.get_rng_state(), random.getstate(), tuple(np.random.get_state()[1])]
-    return tensors, streams, model.seen, [module.training for module in model.modules()]
-
-
-def run_seeded(tmp_path, callbacks, **kwargs):
-    seed_everything(3, verbose=False)
-    make_loader = kwargs.pop("make_loader")
-    return fingerprint(*fit(tmp_path, callbacks, data=make_loader(), **kwargs))
-
-
-@pytest.mark.parametrize(
-    "make_loader",
-    [
-        lambda: loader(shuffle=False),
-        lambda: loader(),
-        lambda: loader(generator=torch.Generator().manual_seed(5)),
-        lambda: loader(num_workers=1),
-        lambda: loader(num_workers=2, persistent_workers=True),
-    ],
-    ids=["unshuffled", "shuffled", "own generator", "workers", "persistent workers"],
-)
-@pytest.mark.parametrize("with_validation", [False, True])
-def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, make_loader, with_validation):
-    val = loader(shuffle=False) if with_validation else None
-    plain = run_seeded(tmp_path, [], make_loader=make_loader, val=val)
-    callback = NeuralCollapseCallback(layers=["net.0"], strict=True)
-    measured = run_seeded(tmp_path, [callback], make_loader=make_loader, val=val)
-    assert len(callback.history) == 3
-    assert all(torch.equal(a, b) for a, b in zip(plain[0], measured[0], strict=True))
-    assert torch.equal(plain[1][0], measured[1][0])
-    assert plain[1][1:] == measured[1][1:]
-    assert plain[2:] == measured[2:]
+from lightning_nc import NeuralCollapseCallback, log_spaced, measure
 
 
 def test_one_line_measures_the_classifiers_input_in_eval_mode_exactly(tmp_path):
@@ -121,6 +47,15 @@ def test_one_line_measures_the_classifiers_input_in_eval_mode_exactly(tmp_path):
     for key in KEYS:
         assert last[key] == pytest.approx(expected[key.removeprefix("nc/")], rel=1e-5)
         assert trainer.callback_metrics[key].item() == last[key]
+
+
+def test_the_callback_and_measure_give_the_same_values(tmp_path):
+    callback = NeuralCollapseCallback(layers=["net.*"], strict=True)
+    _, model = fit(tmp_path, [callback])
+    alone = measure(model, loader(shuffle=False), layers=["net.*"], progress=False)
+    assert {f"nc/{name}": value for name, value in alone.items()} == pytest.approx(
+        {key: value for key, value in callback.history[-1].items() if key.startswith("nc/")}, rel=1e-9
+    )
 
 
 def test_values_reach_the_logger_once_per_epoch(tmp_path):
@@ -156,16 +91,7 @@ def test_checkpoint_and_early_stopping_see_the_value_of_this_epoch(tmp_path):
     assert stopped.current_epoch == 1
 
 
-def test_a_resumed_run_continues_the_history_and_equals_an_uninterrupted_one(tmp_path):
-    seed_everything(3, verbose=False)
-    whole = NeuralCollapseCallback()
-    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    fit(tmp_path, [whole, checkpoint], data=loader(shuffle=False), max_epochs=4)
-    seed_everything(3, verbose=False)
-    resumed = NeuralCollapseCallback()
-    fit(tmp_path, [resumed], data=loader(shuffle=False), max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert [row["epoch"] for row in resumed.history] == [0, 1, 2, 3]
-    assert resumed.history[:2] == whole.history[:2]
+# --------------------------------------------------------------------------------------------------------------- schedule
 
 
 def test_the_first_and_the_last_epoch_are_always_measured(tmp_path):
@@ -180,9 +106,23 @@ def test_the_first_and_the_last_epoch_are_always_measured(tmp_path):
     assert [(row["epoch"], row["step"]) for row in callback.history] == [(0, 6), (2, 15)]
 
 
-class StopAfter(Callback):
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.should_stop = trainer.current_epoch == 4
+def test_a_log_spaced_schedule_ships(tmp_path):
+    callback = NeuralCollapseCallback(every_n_epochs=log_spaced(3), mode="online", strict=True)
+    fit(tmp_path, [callback], max_epochs=12)
+    assert [row["epoch"] + 1 for row in callback.history] == [1, 3, 5, 10, 12]
+    with pytest.raises(ValueError, match="positive integer"):
+        log_spaced(0)
+
+
+def test_a_subclass_may_choose_the_epochs_by_a_rule_of_its_own(tmp_path):
+    class Even(NeuralCollapseCallback):
+        def should_measure(self, trainer):
+            return trainer.current_epoch % 2 == 0
+
+    for mode in ("exact", "online"):
+        callback = Even(mode=mode, strict=True)
+        fit(tmp_path, [callback], max_epochs=5)
+        assert [row["epoch"] for row in callback.history] == [0, 2, 4]
 
 
 def test_a_run_that_is_stopped_early_is_measured_at_its_end(tmp_path):
@@ -195,57 +135,41 @@ def test_a_run_that_is_stopped_early_is_measured_at_its_end(tmp_path):
     assert logged == [row["nc/nc1"] for row in callback.history]
 
 
-def hooks_of(model):
-    return [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+# ----------------------------------------------------------------------------------------------------------- resumed runs
 
 
-class RaiseInPass(Classifier):
-    """Raises in the third forward pass in eval mode, that is inside a measurement."""
-
-    def __init__(self, error):
-        super().__init__()
-        self.error, self.calls = error, itertools.count(1)  # a number would be put back
-
-    def forward(self, x):
-        if not self.training and next(self.calls) == 3:
-            raise self.error
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")])
-def test_no_hook_outlives_an_interrupt_or_an_error(tmp_path, error):
-    model = RaiseInPass(error)
-    with pytest.raises((KeyboardInterrupt, SystemExit, RuntimeError)):
-        fit(tmp_path, [NeuralCollapseCallback(strict=True)], model=model)
-    assert hooks_of(model) == []
-    assert all(module.training for module in model.modules())
+def test_a_resumed_run_continues_the_history_and_equals_an_uninterrupted_one(tmp_path):
+    seed_everything(3, verbose=False)
+    whole = NeuralCollapseCallback()
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fit(tmp_path, [whole, checkpoint], data=loader(shuffle=False), max_epochs=4)
+    seed_everything(3, verbose=False)
+    resumed = NeuralCollapseCallback()
+    fit(tmp_path, [resumed], data=loader(shuffle=False), max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert [row["epoch"] for row in resumed.history] == [0, 1, 2, 3]
+    assert resumed.history[:2] == whole.history[:2]
 
 
-def test_an_error_in_a_measurement_does_not_kill_the_run_and_later_epochs_are_measured(tmp_path):
-    callback = NeuralCollapseCallback()
-    with pytest.warns(UserWarning, match="neural collapse cannot be measured, training goes on: boom"):
-        trainer, model = fit(tmp_path, [callback], model=RaiseInPass(RuntimeError("boom")))
-    assert trainer.global_step == 18
-    assert [row["epoch"] for row in callback.history] == [1, 2]
-    assert hooks_of(model) == []
+def test_a_resumed_run_hands_its_last_values_to_what_monitors_them(tmp_path):
+    def callbacks():
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        return [NeuralCollapseCallback(every_n_epochs=5, strict=True), EarlyStopping("nc/nc1", patience=100), keep]
+
+    fit(tmp_path, callbacks(), max_epochs=3)
+    runner, _ = fit(tmp_path, callbacks(), max_epochs=7, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert runner.current_epoch == 7
 
 
-def test_what_cannot_be_measured_warns_once_or_raises_if_asked_to(tmp_path, recwarn):
-    mapped = DataLoader([{"rows": x, "weight": 1.0, "labels": y} for x, y in DATA], 8)
+def test_a_run_resumed_behind_its_last_measurement_does_not_measure_twice(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    options = {"val": loader(False), "val_check_interval": 0.5, "max_epochs": 2}
+    fit(tmp_path, [NeuralCollapseCallback(strict=True), keep], **options)
+    callback = NeuralCollapseCallback(strict=True)
+    fit(tmp_path, [callback], ckpt_path=tmp_path / "epoch=0-step=6.ckpt", **options)
+    assert [(row["epoch"], row["step"]) for row in callback.history] == [(0, 6), (1, 12)]
 
-    class TakesMapping(Classifier):
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self(batch["rows"]), batch["labels"])
 
-    fit(tmp_path, [NeuralCollapseCallback()], data=mapped, model=TakesMapping())
-    messages = [str(warning.message) for warning in recwarn if "neural collapse" in str(warning.message)]
-    assert len(messages) == 1
-    assert "pass forward_fn" in messages[0]
-    with pytest.raises(LookupError, match="pass forward_fn"):
-        fit(tmp_path, [NeuralCollapseCallback(strict=True)], data=mapped, model=TakesMapping())
-    callback = NeuralCollapseCallback(forward_fn=lambda module, batch: module(batch["rows"]), strict=True)
-    fit(tmp_path, [callback], data=mapped, model=TakesMapping())
-    assert len(callback.history) == 3
+# --------------------------------------------------------------------------------------------------- data to measure on
 
 
 def test_other_data_can_be_measured_on(tmp_path):
@@ -320,27 +244,123 @@ def test_a_dropped_last_batch_is_measured_all_the_same(tmp_path):
     assert sum(callback.measured()) == 3 * len(DATA)
 
 
-def test_plot_draws_a_panel_for_each_family(tmp_path):
+def test_a_loader_that_makes_its_batches_itself_is_used_as_it_is(tmp_path):
+    with pytest.warns(UserWarning, match="pass dataloader="):
+        fit(tmp_path, [NeuralCollapseCallback()], data=Normalized(DATA, 8))
+    callback = NeuralCollapseCallback(dataloader=Normalized(DATA, 8), strict=True)
+    _, model = fit(tmp_path, [callback], data=Normalized(DATA, 8, shuffle=True))
+    assert last(callback) == pytest.approx(true_nc1(model, 3 * ROWS), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------- what cannot be measured, or slowly
+
+
+class RaiseInPass(Classifier):
+    """Raises in the third forward pass in eval mode, that is inside a measurement."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.calls = error, itertools.count(1)  # a number would be put back
+
+    def forward(self, x):
+        if not self.training and next(self.calls) == 3:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")])
+def test_no_hook_outlives_an_interrupt_or_an_error(tmp_path, error):
+    model = RaiseInPass(error)
+    with pytest.raises((KeyboardInterrupt, SystemExit, RuntimeError)):
+        fit(tmp_path, [NeuralCollapseCallback(strict=True)], model=model)
+    assert hooks_of(model) == []
+    assert all(module.training for module in model.modules())
+
+
+def test_an_error_in_a_measurement_does_not_kill_the_run_and_later_epochs_are_measured(tmp_path):
     callback = NeuralCollapseCallback()
-    fit(tmp_path, [callback], fast_dev_run=True)
-    figure = callback.plot()
-    assert [axis.get_title()[:3] for axis in figure.axes] == ["NC1", "NC2", "NC3"]
-    figure.savefig(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    with pytest.warns(UserWarning, match="neural collapse cannot be measured, training goes on: boom"):
+        trainer, model = fit(tmp_path, [callback], model=RaiseInPass(RuntimeError("boom")))
+    assert trainer.global_step == 18
+    assert [row["epoch"] for row in callback.history] == [1, 2]
+    assert hooks_of(model) == []
 
 
-@pytest.mark.parametrize("rich", [True, False])
-def test_the_progress_bar_shows_the_pass_and_the_values(tmp_path, capsys, rich):
-    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+def test_what_cannot_be_measured_warns_once_or_raises_if_asked_to(tmp_path, recwarn):
+    mapped = DataLoader([{"rows": x, "weight": 1.0, "labels": y} for x, y in DATA], 8)
 
-    bar = RichProgressBar() if rich else TQDMProgressBar()
-    trainer, _ = fit(tmp_path, [NeuralCollapseCallback(strict=True), bar], enable_progress_bar=True)
-    output = capsys.readouterr()
-    text = output.out + output.err
-    assert "nc/nc1" in text
-    if not rich:  # rich draws only the last state when its output is no terminal
-        assert "Neural collapse" in text
-    assert {"nc/nc1", "nc/nc2_etf_centered", "nc/nc3_centered"} <= set(trainer.progress_bar_metrics)
+    class TakesMapping(Classifier):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch["rows"]), batch["labels"])
+
+    fit(tmp_path, [NeuralCollapseCallback()], data=mapped, model=TakesMapping())
+    messages = [str(warning.message) for warning in recwarn if "neural collapse" in str(warning.message)]
+    assert len(messages) == 1
+    assert "pass forward_fn" in messages[0]
+    with pytest.raises(LookupError, match="pass forward_fn"):
+        fit(tmp_path, [NeuralCollapseCallback(strict=True)], data=mapped, model=TakesMapping())
+    callback = NeuralCollapseCallback(forward_fn=lambda module, batch: module(batch["rows"]), strict=True)
+    fit(tmp_path, [callback], data=mapped, model=TakesMapping())
+    assert len(callback.history) == 3
+
+
+def test_a_layer_that_is_not_there_is_said_once_and_the_others_are_measured(tmp_path):
+    callback = NeuralCollapseCallback(layers=["net.2", "net.two"], stages=("train", "validate"))
+    with pytest.warns(UserWarning, match=r"is named 'net\.two'; near: .*what can be found is measured") as caught:
+        fit(tmp_path, [callback], val=loader(False))
+    assert sum("net.two" in str(warning.message) for warning in caught) == 1
+    assert "nc/net.2/nc1" in callback.history[-2]
+    assert "nc/val/net.2/nc1" in callback.history[-1]
+    with pytest.raises(LookupError, match=r"is named 'net\.two'"):
+        fit(tmp_path, [NeuralCollapseCallback(layers=["net.two"], strict=True)])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mode": "online"}])
+def test_a_layer_that_does_not_fit_is_left_out_and_the_others_are_measured(tmp_path, arguments):
+    class Nodes(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.nodes = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return super().forward(self.nodes(x.repeat(3, 1))[: len(x)])
+
+    callback = NeuralCollapseCallback(["nodes", "net.2"], **arguments)
+    with pytest.warns(UserWarning, match="the layer 'nodes' is left out: no call of 'nodes' has a row"):
+        fit(tmp_path, [callback], model=Nodes())
+    assert len(callback.history) == 3
+    assert all("nc/net.2/nc1" in row and "nc/nc1" in row and "nc/nodes/nc1" not in row for row in callback.history)
+    with pytest.raises(LookupError, match="no call of 'nodes' has a row"):
+        fit(tmp_path, [NeuralCollapseCallback(["nodes"], strict=True, **arguments)], model=Nodes())
+
+
+def test_a_pass_that_takes_more_than_a_quarter_of_the_epoch_is_said_once(tmp_path, caplog):
+    class Slow:
+        """Takes more than a second."""
+
+        def __iter__(self):
+            time.sleep(1.1)
+            yield from loader(False)
+
+    with caplog.at_level("INFO"):
+        fit(tmp_path, [NeuralCollapseCallback(dataloader=Slow(), strict=True)], max_epochs=2)
+    said = [record.message for record in caplog.records if "measuring neural collapse took" in record.message]
+    assert len(said) == 1
+    assert "every_n_epochs" in said[0]
+    assert "mode='online'" in said[0]
+
+
+# ---------------------------------------------------------------------------------------------------- settings and figures
+
+
+def test_several_callbacks_live_together_unless_they_would_write_under_the_same_keys(tmp_path):
+    train, val = NeuralCollapseCallback(strict=True), NeuralCollapseCallback(stages=("validate",), strict=True)
+    more = NeuralCollapseCallback(layers=["net.0"], metrics=("nc1_trace",), strict=True)
+    trainer, _ = fit(tmp_path, [train, val, more], val=loader(False))
+    assert {"nc/nc1", "nc/val/nc1", "nc/net.0/nc1_trace"} <= set(trainer.callback_metrics)
+    assert len({callback.state_key for callback in (train, val, more)}) == 3
+    with pytest.raises(MisconfigurationException, match="under the same keys"):
+        fit(tmp_path, [NeuralCollapseCallback(), NeuralCollapseCallback(mode="online")])
 
 
 @pytest.mark.parametrize(
@@ -352,8 +372,23 @@ def test_the_progress_bar_shows_the_pass_and_the_values(tmp_path, capsys, rich):
         ({"num_classes": 1}, "at least 2"),
         ({"pool": "max"}, "'flatten', or a callable"),
         ({"target_fn": 3}, "target_fn must be a callable"),
+        ({"stages": ("train", "val")}, "any of 'train', 'validate', 'test', got"),
+        ({"stages": "train"}, "must be a sequence"),
+        ({"stages": ()}, "must be a sequence"),
+        ({"every_n_epochs": log_spaced}, r"write log_spaced\(\)"),
+        ({"mode": "offline"}, "'exact' or 'online'"),
+        ({"mode": "online", "dataloader": []}, "leave one of them out"),
     ],
 )
 def test_bad_arguments_are_refused_in_the_constructor(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         NeuralCollapseCallback(**arguments)
+
+
+def test_plot_draws_a_panel_for_each_family(tmp_path):
+    callback = NeuralCollapseCallback()
+    fit(tmp_path, [callback], fast_dev_run=True)
+    figure = callback.plot()
+    assert [axis.get_title()[:3] for axis in figure.axes] == ["NC1", "NC2", "NC3"]
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import clusters
+from conftest import Classifier, clusters, loader
 from lightning.pytorch import Trainer, seed_everything
-from test_callback import Classifier, loader
 
 from lightning_nc import NeuralCollapse, NeuralCollapseCallback
 
@@ -43,7 +42,7 @@ def test_values_on_the_gpu_are_those_of_the_cpu():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_on_the_gpu_is_bit_identical_with_and_without_the_callback(tmp_path, precision, arguments, compiled):
     def train(callbacks):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         seed_everything(3, verbose=False)
         model = Classifier()
         if compiled:

@@ -1,4 +1,4 @@
-"""Two processes measure what one measures: DDP, several nodes, sharded parameters, and what it costs to agree.
+"""Two processes measure what one measures: DDP, several nodes, sharded parameters; and the collective steps.
 
 The processes run tests/distributed.py; each of its parts once, for all tests here.
 """
@@ -14,11 +14,13 @@ import distributed
 import pytest
 import reference
 import torch
+from conftest import free_port
 from distributed import LAYERS, OTHER, TRAIN, Classifier
-from test_metrics import free_port
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nc import measure
+from lightning_nc.measuring.distributed import all_raise, is_sharded
 
 SCRIPT = Path(distributed.__file__)
 
@@ -61,6 +63,55 @@ def check_as_one_process(row, state, data=TRAIN, prefix="nc", rel=1e-6):
     assert {f"{prefix}/{name}": row[f"{prefix}/{name}"] for name in values} == pytest.approx(
         {f"{prefix}/{name}": value for name, value in values.items()}, rel=rel
     )
+
+
+# ------------------------------------------------------------------------------------------------------ collective steps
+
+
+def steps():
+    return [rank["steps"] for rank in run("sharded")[0]]
+
+
+def test_the_largest_value_of_all_ranks_is_known_to_all():
+    assert [rank["largest"] for rank in steps()] == [-2.5, -2.5]
+
+
+def test_if_one_rank_fails_all_raise_and_the_others_are_told():
+    first, second = steps()
+    assert first["no error"] is second["no error"] is None
+    assert second["error of rank 1"] == ("KeyError", "'mine'")
+    assert first["error of rank 1"] == (
+        "RuntimeError",
+        "another rank could not measure its part; the warning of that rank says why",
+    )
+
+
+def test_a_single_process_raises_its_own_error_without_any_collective():
+    assert all_raise(None, None) is None
+    with pytest.raises(KeyError, match="mine"):
+        all_raise(KeyError("mine"), None)
+
+
+def test_shapes_that_differ_between_ranks_raise_on_all_of_them():
+    for rank in steps():
+        assert rank["same shapes"] is None
+        assert rank["other shapes"][0] == "ValueError"
+        assert "differ between ranks" in rank["other shapes"][1]
+
+
+def test_all_ranks_get_the_buffers_of_the_first_but_for_those_outside_of_a_checkpoint():
+    first, second = (rank["buffers"] for rank in steps())
+    assert first == {"own": [0, 0], "empty": [], "cache": [0, 0]}
+    assert second == {"own": [0, 0], "empty": [], "cache": [1, 1, 1]}
+
+
+def test_only_fsdp_shards_a_model():
+    for rank in run("sharded")[0]:
+        assert rank["is sharded"] == [True, True, False]
+    assert not is_sharded(nn.Linear(6, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------- whole trainings
 
 
 @pytest.mark.parametrize("part", ["exact", "every_stage", "online", "uneven", "wide", "model_parallel"])

@@ -1,154 +1,22 @@
-import random
+"""The exact pass over a dataloader: ``measure``, and a second pass for features that are too wide."""
 
-import numpy as np
+import math
+import os
+import subprocess
+import sys
+
 import pytest
 import reference
 import torch
-from conftest import clusters
+from conftest import PAPER, clusters, fit, loader
 from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_nc import measure
-from lightning_nc.measuring.loaders import measurement_loader
-from lightning_nc.measuring.snapshot import evaluation_mode
-
-DATA = TensorDataset(torch.arange(51.0).unsqueeze(1), torch.arange(51) % 3)
-
-
-def visited(loader, **kwargs):
-    batches, _ = measurement_loader(loader, **kwargs)
-    return [int(value) for rows, _ in batches for value in rows]
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from DATA
-
-
-@pytest.mark.parametrize(
-    "loader",
-    [
-        DataLoader(DATA, 8),
-        DataLoader(DATA, 8, shuffle=True, drop_last=True),
-        DataLoader(DATA, 8, shuffle=True, num_workers=2, persistent_workers=True),
-        DataLoader(DATA, 8, sampler=WeightedRandomSampler([1.0] * 51, 20)),
-        DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, drop_last=True)),
-        DataLoader(Stream(), 8),
-    ],
-    ids=["sequential", "shuffled", "workers", "weighted", "batch sampler", "stream"],
-)
-def test_every_sample_is_visited_once_and_in_order(loader):
-    assert visited(loader) == list(range(51))
-
-
-def test_samples_outside_of_a_subset_are_not_visited():
-    assert visited(DataLoader(DATA, 8, sampler=SubsetRandomSampler([40, 3, 9]))) == [3, 9, 40]
-    assert visited(DataLoader(Subset(DATA, [5, 4]), 8, shuffle=True)) == [5, 4]
-    half = torch.arange(51) % 2
-    assert visited(DataLoader(DATA, 8, sampler=WeightedRandomSampler(half.double(), 20))) == list(range(1, 51, 2))
-
-
-def test_a_sampler_over_a_part_of_the_data_gives_that_part():
-    assert visited(DataLoader(DATA, 8, sampler=SequentialSampler(range(20)))) == list(range(20))
-    assert visited(DataLoader(DATA, 8, sampler=RandomSampler(range(20)))) == list(range(20))
-    with pytest.raises(LookupError, match="pass batch_sampler="):
-        visited(DataLoader(DATA, batch_size=None, sampler=BatchSampler(RandomSampler(DATA), 8, False)))
-
-
-class Endless(Sampler):
-    def __iter__(self):
-        while True:
-            yield from reversed(range(20))
-
-
-class Epochs(Endless):
-    def __len__(self):
-        return 20
-
-
-class Half(RandomSampler):
-    def __iter__(self):
-        return iter(range(0, 51, 2))
-
-    def __len__(self):
-        return 26
-
-
-class Repeated(BatchSampler):
-    def __iter__(self):
-        while True:
-            yield from super().__iter__()
-
-
-def test_what_a_batch_sampler_draws_from_is_what_is_measured():
-    fold = SubsetRandomSampler(range(10, 30))
-    assert visited(DataLoader(DATA, batch_sampler=BatchSampler(fold, 8, False))) == list(range(10, 30))
-    chosen = visited(DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, False)), max_batches=2)
-    assert chosen != sorted(chosen)
-    assert visited(DataLoader(DATA, 8, sampler=Half(DATA))) == list(range(0, 51, 2))
-
-
-def test_samplers_without_an_end_are_followed_for_an_epoch():
-    assert visited(DataLoader(DATA, 8, sampler=Epochs())) == list(range(20))
-    assert visited(DataLoader(DATA, batch_sampler=Repeated(SequentialSampler(DATA), 8, False))) == list(range(51))
-    assert len(visited(DataLoader(DATA, 5, sampler=Endless()), max_batches=2)) == 10
-    with pytest.raises(LookupError, match="Endless of the training data has no length"):
-        visited(DataLoader(DATA, 8, sampler=Endless()))
-
-
-class Normalising(DataLoader):
-    def __iter__(self):
-        for rows, target in super().__iter__():
-            yield rows / 100, target
-
-
-def test_a_loader_that_makes_its_batches_itself_is_not_copied():
-    with pytest.raises(LookupError, match=r"a Normalising that makes batches in a way of its own.*pass dataloader="):
-        visited(Normalising(DATA, 8))
-
-
-def test_ranks_share_the_samples_without_padding():
-    shards = [visited(DataLoader(DATA, 8), rank=rank, world_size=4) for rank in range(4)]
-    assert sorted(sample for shard in shards for sample in shard) == list(range(51))
-
-
-def test_a_limit_takes_a_fixed_random_choice():
-    loader = DataLoader(DATA, 8, shuffle=True)
-    chosen = visited(loader, max_batches=2)
-    assert len(set(chosen)) == 16
-    assert chosen == visited(loader, max_batches=2)
-    assert chosen != sorted(chosen)
-
-
-def test_a_loader_that_cannot_be_copied_is_refused():
-    with pytest.raises(LookupError, match="pass dataloader="):
-        measurement_loader({"a": DataLoader(DATA), "b": DataLoader(DATA)})
-
-
-def test_training_flags_and_random_streams_are_put_back_even_after_an_error():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
-    model[0].eval()  # frozen by its owner
-    states = [random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()]
-    with pytest.raises(KeyboardInterrupt), evaluation_mode(model, torch.device("cpu")):
-        assert not model[1].training
-        assert not torch.is_grad_enabled()
-        random.random(), np.random.rand(), torch.rand(1)
-        raise KeyboardInterrupt
-    assert [model.training, model[0].training, model[1].training] == [True, False, True]
-    assert random.getstate() == states[0]
-    assert (np.random.get_state()[1] == states[1]).all()
-    assert torch.equal(torch.get_rng_state(), states[2])
+from lightning_nc import NeuralCollapseCallback, measure
+from lightning_nc.functional import nc1
+from lightning_nc.measuring import evaluation
+from lightning_nc.measuring.evaluation import Collector
+from lightning_nc.measuring.probe import Probe
 
 
 def test_measure_agrees_with_an_independent_computation_at_every_layer():
@@ -232,52 +100,176 @@ def test_what_cannot_be_measured_says_why_and_what_to_do(model, batch, arguments
         measure(model, [batch], progress=False, **arguments)
 
 
-def test_features_are_taken_before_the_next_layer_works_in_place():
-    rows, target = clusters(4, 30, 8, 0.5)
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
-    values = measure(model, [(rows, target)], layers=["0"], metrics=("nc1",), progress=False)
-    with torch.no_grad():
-        expected = reference.nc1_by_axes(model[0](rows).numpy(), target.numpy())
-    assert values["0/nc1"] == pytest.approx(expected, rel=1e-5)
-    model = nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 4)))
-    values = measure(model, [(rows.clone(), target)], classifier="1", num_classes=4, metrics=("nc1",), progress=False)
-    assert values["nc1"] == pytest.approx(reference.nc1_by_axes(rows.numpy(), target.numpy()), rel=1e-5)
-
-
-def test_a_head_with_more_outputs_than_classes_and_one_that_is_no_linear_layer():
-    rows, target = clusters(4, 30, 8, 0.5)
-    wide = nn.Linear(8, 10)
-    values = measure(wide, [(rows, target)], num_classes=4, progress=False)
-    expected = reference.direction(wide.weight[:4].detach().double().numpy(), reference.moments(rows, target)[0])
-    assert values["nc3"] == pytest.approx(expected, rel=1e-5)
-    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
-    assert "nc3" not in measure(model, [(rows, target)], classifier="0", num_classes=4, progress=False)
-
-
-def test_measuring_leaves_the_generator_of_the_loader_where_it_was():
-    rows, target = clusters(4, 30, 8, 0.5)
-    generator = torch.Generator().manual_seed(5)
-    before = generator.get_state()
-    measure(
-        nn.Linear(8, 4), DataLoader(TensorDataset(rows, target), 7, shuffle=True, generator=generator), progress=False
-    )
-    assert torch.equal(generator.get_state(), before)
-
-
-def test_a_binary_head_can_be_measured_as_the_message_says():
-    rows, target = clusters(2, 10, 6, 0.3)
-    metrics = ("nc1", "nc2_etf_centered")
-    values = measure(nn.Linear(6, 1), [(rows, target)], num_classes=2, metrics=metrics, progress=False)
-    assert values["nc1"] == pytest.approx(reference.nc1(rows.numpy(), target.numpy()), rel=1e-5)
-
-
-def test_a_classifier_is_one_name():
-    with pytest.raises(LookupError, match="is named"):
-        measure(
-            nn.Sequential(nn.Linear(6, 3)), [(torch.randn(4, 6), torch.zeros(4).long())], classifier="*", progress=False
-        )
-
-
 def test_no_batch_at_all_is_said():
     with pytest.raises(LookupError, match="gave no batch"):
         measure(nn.Linear(6, 3), [], progress=False)
+
+
+def test_a_traced_model_is_measured():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    assert measure(traced, [(torch.randn(9, 6), torch.arange(9) % 3)], progress=False)["nc1"] > 0
+
+
+def test_finding_the_classifier_changes_no_batch():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x -= 5
+            return self.head(self.body(x).relu())
+
+    model = InPlace()
+    found = measure(model, loader(False), progress=False)
+    assert found == measure(model, loader(False), classifier="head", progress=False)
+
+
+# -------------------------------------------------------------------------------------------------------- the collector
+
+
+def collected(batches, own=None):
+    """A collector after these batches of a linear layer, whose input is the features."""
+    torch.manual_seed(0)
+    model, probe = nn.Linear(6, 3), Probe()
+    collector = Collector(probe, PAPER)
+    with torch.no_grad():
+        for batch in batches:
+            collector.start(batch, lambda batch=batch: probe.attached or probe.attach(model, batch))
+            model(batch[0])
+            collector.finish(own)
+    probe.detach()
+    return collector
+
+
+def test_batches_are_collected_to_the_values_of_all_samples():
+    rows, target = clusters(3, 10, 6, 0.3)
+    collector = collected(zip(rows.split(7), target.split(7), strict=True))
+    assert (collector.batches, collector.samples) == (5, 30)
+    assert collector.values()["nc1"] == pytest.approx(reference.nc1(rows.numpy(), target.numpy()), rel=1e-5)
+    means, classes = collector.class_means()
+    assert classes == [0, 1, 2]
+    torch.testing.assert_close(means, torch.from_numpy(reference.moments(rows, target)[0]))
+
+
+def test_of_a_padded_dataloader_only_the_own_samples_count():
+    rows, target = clusters(3, 10, 6, 0.3)
+    padded = [(part[torch.arange(35) % 30]) for part in (rows, target)]
+    batches = list(zip(*(part.split(7) for part in padded), strict=True))
+    whole = collected(zip(rows.split(7), target.split(7), strict=True)).values()
+    assert collected(batches, own=30).values() == pytest.approx(whole, rel=1e-12)
+    assert collected(batches).values()["nc1"] != pytest.approx(whole["nc1"], rel=1e-6)
+
+
+def test_classes_without_a_sample_have_no_mean():
+    rows, target = clusters(2, 10, 6, 0.3)
+    means, classes = collected([(rows, 2 * target)]).class_means()
+    assert classes == [0, 2]
+    torch.testing.assert_close(means, torch.from_numpy(reference.moments(rows, target)[0]))
+
+
+def test_an_error_waits_until_all_ranks_meet():
+    rows, target = clusters(3, 10, 6, 0.3)
+    collector = collected([(rows, target), (rows, target.float()), (rows, target)])
+    assert collector.batches == 1
+    with pytest.raises(ValueError, match="must hold class indices"):
+        collector.synchronize(None)
+
+
+def test_inputs_of_varying_size_need_a_pool():
+    model = nn.Sequential(
+        nn.Unflatten(1, (3, -1)), nn.Identity(), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(6, 3)
+    )
+    batches = [(torch.randn(9, size), torch.arange(9) % 3) for size in (6, 12)]
+    with pytest.raises(
+        ValueError, match="must have 6 columns as in the first batch, got 12; inputs of varying size need"
+    ):
+        measure(model, batches, layers=["1"], pool="flatten", progress=False)
+    assert "1/nc1" in measure(model, batches, layers=["1"], pool="mean_channels_first", progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------ wide features
+
+
+@pytest.fixture
+def _no_scatter(monkeypatch):
+    monkeypatch.setattr(evaluation, "SCATTER_LIMIT", 0)
+
+
+@pytest.mark.usefixtures("_no_scatter")
+@pytest.mark.parametrize(("classes", "width"), [(4, 12), (9, 6)])
+@pytest.mark.parametrize("noise", [0.3, 1e-4])
+def test_a_second_pass_gives_the_nc1_of_all_features(classes, width, noise, caplog):
+    rows, target = clusters(classes, 20, width, noise)
+    model = nn.Sequential(nn.Unflatten(1, (2, -1)), nn.Flatten(), nn.Linear(width, classes))
+    with caplog.at_level("INFO"):
+        values = measure(model, DataLoader(TensorDataset(rows, target), 7), layers=["0"], pool="flatten")
+    expected = nc1(rows, target).item()
+    assert expected < (1 if noise == 0.3 else 1e-7)
+    assert values["nc1"] == values["0/nc1"] == pytest.approx(expected, rel=1e-6)
+    said = [record.message for record in caplog.records if "second pass" in record.message]
+    if classes < width:
+        assert len(said) == 1
+        assert f"the features of classifier input {width}, 0 {width} would need" in said[0]
+    else:  # a projection on the span of the class means would gain nothing
+        assert not said
+
+
+@pytest.mark.usefixtures("_no_scatter")
+def test_a_generator_which_has_only_one_pass_is_refused():
+    rows, target = clusters(3, 10, 6, 0.3)
+    batches = zip(rows.split(5), target.split(5), strict=True)
+    with pytest.raises(LookupError, match="a generator gives its batches only once"):
+        measure(nn.Linear(6, 3), batches, progress=False)
+    values = measure(nn.Linear(6, 3), [(rows, target)], metrics=("nc2_etf", "nc3"), progress=False)
+    assert set(values) == {"nc2_etf", "nc3"}
+
+
+@pytest.mark.usefixtures("_no_scatter")
+def test_an_iterable_dataset_is_iterated_twice(tmp_path):
+    rows, target = clusters(3, 15, 6, 0.5)
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from TensorDataset(rows, target)
+
+    callback = NeuralCollapseCallback(strict=True)
+    _, model = fit(tmp_path, [callback], data=DataLoader(Stream(), 8), max_epochs=1)
+    with torch.no_grad():
+        features = model.eval().net[:4](rows)
+    assert callback.history[-1]["nc/nc1"] == pytest.approx(nc1(features, target).item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("_no_scatter")
+def test_nc1_of_wide_features_is_nan_where_the_class_means_coincide():
+    rows, target = torch.ones(12, 6), torch.arange(12) % 3
+    values = measure(nn.Linear(6, 3), DataLoader(TensorDataset(rows, target), 5), progress=False)
+    assert math.isnan(values["nc1"])
+
+
+REAL = """
+import resource, torch
+from torch import nn
+from lightning_nc import measure
+from lightning_nc.functional import nc1
+from lightning_nc.measuring import evaluation
+torch.manual_seed(0)
+target = torch.arange(10).repeat(20)
+images = torch.randn(10, 4, 64, 64)[target] + 1e-3 * torch.randn(200, 4, 64, 64)
+model = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(16384, 10))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+measure(model, [(images[:20], target[:20])], metrics=("nc2_etf",), progress=False)
+before = peak()
+values = measure(model, list(zip(images.split(20), target.split(20))), layers=["0"], pool="flatten", progress=False)
+print(peak() - before, values["0/nc1"], nc1(images.relu().flatten(1), target).item())
+"""
+
+
+@pytest.mark.slow
+def test_features_of_16384_dimensions_take_little_memory():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", REAL], env=environment, check=True, capture_output=True, text=True)
+    gigabytes, value, expected = map(float, run.stdout.split())
+    assert gigabytes < 0.3  # the scatter alone would take 3.2
+    assert value == pytest.approx(expected, rel=1e-6)

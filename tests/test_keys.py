@@ -40,3 +40,14 @@ def test_a_layer_whose_key_would_read_as_a_stage_is_reserved():
 def test_numbers_in_names_are_ordered_by_value():
     names = ["layer10", "layer9", "", "a.2.b", "layer1", "a.10.b", "2"]
     assert sorted(names, key=natural_order) == ["", "2", "a.2.b", "a.10.b", "layer1", "layer9", "layer10"]
+
+
+def test_digits_that_are_no_decimal_numbers_are_letters():
+    assert natural_order("m²") == ["m²"]
+    assert sorted(["x10²", "x9²"], key=natural_order) == ["x9²", "x10²"]
+
+
+def test_the_parts_of_a_key_have_names():
+    key = parse_key("nc/val_1/layer3/nc1")
+    assert (key.stage, key.loader, key.layer, key.metric) == ("validate", 1, "layer3", "nc1")
+    assert make_key("nc1") == "nc1"

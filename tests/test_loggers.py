@@ -2,13 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from conftest import StopAfter, fit, is_picture, loader
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from PIL import Image
-from test_callback import StopAfter, fit, loader
 
 from lightning_nc import NeuralCollapseCallback
 from lightning_nc.loggers import publish_figures
@@ -24,11 +23,6 @@ MEANS = torch.eye(4, 6, dtype=torch.float64)
 
 def values(rows):
     return sorted((row["epoch"], key, pytest.approx(row[key], rel=1e-6)) for row in rows for key in row if "nc/" in key)
-
-
-def is_picture(path):
-    pixels = np.asarray(Image.open(path).convert("RGB"))
-    return min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
 @pytest.fixture

@@ -3,16 +3,10 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from conftest import is_picture
 
 from lightning_nc.__main__ import main
-
-
-def is_picture(path):
-    pixels = np.asarray(Image.open(path).convert("RGB"))
-    return min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
 @pytest.fixture

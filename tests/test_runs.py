@@ -3,8 +3,6 @@
 import csv
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -189,11 +187,3 @@ def test_metrics_are_known_by_their_name_or_by_the_prefix():
 
 def test_an_epoch_is_an_int_where_it_is_whole():
     assert [epoch_of({"epoch": value}) for value in (2, 2.0, "2", 2.5)] == [2, 2, 2, 2.5]
-
-
-def test_reading_a_csv_loads_no_plotting(tmp_path):
-    file = write(tmp_path / "a.csv", "epoch,nc/nc1", "0,0.5")
-    code = f"from lightning_nc.runs import read_run; import sys; read_run({str(file)!r}); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "lightning_nc.runs" in loaded
-    assert "lightning_nc.plotting" not in loaded

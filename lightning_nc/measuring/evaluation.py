@@ -191,11 +191,12 @@ class Collector:
         """
         for layer in self.too_wide():
             span = self.metrics[layer].span()
+            if not span.shape[1]:  # all class means coincide: nc1 is nan, as it is for features that are not wide
+                span = span.new_zeros(len(span), 1)
             if ranks is not None:
                 dist.broadcast(span, src=0)
-            if span.shape[1]:  # else all class means coincide, and nc1 is not defined
-                self.spans[layer] = span
-                self.projected[layer] = self._create(span.shape[1], ["nc1"], span.device)
+            self.spans[layer] = span
+            self.projected[layer] = self._create(span.shape[1], ["nc1"], span.device)
         if self.spans and self.probe.is_new("two passes"):
             sizes = ", ".join(f"{layer or 'classifier input'} {width}" for layer, width in self.too_wide().items())
             rank_zero_info(

@@ -1,17 +1,28 @@
-"""Models of timm and of transformers, in their smallest sizes and with random weights."""
+"""Models of torchvision, timm and transformers with random weights: the classifier is found, and its input measured.
+
+Three of each kind are quick; all others are slow.
+"""
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import found, measured_features
-from lightning.pytorch import LightningModule, Trainer
-from test_torchvision import last_with_ten_outputs
+from conftest import fit, measured_features, name_of_classifier
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nc import NeuralCollapseCallback, measure
 
+models = pytest.importorskip("torchvision.models")
+
+QUICK = {
+    *("resnet18", "vit_b_16", "squeezenet1_1"),
+    *("resnet10t", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
+    *("BertForSequenceClassification", "GPT2ForSequenceClassification", "ViTForImageClassification"),
+}
+TORCHVISION_SIZES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224}
+TOO_LARGE = {"regnet_y_128gf", "vit_h_14"}  # over 600 million weights each, and the code of their smaller siblings
 TIMM = [
     "resnet10t",
     "vit_tiny_patch16_224",
@@ -68,6 +79,17 @@ TRANSFORMERS = {
 }
 
 
+def marked(names):
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name) for name in names]
+
+
+def last_with_ten_outputs(model):
+    """From the list of modules, without a run of the model: the head is listed last, after the auxiliary ones."""
+    pointwise = [(name, m.out_channels) for name, m in model.named_modules() if getattr(m, "kernel_size", 0) == (1, 1)]
+    linear = [(name, m.out_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [name for name, outputs in linear or pointwise if outputs == 10][-1]
+
+
 def of_timm(name):
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, pretrained=False, num_classes=10).eval()
@@ -98,22 +120,40 @@ def samples(name, count=24):
     ]
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", marked(sorted(set(models.list_models(module=models)) - TOO_LARGE)))
+def test_the_classifier_of_every_torchvision_model_is_found_and_its_input_gives_the_logits(name):
+    size = TORCHVISION_SIZES.get(name, 32)
+    arguments = {"image_size": size} if name.startswith("vit") else {}
+    if name in ("googlenet", "inception_v3"):
+        arguments["init_weights"] = False  # it would take minutes
+    model = models.get_model(name, weights=None, num_classes=10, **arguments).eval()
+    head = last_with_ten_outputs(model)
+    nn.init.normal_(model.get_submodule(head).weight)  # the head of a vision transformer starts at zero
+
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert name_of_classifier(model, lambda: model(images)) == head
+    if not name.startswith("squeezenet"):  # a ReLU and a mean over positions follow its classifier
+        logits, features, parts = measured_features(model, (images, torch.arange(2)), classifier=head)
+        torch.testing.assert_close(features @ parts[0].T + (0 if parts[1] is None else parts[1]), logits)
+
+
+@pytest.mark.parametrize("name", marked(TIMM))
 def test_the_classifier_of_timm_models_is_found_and_its_input_gives_the_logits(name):
     model, images = of_timm(name)
     head = last_with_ten_outputs(model)
     nn.init.normal_(model.get_submodule(head).weight)  # some heads start at zero
     with torch.no_grad():
-        assert found(model, lambda: model(images)) == head
+        assert name_of_classifier(model, lambda: model(images)) == head
     logits, features, parts = measured_features(model, (images, torch.arange(2)))
     torch.testing.assert_close(features @ parts[0].T + (0 if parts[1] is None else parts[1]), logits)
 
 
-@pytest.mark.parametrize("name", TWO_HEADS)
+@pytest.mark.parametrize("name", marked(TWO_HEADS))
 def test_two_heads_whose_average_is_the_output_are_named_and_either_can_be_chosen(name):
     model, images = of_timm(name)
     with torch.no_grad(), pytest.raises(LookupError, match=f"several linear layers, {TWO_HEADS[name]}; name one"):
-        found(model, lambda: model(images))
+        name_of_classifier(model, lambda: model(images))
     logits, halves = None, []
     for head in TWO_HEADS[name].replace("'", "").split(", "):
         logits, features, parts = measured_features(model, (images, torch.arange(2)), classifier=head)
@@ -121,7 +161,7 @@ def test_two_heads_whose_average_is_the_output_are_named_and_either_can_be_chose
     torch.testing.assert_close(sum(halves) / 2, logits)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", marked(TRANSFORMERS))
 @pytest.mark.filterwarnings("ignore:.*the classifier 'score' is called on every position")
 def test_transformers_are_measured_from_batches_as_they_are_trained_on(name):
     model = of_transformers(name)
@@ -129,7 +169,7 @@ def test_transformers_are_measured_from_batches_as_they_are_trained_on(name):
     rows = samples(name)
     loader = DataLoader(rows, 8)
     with torch.no_grad():
-        assert found(model, lambda: model(**next(iter(loader)))) == TRANSFORMERS[name][0]
+        assert name_of_classifier(model, lambda: model(**next(iter(loader)))) == TRANSFORMERS[name][0]
         handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         for batch in loader:
             model(**batch)
@@ -142,8 +182,8 @@ def test_transformers_are_measured_from_batches_as_they_are_trained_on(name):
     values = measure(model, loader, progress=False)
     expected = reference.all_metrics(features, labels, weight, np.zeros(4))
     assert values["nc1"] == pytest.approx(expected["nc1"], rel=1e-3)
-    for measure_name in ("nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered"):
-        assert values[measure_name] == pytest.approx(expected[measure_name], rel=1e-4)
+    for metric in ("nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered"):
+        assert values[metric] == pytest.approx(expected[metric], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
@@ -203,15 +243,7 @@ def test_a_transformer_is_measured_while_lightning_trains_it(tmp_path, arguments
 
     callback = NeuralCollapseCallback(layers=["*encoder.layer.1"], strict=True, **arguments)
     model, loader = Classifier(), DataLoader(samples("text"), 8)
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
-    Trainer(max_epochs=2, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **quiet).fit(
-        model, loader
-    )
+    fit(tmp_path, [callback], data=loader, model=model, max_epochs=2)
     assert [row["epoch"] for row in callback.history] == [0, 1]
     last = callback.history[-1]
     assert np.isfinite([value for key, value in last.items() if key.startswith("nc/")]).all()

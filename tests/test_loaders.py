@@ -1,0 +1,185 @@
+"""The samples of a dataloader, each once and in order, without touching the dataloader itself."""
+
+import pytest
+import torch
+from conftest import Normalized, clusters
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_nc import measure
+from lightning_nc.measuring.loaders import (
+    has_own_iteration,
+    is_distributed,
+    measurement_loader,
+    own_samples,
+    rank_of,
+    warn_if_moved,
+)
+
+DATA = TensorDataset(torch.arange(51.0).unsqueeze(1), torch.arange(51) % 3)
+
+
+def visited(loader, **kwargs):
+    batches, _ = measurement_loader(loader, **kwargs)
+    return [int(value) for rows, _ in batches for value in rows]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from DATA
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(DATA, 8),
+        DataLoader(DATA, 8, shuffle=True, drop_last=True),
+        DataLoader(DATA, 8, shuffle=True, num_workers=2, persistent_workers=True),
+        DataLoader(DATA, 8, sampler=WeightedRandomSampler([1.0] * 51, 20)),
+        DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, drop_last=True)),
+        DataLoader(Stream(), 8),
+    ],
+    ids=["sequential", "shuffled", "workers", "weighted", "batch sampler", "stream"],
+)
+def test_every_sample_is_visited_once_and_in_order(loader):
+    assert visited(loader) == list(range(51))
+
+
+def test_samples_outside_of_a_subset_are_not_visited():
+    assert visited(DataLoader(DATA, 8, sampler=SubsetRandomSampler([40, 3, 9]))) == [3, 9, 40]
+    assert visited(DataLoader(Subset(DATA, [5, 4]), 8, shuffle=True)) == [5, 4]
+    half = torch.arange(51) % 2
+    assert visited(DataLoader(DATA, 8, sampler=WeightedRandomSampler(half.double(), 20))) == list(range(1, 51, 2))
+
+
+def test_a_sampler_over_a_part_of_the_data_gives_that_part():
+    assert visited(DataLoader(DATA, 8, sampler=SequentialSampler(range(20)))) == list(range(20))
+    assert visited(DataLoader(DATA, 8, sampler=RandomSampler(range(20)))) == list(range(20))
+    with pytest.raises(LookupError, match="pass batch_sampler="):
+        visited(DataLoader(DATA, batch_size=None, sampler=BatchSampler(RandomSampler(DATA), 8, False)))
+
+
+class Endless(Sampler):
+    def __iter__(self):
+        while True:
+            yield from reversed(range(20))
+
+
+class Epochs(Endless):
+    def __len__(self):
+        return 20
+
+
+class Half(RandomSampler):
+    def __iter__(self):
+        return iter(range(0, 51, 2))
+
+    def __len__(self):
+        return 26
+
+
+class Repeated(BatchSampler):
+    def __iter__(self):
+        while True:
+            yield from super().__iter__()
+
+
+def test_what_a_batch_sampler_draws_from_is_what_is_measured():
+    fold = SubsetRandomSampler(range(10, 30))
+    assert visited(DataLoader(DATA, batch_sampler=BatchSampler(fold, 8, False))) == list(range(10, 30))
+    chosen = visited(DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, False)), max_batches=2)
+    assert chosen != sorted(chosen)
+    assert visited(DataLoader(DATA, 8, sampler=Half(DATA))) == list(range(0, 51, 2))
+
+
+def test_samplers_without_an_end_are_followed_for_an_epoch():
+    assert visited(DataLoader(DATA, 8, sampler=Epochs())) == list(range(20))
+    assert visited(DataLoader(DATA, batch_sampler=Repeated(SequentialSampler(DATA), 8, False))) == list(range(51))
+    assert len(visited(DataLoader(DATA, 5, sampler=Endless()), max_batches=2)) == 10
+    with pytest.raises(LookupError, match="Endless of the training data has no length"):
+        visited(DataLoader(DATA, 8, sampler=Endless()))
+
+
+def test_a_loader_that_makes_its_batches_itself_is_not_copied():
+    with pytest.raises(LookupError, match=r"a Normalized that makes batches in a way of its own.*pass dataloader="):
+        visited(Normalized(DATA, 8))
+    assert has_own_iteration(Normalized(DATA, 8))
+    assert not has_own_iteration(DataLoader(DATA, 8))
+
+
+def test_ranks_share_the_samples_without_padding():
+    shards = [visited(DataLoader(DATA, 8), rank=rank, world_size=4) for rank in range(4)]
+    assert sorted(sample for shard in shards for sample in shard) == list(range(51))
+
+
+def test_a_limit_takes_a_fixed_random_choice():
+    loader = DataLoader(DATA, 8, shuffle=True)
+    chosen = visited(loader, max_batches=2)
+    assert len(set(chosen)) == 16
+    assert chosen == visited(loader, max_batches=2)
+    assert chosen != sorted(chosen)
+
+
+def test_a_loader_that_cannot_be_copied_is_refused():
+    with pytest.raises(LookupError, match="pass dataloader="):
+        measurement_loader({"a": DataLoader(DATA), "b": DataLoader(DATA)})
+
+
+def test_measuring_leaves_the_generator_of_the_loader_where_it_was():
+    rows, target = clusters(4, 30, 8, 0.5)
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    measure(
+        nn.Linear(8, 4), DataLoader(TensorDataset(rows, target), 7, shuffle=True, generator=generator), progress=False
+    )
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_data_set_is_no_loader():
+    data = torch.utils.data.TensorDataset(torch.randn(8, 6), torch.arange(8) % 4)
+    with pytest.raises(ValueError, match=r"got the data set TensorDataset; write DataLoader"):
+        measure(nn.Linear(6, 4), data, progress=False)
+
+
+def test_a_sampler_for_several_ranks_says_which_rank_this_is_and_how_many_samples_are_its_own():
+    plain = DataLoader(DATA, 8)
+    assert not is_distributed(plain)
+    assert (rank_of(plain), own_samples(plain)) == ((0, 1), None)
+    loaders = [DataLoader(DATA, 8, sampler=DistributedSampler(DATA, 4, rank)) for rank in range(4)]
+    assert all(map(is_distributed, loaders))
+    assert [rank_of(loader) for loader in loaders] == [(rank, 4) for rank in range(4)]
+    assert [own_samples(loader) for loader in loaders] == [13, 13, 13, 12]  # of 51, without the one that pads
+    dropping = DataLoader(DATA, 8, sampler=DistributedSampler(DATA, 4, 0, drop_last=True))
+    assert own_samples(dropping) is None
+
+
+def test_a_cursor_of_the_data_set_that_moves_is_pointed_out():
+    class Cursor(Dataset):
+        position, name = 0, "a"
+
+        def __init__(self):
+            self.position = 3
+
+    data, said = Cursor(), []
+    holder = type("Loader", (), {"dataset": data})()
+    with warn_if_moved(holder, lambda topic, message: said.append(message)):
+        data.name = "b"
+    assert said == []
+    with warn_if_moved(holder, lambda topic, message: said.append(message)):
+        data.position += 1
+    assert len(said) == 1
+    assert "measuring moved position of the data set Cursor" in said[0]
+    assert "pass dataloader=" in said[0]
