@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import os
 import resource
 import subprocess
@@ -756,6 +757,24 @@ def test_online_mode_warns_where_the_step_mixes_the_samples_of_a_batch(how):
     assert last_row(callback) == pytest.approx(truth, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["nan", "sparse"])
+def test_an_ordinary_step_on_inputs_that_cannot_be_compared_causes_no_warning(kind, recwarn):
+    class Reading(Wrapped):
+        def forward(self, x):
+            return super().forward(x.to_dense().nan_to_num() if kind == "sparse" else x.nan_to_num())
+
+    def collate(samples):
+        rows, target = (torch.stack(part) for part in zip(*samples, strict=True))
+        if kind == "sparse":
+            return rows.to_sparse(), target
+        return rows.masked_fill(rows > 1, math.nan), target
+
+    run(
+        Reading(net()), NeuralCollapseCallback(mode="online", strict=True), data=DataLoader(DATA, 8, collate_fn=collate)
+    )
+    assert [str(w.message) for w in recwarn if "other values" in str(w.message)] == []
+
+
 def test_an_error_in_the_first_step_leaves_no_hook_behind():
     module = Mixing("error")
     with pytest.raises(ZeroDivisionError):
@@ -953,7 +972,11 @@ def test_a_stream_whose_cursor_a_measurement_moves_is_pointed_out():
 
 def test_a_stream_without_a_cursor_causes_no_warning(recwarn):
     class Stream(IterableDataset):
+        def __init__(self):
+            self.temperature, self.opened = math.nan, False
+
         def __iter__(self):
+            self.opened = True
             yield from DATA
 
     run(Wrapped(net()), NeuralCollapseCallback(strict=True), data=DataLoader(Stream(), 8))

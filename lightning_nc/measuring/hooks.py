@@ -118,7 +118,9 @@ class FirstInput:
     def __init__(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
         self.is_given: bool | None = None
         # A few rows as they are now, since a step may mix a batch in place.
-        self._given = [(t, t[:8].clone()) for t in tensors if t.dim() and t.layout == torch.strided and not t.is_nested]
+        batch = [tensor for tensor in tensors if tensor.dim()]
+        dense = all(tensor.layout == torch.strided and not tensor.is_nested for tensor in batch)
+        self._given = [(tensor, tensor[:8].clone()) for tensor in batch] if dense else []
         compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
         self._handles = [
             module.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -164,7 +166,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _is_same(tensor: Tensor, given: Tensor, rows: Tensor) -> bool:
     """Whether ``tensor`` is a view or a copy of ``given``, whose first rows were ``rows``."""
-    if tensor.device != given.device or not torch.equal(given[:8], rows):
+    if tensor.device != given.device or not torch.equal(given[:8].nan_to_num(), rows.nan_to_num()):
         return False
     if tensor.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
         return True
