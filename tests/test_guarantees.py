@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import os
 import resource
 import subprocess
@@ -433,6 +434,28 @@ def test_a_cosine_head_has_no_weight_and_the_metrics_that_need_it_are_left_out_w
     assert without_a_weight(model) == pytest.approx(expected(seen_by(model, "1", ROWS), TARGET), rel=1e-5)
 
 
+def test_other_parameters_in_the_forward_pass_are_not_taken_for_those_of_the_module():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    average = copy.deepcopy(model)  # as an average of the weights that is kept beside the model
+    nn.init.normal_(average[2].weight)
+    parameters = dict(average.named_parameters())
+    with pytest.warns(UserWarning, match="nc3, nc3_centered left out"):
+        values = measure(
+            model,
+            [(ROWS, TARGET)],
+            forward_fn=lambda module, batch: torch.func.functional_call(module, parameters, (batch[0],)),
+            progress=False,
+        )
+    assert values == pytest.approx(expected(seen_by(average, "1", ROWS), TARGET), rel=1e-5)
+
+
+def test_a_head_of_grouped_convolutions_has_the_weight_of_one_linear_layer():
+    model = nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 6, 3), nn.ReLU(), nn.Conv1d(6, 3, 1, groups=3))
+    weight = torch.block_diag(*model[3].weight.flatten(1))
+    truth = expected(seen_by(model, "2", ROWS).mean(dim=2), TARGET, weight)
+    assert measure(model, [(ROWS, TARGET)], progress=False) == pytest.approx(truth, rel=1e-4)
+
+
 def test_a_head_with_a_forward_of_its_own_is_measured_with_the_weight_that_it_applies():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Scaled(8, 3))
     applied = 2 * model[2].weight - model[2].weight.mean(dim=0)
@@ -734,6 +757,24 @@ def test_online_mode_warns_where_the_step_mixes_the_samples_of_a_batch(how):
     assert last_row(callback) == pytest.approx(truth, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["nan", "sparse"])
+def test_an_ordinary_step_on_inputs_that_cannot_be_compared_causes_no_warning(kind, recwarn):
+    class Reading(Wrapped):
+        def forward(self, x):
+            return super().forward(x.to_dense().nan_to_num() if kind == "sparse" else x.nan_to_num())
+
+    def collate(samples):
+        rows, target = (torch.stack(part) for part in zip(*samples, strict=True))
+        if kind == "sparse":
+            return rows.to_sparse(), target
+        return rows.masked_fill(rows > 1, math.nan), target
+
+    run(
+        Reading(net()), NeuralCollapseCallback(mode="online", strict=True), data=DataLoader(DATA, 8, collate_fn=collate)
+    )
+    assert [str(w.message) for w in recwarn if "other values" in str(w.message)] == []
+
+
 def test_an_error_in_the_first_step_leaves_no_hook_behind():
     module = Mixing("error")
     with pytest.raises(ZeroDivisionError):
@@ -931,7 +972,11 @@ def test_a_stream_whose_cursor_a_measurement_moves_is_pointed_out():
 
 def test_a_stream_without_a_cursor_causes_no_warning(recwarn):
     class Stream(IterableDataset):
+        def __init__(self):
+            self.temperature, self.opened = math.nan, False
+
         def __iter__(self):
+            self.opened = True
             yield from DATA
 
     run(Wrapped(net()), NeuralCollapseCallback(strict=True), data=DataLoader(Stream(), 8))

@@ -25,13 +25,20 @@ class Classifier:
         num_classes: K; the first K outputs are used.
         rows: a few of its inputs, (n, d) or (n, d, 1, ...), on which its weight is checked.
         sharded: whether its parameters are unsharded only during forward; they are then kept from the last call.
+        replaced: whether its weight is another one during forward, as in ``torch.func.functional_call``; it is then unknown.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, num_classes: int, rows: Tensor | None = None, sharded: bool = False
+        self,
+        name: str,
+        module: nn.Module,
+        num_classes: int,
+        rows: Tensor | None = None,
+        sharded: bool = False,
+        replaced: bool = False,
     ) -> None:
         self.name, self.module, self.num_classes = name, module, num_classes
-        self._rows = rows
+        self._rows, self._replaced = rows, replaced
         self._seen: dict[str, Tensor] = {}
         self._handles = []
         if sharded:
@@ -50,6 +57,8 @@ class Classifier:
         (LoRA and DoRA adapters, quantized layers) it is applied to the identity matrix, and what that gives is taken if it
         reproduces them.
         """
+        if self._replaced:
+            return None, None
         weight, bias = (self._seen.get(part, _part(self.module, part)) for part in ("weight", "bias"))
         if weight is not None:
             weight = weight.flatten(start_dim=1)
@@ -109,7 +118,8 @@ class Classifier:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a layer is one of torch's own, with a parameter as its weight and nothing that changes its output."""
-    own = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and "forward" not in vars(module)
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    own = type(module) in kinds and "forward" not in vars(module) and getattr(module, "groups", 1) == 1
     return own and type(module._parameters.get("weight")) is nn.Parameter and not module._forward_hooks
 
 

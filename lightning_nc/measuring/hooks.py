@@ -77,12 +77,13 @@ class Recorder:
 
 
 class Call(NamedTuple):
-    """One call of a module: its first floating-point input and output."""
+    """One call of a module: its first floating-point input and output, and the parameter that was its weight then."""
 
     name: str
     module: nn.Module
     input: Tensor | None
     output: Tensor | None
+    weight: Tensor | None
 
 
 def trace(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[Call]]:
@@ -90,7 +91,8 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[Call]
     calls: list[Call] = []
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append(Call(name, module, _first_floating((*args, *kwargs.values())), _first_floating(output)))
+        weight = module._parameters.get("weight")
+        calls.append(Call(name, module, _first_floating((*args, *kwargs.values())), _first_floating(output), weight))
 
     first_names: dict[nn.Module, str] = {}
     for name, module in named_modules(model).items():
@@ -116,7 +118,9 @@ class FirstInput:
     def __init__(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
         self.is_given: bool | None = None
         # A few rows as they are now, since a step may mix a batch in place.
-        self._given = [(t, t[:8].clone()) for t in tensors if t.dim() and t.layout == torch.strided and not t.is_nested]
+        batch = [tensor for tensor in tensors if tensor.dim()]
+        dense = all(tensor.layout == torch.strided and not tensor.is_nested for tensor in batch)
+        self._given = [(tensor, tensor[:8].clone()) for tensor in batch] if dense else []
         compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
         self._handles = [
             module.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -162,7 +166,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _is_same(tensor: Tensor, given: Tensor, rows: Tensor) -> bool:
     """Whether ``tensor`` is a view or a copy of ``given``, whose first rows were ``rows``."""
-    if tensor.device != given.device or not torch.equal(given[:8], rows):
+    if tensor.device != given.device or not torch.equal(given[:8].nan_to_num(), rows.nan_to_num()):
         return False
     if tensor.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
         return True

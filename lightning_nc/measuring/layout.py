@@ -63,7 +63,7 @@ def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> 
     # Channels first everywhere, or last everywhere.
     uniform = len({known.axis == 1 for known in (*givers, *takers)}) == 1
     neighbors = [axis for known in (before, after) if known and (axis := _carried(known, tensor, uniform)) is not None]
-    # Between two neighbors that agree, or by its size: behind a single one, a square tensor may have been transposed.
+    # Between two neighbors that say the same, or by its size: behind a single one, a square tensor may have been transposed.
     sure = len(neighbors) == 2 or _is_only_axis_of_its_size(neighbors, tensor)
     if len(set(neighbors)) == 1 and not same and sure:
         return neighbors[0]

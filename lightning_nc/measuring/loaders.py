@@ -127,7 +127,7 @@ def warn_if_moved(loader: Any, warn: Callable[[str, str], None]) -> Iterator[Non
 
 def _numbers(dataset: Any) -> dict[str, Any]:
     held = getattr(dataset, "__dict__", {})
-    return {name: n for name, n in held.items() if isinstance(n, numbers.Real) and not isinstance(n, bool)}
+    return {name: n for name, n in held.items() if isinstance(n, numbers.Real) and n == n and not isinstance(n, bool)}
 
 
 def check_loader(dataloader: Any) -> None:

@@ -266,7 +266,9 @@ class Probe:
             rank_zero_info(
                 f"neural collapse: measuring the input of {title!r} ({self.classes} classes, {rows.shape[1]} features)"
             )
-        return Classifier(name, module, self.classes, rows, trial.sharded)
+        used = {id(call.weight) for call in trial.calls if call.name == name}
+        replaced = bool(used) and not trial.sharded and used != {id(module._parameters.get("weight"))}
+        return Classifier(name, module, self.classes, rows, trial.sharded, replaced)
 
     def _check_layers(self, names: list[str], trial: _Trial) -> None:
         """Set the widths of what can be measured, and the axes of features with more than two dimensions."""
@@ -440,7 +442,7 @@ def _uncalled(layer: str, of_classifier: bool) -> str:
 def _last_fitting(title: str, name: str, calls: Sequence[tuple[str, Tensor | None]], size: int) -> Tensor:
     tensors = [tensor for called, tensor in calls if called == name]
     if not tensors:
-        raise NotCalledError(_uncalled(title.strip("'"), name == INPUT))
+        raise NotCalledError(("" if name == INPUT else f"{title}: ") + _uncalled(title.strip("'"), name == INPUT))
     fitting = [tensor for tensor in tensors if tensor is not None and tensor.dim() and len(tensor) == size]
     if not fitting:
         shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
