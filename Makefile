@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check lightning_nc tests examples benchmarks
 	$(BIN)/codespell
-	$(BIN)/codespell --dictionary .ci/private.txt --regex "def fold\b|[\w-]+"  # codespell:ignore def fold
+	$(BIN)/codespell --dictionary .ci/private.txt --regex "def fold\b|[\w-]+"  # codespell:ignore
 
 types: $(INSTALLED)
 	$(BIN)/mypy
