@@ -138,7 +138,7 @@ class NeuralCollapseCallback(Callback):
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step of the last measurement of training data
-        self._weights = ""  # fingerprint of the weights of that measurement
+        self._weights = ""  # fingerprint of the weights being trained, at that measurement or before validation
         self._partial = self._swapped = False  # the epoch was resumed in its middle; validation runs with other weights
         self._validation_due = self._fitting = False
         self._fits = 0
@@ -207,6 +207,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._loops.stop_watching()
         self._probe.detach()
 
     @override
@@ -229,15 +230,16 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._epoch_began is None:  # the first batch, or the first one after a resume in the middle of an epoch
+        first = self._epoch_began is None  # the first batch, or the first one after a resume in the middle of an epoch
+        if first:
             self._epoch_began = perf_counter()
             due = self.should_measure(trainer)
             self._validation_due = self._validation_due or due
             self._loops.begin("train", due and self.mode == "online" and "train" in self.stages)
             self._partial = batch_idx > 0
-            if self._loops.is_active("train"):
-                self._loops.watch_inputs(pl_module, batch)
         self._start(trainer, pl_module, "train", batch)
+        if first and self._loops.is_active("train"):  # after the start, which may run the model itself
+            self._loops.watch_inputs(pl_module, batch)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -259,13 +261,16 @@ class NeuralCollapseCallback(Callback):
         self._finish_epoch(trainer, pl_module)
 
     def _finish_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "train" not in self.stages or self._measured == (trainer.current_epoch, trainer.global_step):
+        if "train" not in self.stages or self._is_measured(trainer):
             return
         if self.mode == "online":
-            self._measured = trainer.current_epoch, trainer.global_step
+            self._measured, self._weights = (trainer.current_epoch, trainer.global_step), fingerprint(pl_module)
             self._finish_loop(trainer, pl_module, "train")
         elif self.should_measure(trainer):
             log_values(trainer, pl_module, self._measure(trainer, pl_module, trainer.current_epoch))
+
+    def _is_measured(self, trainer: Trainer) -> bool:
+        return self._measured == (trainer.current_epoch, trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -282,6 +287,11 @@ class NeuralCollapseCallback(Callback):
         log_after_training(trainer, pl_module, values, epoch)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if "validate" in self.stages and trainer.state.fn == "fit" and not self._is_measured(trainer):
+            self._weights = fingerprint(pl_module)
+
+    @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "validate" not in self.stages or trainer.sanity_checking:
             return
@@ -289,8 +299,7 @@ class NeuralCollapseCallback(Callback):
         due = trainer.state.fn != "fit" or self._validation_due or self.should_measure(trainer)
         self._loops.begin("validate", due)
         self._validation_due = False
-        measured = trainer.state.fn == "fit" and self._measured == (trainer.current_epoch, trainer.global_step)
-        self._swapped = due and measured and has_other_weights(trainer, pl_module, self._weights)
+        self._swapped = due and trainer.state.fn == "fit" and has_other_weights(trainer, pl_module, self._weights)
         if self._swapped:
             _say_swapped(self._probe, "nc/val/ is")
 

@@ -145,6 +145,8 @@ class NeuralCollapse(_ClassifierMetric):
         empty = ClassMoments.zeros(num_classes, num_features, scatter=scatter)
         for field in fields(ClassMoments):
             self.add_state(field.name, getattr(empty, field.name))
+        # torchmetrics keeps a copy of each state for reset(): one number stands for the d^2 zeros of the scatter matrix.
+        self._defaults["scatter"] = empty.scatter.new_zeros(()).expand(empty.scatter.shape)
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch: ``features`` (B, d), ``target`` (B,)."""

@@ -49,11 +49,12 @@ def copy_batch(batch: Any) -> Any:
         return batch
 
 
-def first_rows(batch: Any, size: int, rows: int) -> Any:
-    """A copy of a batch of ``size`` samples with its first ``rows`` samples."""
+def first_rows(batch: Any, size: int, rows: int, reverse: bool = False) -> Any:
+    """A copy of a batch of ``size`` samples with its first ``rows`` samples, in reverse order if asked for."""
+    order = list(range(rows))[:: -1 if reverse else 1]
 
     def shorten(tensor: Tensor) -> Tensor:
-        return tensor[:rows].clone() if tensor.dim() and len(tensor) == size else tensor.clone()
+        return tensor[order] if tensor.dim() and len(tensor) == size else tensor.clone()
 
     return apply_to_collection(batch, Tensor, shorten)
 

@@ -81,11 +81,11 @@ def measure(  # noqa: D417
     match_layers(model, layers or ())
     on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
     ranks = on if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
-    loader, total = _every_sample_once(dataloader)
-    bar = tqdm(loader, "Neural collapse", total, leave=False, disable=not progress)
-    batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
     try:
         with evaluation_mode(model, on, probe.warn_once), warn_if_moved(dataloader, probe.warn_once):
+            loader, total = _every_sample_once(dataloader)  # a sampler draws from the random streams
+            bar = tqdm(loader, "Neural collapse", total, leave=False, disable=not progress)
+            batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
             exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
             return collector.values()
     finally:
@@ -116,10 +116,12 @@ class Collector:
     Args:
         probe: what to measure of a batch.
         names: the names of the metrics.
+        keep_weight: use the classifier's weight as it is at the first batch, because it is replaced before :meth:`values`:
+            averaged weights are swapped out at the end of validation.
     """
 
-    def __init__(self, probe: Probe, names: Sequence[str]) -> None:
-        self.probe, self.names = probe, names
+    def __init__(self, probe: Probe, names: Sequence[str], keep_weight: bool = False) -> None:
+        self.probe, self.names, self.keep_weight = probe, names, keep_weight
         self.metrics: dict[str, NeuralCollapse] = {}
         self.projected: dict[str, NeuralCollapse] = {}  # NC1 of features that are too wide for a scatter matrix
         self.spans: dict[str, Tensor] = {}
@@ -252,19 +254,21 @@ class Collector:
         taken = sum(8 * m.num_features**2 for m in self.metrics.values() if any(METRICS[n].scatter for n in m.metrics))
         if 8 * width**2 > SCATTER_LIMIT - taken and self.probe.classes < width:  # else a projection gains nothing
             names = [name for name in names if not METRICS[name].scatter] or ["nc1_trace"]  # for its class means
-        head = self.probe.head
         self.metrics[layer] = self._create(
-            width,
-            names,
-            device,
-            weight=None if weight is None or head is None else lambda: head.parts()[0],
-            bias=None if bias is None or head is None else lambda: head.parts()[1],
+            width, names, device, weight=self._source(0, weight), bias=self._source(1, bias)
         )
         return self.metrics[layer]
 
     def _create(self, width: int, names: Sequence[str], device: torch.device, **parts: Any) -> NeuralCollapse:
         with torch.device(device):
             return NeuralCollapse(self.probe.classes, width, metrics=names, sync_on_compute=False, **parts)
+
+    def _source(self, part: int, tensor: Tensor | None) -> Any:
+        """Where a metric reads the classifier's weight (0) or bias (1), ``tensor`` now."""
+        head = self.probe.head
+        if tensor is None or head is None:
+            return None
+        return tensor.clone() if self.keep_weight else lambda: head.parts()[part]
 
     def _parts(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the classifier; says once which metrics are left out without them."""

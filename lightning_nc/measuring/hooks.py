@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -107,10 +108,15 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[Call]
 
 
 class FirstInput:
-    """The first tensor that a step of the user gives to any module of a model, between the constructor and :meth:`take`."""
+    """Whether the first tensor that a step of the user gives to any module of a model is one of ``tensors``, unchanged.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._tensor: Tensor | None = None
+    ``is_given`` is None until the step calls a module.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
+        self.is_given: bool | None = None
+        # A few rows as they are now, since a step may mix a batch in place.
+        self._given = [(t, t[:8].clone()) for t in tensors if t.dim() and t.layout == torch.strided and not t.is_nested]
         compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
         self._handles = [
             module.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -118,15 +124,16 @@ class FirstInput:
             if not compiled and not isinstance(module, torch.jit.ScriptModule)  # a compiled model would keep the hook
         ]
 
-    def take(self) -> Tensor | None:
-        """Remove the hooks and return the tensor."""
+    def remove(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        return self._tensor
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._tensor is None:
-            self._tensor = next(tensors_in((*args, *kwargs.values())), None)
+        tensor = None if self.is_given is not None else next(tensors_in((*args, *kwargs.values())), None)
+        if tensor is not None and self._given:
+            with suppress(RuntimeError, NotImplementedError):  # a sparse tensor, or one inside of vmap
+                self.is_given = any(_is_same(tensor, *given) for given in self._given)
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -151,6 +158,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for part in fields(value):
             yield from tensors_in(getattr(value, part.name))
+
+
+def _is_same(tensor: Tensor, given: Tensor, rows: Tensor) -> bool:
+    """Whether ``tensor`` is a view or a copy of ``given``, whose first rows were ``rows``."""
+    if tensor.device != given.device or not torch.equal(given[:8], rows):
+        return False
+    if tensor.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+        return True
+    return tensor.shape == given.shape and torch.equal(tensor, given.to(tensor.dtype))
 
 
 def _first_floating(value: Any) -> Tensor | None:

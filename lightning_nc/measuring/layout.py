@@ -8,8 +8,10 @@ neighbors in the order of the calls say so.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice, permutations
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_nc.measuring.hooks import Call
@@ -27,8 +29,9 @@ class _Known(NamedTuple):
 
     key: _Key
     shape: tuple[int, ...]
-    axis: int
+    axis: int  # 0 if it is not known, behind a permutation
     position: int  # in the order of the calls
+    permuted: bool = False  # by this call
 
 
 def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> int:
@@ -50,16 +53,18 @@ def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> 
         return own
     givers, takers = _known(calls, outputs=True), _known(calls, outputs=False)
     # The same tensor, as the output of one layer or as the input of another.
-    same = {known.axis for known in (*givers, *takers) if known.key == _key(tensor)}
+    same = {known.axis for known in (*givers, *takers) if known.key == _key(tensor) and known.axis}
     if len(same) == 1:
         return same.pop()
     before = next((known for known in reversed(givers) if known.position < position), None)
     after = next((known for known in takers if known.position > position), None)
-    uniform = (
-        len({known.axis == 1 for known in (*givers, *takers)}) == 1
-    )  # channels first everywhere, or last everywhere
+    if after is not None and any(known.permuted and position < known.position < after.position for known in givers):
+        after = None
+    # Channels first everywhere, or last everywhere.
+    uniform = len({known.axis == 1 for known in (*givers, *takers)}) == 1
     neighbors = [axis for known in (before, after) if known and (axis := _carried(known, tensor, uniform)) is not None]
-    sure = len(neighbors) == 2 or uniform or _is_only_axis_of_its_size(neighbors, tensor)
+    # Between two neighbors that agree, or by its size: behind a single one, a square tensor may have been transposed.
+    sure = len(neighbors) == 2 or _is_only_axis_of_its_size(neighbors, tensor)
     if len(set(neighbors)) == 1 and not same and sure:
         return neighbors[0]
     candidates = sorted({*same, *neighbors}) or range(1, tensor.dim())
@@ -71,14 +76,27 @@ def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> 
 
 
 def _known(calls: Sequence[Call], outputs: bool) -> list[_Known]:
-    found = []
+    found: list[_Known] = []
     for position, call in enumerate(calls):
         tensor = call.output if outputs else call.input
         if tensor is not None and not tensor.is_nested and tensor.dim() > 2:
-            axis = _axis(call.module, tensor, outputs)
+            axis, order = _axis(call.module, tensor, outputs), None
+            source = call.input if outputs and axis is None else None
+            if source is not None and (order := _reordering(call.module, source, tensor)) is not None:
+                same = [known.axis for known in found if known.key == _key(source)]
+                held = same[-1] if same else _carried(found[-1], source, False) if found else None
+                axis = order.index(held) if held else 0
             if axis is not None:
-                found.append(_Known(_key(tensor), tuple(tensor.shape), axis, position))
+                found.append(_Known(_key(tensor), tuple(tensor.shape), axis, position, order is not None))
     return found
+
+
+def _reordering(module: nn.Module, x: Tensor, y: Tensor) -> tuple[int, ...] | None:
+    """The order of the axes of the input ``x`` in the output ``y``, if all that a module does is to permute them."""
+    if module._parameters or x.is_nested or x.numel() != y.numel() or (x.shape == y.shape and torch.equal(x, y)):
+        return None
+    orders = ((0, *order) for order in islice(permutations(range(1, x.dim())), 1, None))
+    return next((o for o in orders if x.permute(o).shape == y.shape and torch.equal(x.permute(o), y)), None)
 
 
 def _axis(module: nn.Module, tensor: Tensor, outputs: bool) -> int | None:
@@ -132,13 +150,13 @@ def _carried(known: _Known, tensor: Tensor, uniform: bool) -> int | None:
     In a model of one convention the number of channels may change between the two, as in a concatenation.
     """
     shape = tuple(tensor.shape)
-    if known.shape == shape:
-        return known.axis
+    if known.shape == shape or not known.axis:
+        return known.axis or None
     if uniform and len(known.shape) == len(shape) and _without(known.shape, known.axis) == _without(shape, known.axis):
         return known.axis
     size = known.shape[known.axis]
     fitting = [axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == size]
-    if len(fitting) > 1 and known.axis in (1, len(known.shape) - 1):
+    if len(fitting) > 1 and len(known.shape) == len(shape) and known.axis in (1, len(known.shape) - 1):
         # Several axes of that size: the convention of the neighbor is kept, and another source has to confirm it.
         conventional = 1 if known.axis == 1 else tensor.dim() - 1
         return conventional if conventional in fitting else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -65,8 +66,7 @@ def measurement_loader(
     if loader.num_workers:
         copied["prefetch_factor"] = loader.prefetch_factor
     if isinstance(loader.dataset, IterableDataset):
-        batches: Iterable[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, **copied)
-        return _First(batches, max_batches), max_batches
+        return _First(DataLoader(loader.dataset, batch_size=loader.batch_size, **copied), max_batches), max_batches
     sampler = _sampler(loader)
     indices, batch_size = _indices(loader, sampler, max_batches)
     size = (max_batches or 0) * (batch_size or 1) * world_size
@@ -83,7 +83,7 @@ def measurement_loader(
 class _First:
     """The first batches of a loader, as often as it is iterated."""
 
-    def __init__(self, loader: Iterable[Any], count: int | None) -> None:
+    def __init__(self, loader: DataLoader[Any], count: int | None) -> None:
         self.loader, self.count = loader, count
         self.dataset = getattr(loader, "dataset", None)
 
@@ -126,7 +126,8 @@ def warn_if_moved(loader: Any, warn: Callable[[str, str], None]) -> Iterator[Non
 
 
 def _numbers(dataset: Any) -> dict[str, Any]:
-    return {name: value for name, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, int | float)}
+    held = getattr(dataset, "__dict__", {})
+    return {name: n for name, n in held.items() if isinstance(n, numbers.Real) and not isinstance(n, bool)}
 
 
 def check_loader(dataloader: Any) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_nc.measuring.evaluation import Collector
@@ -29,7 +28,6 @@ class RunningLoops:
         self.probe, self.names = probe, names
         self._collectors: dict[str, dict[int, Collector]] = {}
         self._first_input: FirstInput | None = None
-        self._batch_tensors: list[Tensor] = []
 
     def begin(self, stage: str, active: bool) -> None:
         """Measure the batches of ``stage`` from now on, or stop measuring them."""
@@ -45,7 +43,8 @@ class RunningLoops:
         """Before the model runs on a batch; ``attach`` attaches the probe if it is not attached yet."""
         if not self.is_active(stage) or not is_ready(self.probe, model):
             return
-        collector = self._collectors[stage].setdefault(loader, Collector(self.probe, self.names))
+        fresh = Collector(self.probe, self.names, keep_weight=stage != "train")
+        collector = self._collectors[stage].setdefault(loader, fresh)
         collector.start(batch, attach)
         self._raise_if_strict(collector)
 
@@ -66,15 +65,20 @@ class RunningLoops:
 
     def watch_inputs(self, model: nn.Module, batch: Any) -> None:
         """Look, in the next step, at what the model is called on."""
-        self._first_input, self._batch_tensors = FirstInput(model), list(tensors_in(batch))
+        self.stop_watching()
+        self._first_input = FirstInput(model, tensors_in(batch))
+
+    def stop_watching(self) -> None:
+        """Remove the hooks of :meth:`watch_inputs`."""
+        if self._first_input is not None:
+            self._first_input.remove()
+        self._first_input = None
 
     def check_inputs(self) -> None:
         """Warn, once in a run, if the model was called on other rows than those of the batch, as mixup does."""
-        if self._first_input is None:
-            return
-        taken, given = self._first_input.take(), self._batch_tensors
-        self._first_input, self._batch_tensors = None, []
-        if taken is not None and not any(_is_same(taken, tensor) for tensor in given):
+        watched = self._first_input
+        self.stop_watching()
+        if watched is not None and watched.is_given is False:
             self.probe.warn_once(
                 "inputs",
                 "the training step calls the model on other values than those of the batch. If it mixes or permutes samples "
@@ -90,11 +94,3 @@ class RunningLoops:
 def is_ready(probe: Probe, model: nn.Module) -> bool:
     """False while a lazy layer waits for the first training batch to take its shape, and its numbers, from."""
     return probe.attached or not any(map(is_lazy, chain(model.parameters(), model.buffers())))
-
-
-def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    if tensor.device != other.device:
-        return False
-    if tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
-        return True
-    return tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))

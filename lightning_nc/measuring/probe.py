@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy
+import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -309,14 +310,17 @@ class _Trial:
 
     def __init__(self, probe: Probe, model: nn.Module, batch: Any, size: int) -> None:
         self.pool = probe.pool
-        self.sharded = is_sharded(model)
+        self.sharded, self.reverse = is_sharded(model), False
         self.rows = min(3, size), max(min(3, size) - 1, 1)
         try:
             if any(len(probe.targets(first_rows(batch, size, rows))) != rows for rows in self.rows):
                 raise ValueError("the batch cannot be shortened")
             self.run: Callable[[], Any] = lambda: probe.forward(model, first_rows(batch, size, self.rows[0]))
             self.output, self.calls = trace(model, self.run)
-            _, self.fewer = trace(model, lambda: probe.forward(model, first_rows(batch, size, self.rows[1])))
+            try:
+                self.fewer = self._run_fewer(probe, model, batch, size, reverse=True)
+            except Exception:  # a model that takes sorted samples only
+                self.fewer = self._run_fewer(probe, model, batch, size, reverse=False)
             if not any(self._has_rows(a.output, b.output) for a, b in zip(self.calls, self.fewer, strict=False)):
                 raise ValueError("a part of the batch was not shortened")
         except Exception:  # a graph, or a model for one batch size: run it on the batch as it is
@@ -324,12 +328,16 @@ class _Trial:
             self.output, self.calls = trace(model, self.run)
             self.fewer, self.rows = self.calls, (size, size)
 
+    def _run_fewer(self, probe: Probe, model: nn.Module, batch: Any, size: int, reverse: bool) -> list[Call]:
+        self.reverse = reverse
+        return trace(model, lambda: probe.forward(model, first_rows(batch, size, self.rows[1], reverse)))[1]
+
     def width(self, layer: str, name: str, axes: dict[str, int]) -> int:
         """The number of features of a layer; their axis is added to ``axes`` under ``name``.
 
         Raises:
             NotCalledError: if the layer was not called.
-            LookupError: if no call has a row for each sample, or if the axis is not known.
+            LookupError: if no call has a row for each sample, or has them in another order, or if the axis is not known.
             ValueError: if the features cannot be pooled.
         """
         calls = [position for position, call in enumerate(self.calls) if call.name == layer]
@@ -345,14 +353,26 @@ class _Trial:
                 f"no call of {layer!r} has a row for each of the {self.rows[0]} labels, got {shapes}; pass target_fn or "
                 "forward_fn so that features and labels fit, or pool=, a function from the output to (B, d)"
             )
-        tensor = _tensor(self.calls[fitting[-1]], name)
+        tensor, other = _tensor(self.calls[fitting[-1]], name), others[calls.index(fitting[-1])]
         assert tensor is not None
+        assert other is not None
         if tensor.dim() > 2 and not callable(self.pool) and self.pool != "flatten":
             if self.pool == "mean" and not tensor.is_nested:
                 axes[name] = feature_axis(self.calls, fitting[-1], outputs=name != INPUT)
             else:
                 axes[name] = 1 if self.pool == "mean_channels_first" else tensor.dim() - 1
-        return pool_features(tensor, self.pool, axes.get(name)).shape[1]
+        rows = pool_features(tensor, self.pool, axes.get(name))
+        check_batch(rows, torch.zeros(len(rows), dtype=torch.long))
+        if (
+            self.reverse
+            and self.rows == (3, 2)
+            and not _in_order(rows, pool_features(other, self.pool, axes.get(name)))
+        ):
+            raise LookupError(
+                f"the rows of the last call of {layer!r} are in another order than the samples of the batch (the model sorts "
+                "them, for example), so features and labels do not fit; sort them in the dataloader instead"
+            )
+        return rows.shape[1]
 
     def rows_into(self, layer: str) -> Tensor | None:
         """A few inputs of a layer, (n, d), or (n, d, 1, ...) of a convolution."""
@@ -376,6 +396,15 @@ class _Trial:
         # If the batch could not be shortened, an axis of the same size may be that of the samples.
         shortened, count = self.rows[0] != self.rows[1], self.rows[0]
         return shortened or count == 1 or tensor.dim() < 3 or count not in tensor.shape[1:]
+
+
+def _in_order(three: Tensor, two: Tensor) -> bool:
+    """False if a row of ``two``, of samples 1 and 0, is not the row of its sample in ``three`` but that of another."""
+    if three.shape[1] != two.shape[1]:
+        return True
+    distances = torch.cdist(two.float(), three.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    own, size = distances[[0, 1], [1, 0]], torch.linalg.vector_norm(three.float())
+    return not ((own > 1e-3 * size) & (distances.min(dim=1).values < 1e-3 * own)).any()
 
 
 def _tensor(call: Call, name: str) -> Tensor | None:

@@ -87,8 +87,10 @@ def fingerprint(model: nn.Module) -> str:
 def _remember(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Functions that restore a module's own state: flag, buffers, attributes, and their contents one level deep."""
     yield partial(setattr, module, "training", module.training)
-    yield partial(module._buffers.update, dict(module._buffers))
     yield from filter(None, map(_remember_contents, module._buffers.values()))
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    yield partial(module._buffers.update, dict(module._buffers))
     if not isinstance(module, LazyModuleMixin):  # a lazy module becomes another class in its first forward
         public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
         yield partial(_restore_attributes, vars(module), public)
