@@ -106,7 +106,7 @@ def test_the_first_and_the_last_epoch_are_always_measured(tmp_path):
     assert [(row["epoch"], row["step"]) for row in callback.history] == [(0, 6), (2, 15)]
 
 
-def test_a_log_spaced_schedule_ships(tmp_path):
+def test_a_log_spaced_schedule_measures_less_often_as_epochs_pass(tmp_path):
     callback = NeuralCollapseCallback(every_n_epochs=log_spaced(3), mode="online", strict=True)
     fit(tmp_path, [callback], max_epochs=12)
     assert [row["epoch"] + 1 for row in callback.history] == [1, 3, 5, 10, 12]
@@ -160,7 +160,7 @@ def test_a_resumed_run_hands_its_last_values_to_what_monitors_them(tmp_path):
     assert runner.current_epoch == 7
 
 
-def test_a_run_resumed_behind_its_last_measurement_does_not_measure_twice(tmp_path):
+def test_a_run_resumed_after_its_last_measurement_does_not_measure_twice(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, save_on_train_epoch_end=False)
     options = {"val": loader(False), "val_check_interval": 0.5, "max_epochs": 2}
     fit(tmp_path, [NeuralCollapseCallback(strict=True), keep], **options)
@@ -244,7 +244,7 @@ def test_a_dropped_last_batch_is_measured_all_the_same(tmp_path):
     assert sum(callback.measured()) == 3 * len(DATA)
 
 
-def test_a_loader_that_makes_its_batches_itself_is_used_as_it_is(tmp_path):
+def test_a_loader_with_its_own_iteration_is_used_directly(tmp_path):
     with pytest.warns(UserWarning, match="pass dataloader="):
         fit(tmp_path, [NeuralCollapseCallback()], data=Normalized(DATA, 8))
     callback = NeuralCollapseCallback(dataloader=Normalized(DATA, 8), strict=True)
@@ -304,7 +304,7 @@ def test_what_cannot_be_measured_warns_once_or_raises_if_asked_to(tmp_path, recw
     assert len(callback.history) == 3
 
 
-def test_a_layer_that_is_not_there_is_said_once_and_the_others_are_measured(tmp_path):
+def test_a_layer_that_does_not_exist_causes_one_warning_and_the_others_are_measured(tmp_path):
     callback = NeuralCollapseCallback(layers=["net.2", "net.two"], stages=("train", "validate"))
     with pytest.warns(UserWarning, match=r"is named 'net\.two'; near: .*what can be found is measured") as caught:
         fit(tmp_path, [callback], val=loader(False))
@@ -334,7 +334,7 @@ def test_a_layer_that_does_not_fit_is_left_out_and_the_others_are_measured(tmp_p
         fit(tmp_path, [NeuralCollapseCallback(["nodes"], strict=True, **arguments)], model=Nodes())
 
 
-def test_a_pass_that_takes_more_than_a_quarter_of_the_epoch_is_said_once(tmp_path, caplog):
+def test_a_pass_longer_than_a_quarter_of_the_epoch_is_reported_once(tmp_path, caplog):
     class Slow:
         """Takes more than a second."""
 
@@ -353,7 +353,7 @@ def test_a_pass_that_takes_more_than_a_quarter_of_the_epoch_is_said_once(tmp_pat
 # ---------------------------------------------------------------------------------------------------- settings and figures
 
 
-def test_several_callbacks_live_together_unless_they_would_write_under_the_same_keys(tmp_path):
+def test_several_callbacks_work_together_unless_they_would_log_under_the_same_keys(tmp_path):
     train, val = NeuralCollapseCallback(strict=True), NeuralCollapseCallback(stages=("validate",), strict=True)
     more = NeuralCollapseCallback(layers=["net.0"], metrics=("nc1_trace",), strict=True)
     trainer, _ = fit(tmp_path, [train, val, more], val=loader(False))

@@ -72,7 +72,7 @@ def test_testing_an_older_checkpoint_keeps_the_history(tmp_path):
     assert callback.history[3]["stage"] == "test"
 
 
-def test_a_callback_for_training_alone_leaves_validate_test_and_predict_in_peace(tmp_path):
+def test_a_callback_for_training_does_nothing_in_validate_test_and_predict(tmp_path):
     callback = NeuralCollapseCallback(strict=True)
     trainer = Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False)
     model = WithTest()
@@ -102,14 +102,14 @@ def test_a_monitor_of_the_validation_stage_sees_the_value_of_this_epoch(tmp_path
 
 
 @pytest.mark.parametrize(("n", "every", "measured"), [(2, 5, [1, 5, 9]), (5, 3, [4, 9])])
-def test_of_seldom_validation_loops_those_behind_a_due_epoch_are_measured(tmp_path, n, every, measured):
+def test_validation_is_measured_in_the_first_loop_after_an_epoch_that_is_due(tmp_path, n, every, measured):
     callback = NeuralCollapseCallback(stages=("validate",), every_n_epochs=every, strict=True)
     keep = ModelCheckpoint(tmp_path, monitor="nc/val/nc1")
     fit(tmp_path, [callback, keep], val=loader(False), max_epochs=10, check_val_every_n_epoch=n)
     assert [row["epoch"] for row in callback.history] == measured
 
 
-def test_a_stage_without_a_loop_is_said_at_the_start(tmp_path):
+def test_a_stage_without_a_loop_causes_a_warning_at_the_start(tmp_path):
     with pytest.warns(UserWarning, match="stages has 'validate', but this run has no validation loop"):
         fit(tmp_path, [NeuralCollapseCallback(stages=("train", "validate"), strict=True)])
 
@@ -117,7 +117,7 @@ def test_a_stage_without_a_loop_is_said_at_the_start(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ online mode
 
 
-def test_online_mode_measures_the_training_features_as_they_pass(tmp_path):
+def test_online_mode_measures_the_features_of_the_training_steps(tmp_path):
     callback, independent = NeuralCollapseCallback(mode="online", strict=True), ClassifierInputs()
     trainer, model = fit(tmp_path, [callback, independent])
     rows, target = torch.cat(independent.rows).double().numpy(), torch.cat(independent.target).numpy()
@@ -164,7 +164,7 @@ def test_online_mode_reaches_max_steps_in_the_middle_of_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{"mode": "online"}, {"stages": ("validate",)}])
-def test_what_cannot_be_measured_as_it_passes_warns_once_and_training_goes_on(tmp_path, recwarn, arguments):
+def test_a_loop_that_cannot_be_measured_warns_once_and_training_goes_on(tmp_path, recwarn, arguments):
     class Functional(Classifier):
         def forward(self, x):
             return nn.functional.linear(self.net[:4](x), self.net[4].weight)
@@ -197,7 +197,7 @@ def test_layers_without_a_shape_get_theirs_from_the_training(tmp_path):
     assert [row["epoch"] for row in callback.history] == [0, 1, 2]
 
 
-def test_a_step_that_leaves_the_model_out_is_left_out_of_the_measurement(tmp_path):
+def test_a_step_that_does_not_call_the_model_is_not_measured(tmp_path):
     class Skipping(Classifier):
         def training_step(self, batch, batch_idx):
             return None if batch_idx == 2 else super().training_step(batch, batch_idx)
@@ -214,7 +214,7 @@ class NeverCalled(Classifier):
         return self.net[0].weight.sum()
 
 
-def test_two_passes_of_a_step_through_the_classifier_are_pointed_out(tmp_path):
+def test_a_step_that_calls_the_classifier_twice_causes_a_warning(tmp_path):
     class Twice(Classifier):
         def training_step(self, batch, batch_idx):
             self(batch[0].flip(0))

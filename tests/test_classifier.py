@@ -40,7 +40,7 @@ def test_the_classifier_behind_a_softmax_is_the_last_with_the_right_number_of_ou
     assert name_of_classifier(model, lambda: model(torch.randn(4, 6)), num_classes=8) == "0"
 
 
-def test_the_projection_inside_attention_does_not_stand_in_the_way():
+def test_the_projection_inside_attention_is_not_taken_for_a_head():
     class Attends(nn.Module):
         def __init__(self):
             super().__init__()
@@ -213,7 +213,7 @@ def test_an_output_that_no_linear_layer_can_have_given_is_an_error():
         name_of_classifier(model, lambda: model(torch.randn(5, 6)))
 
 
-def test_layers_before_the_head_that_are_not_called_do_not_stand_in_the_way():
+def test_layers_before_the_head_need_not_be_called():
     class Projected(nn.Module):
         """As Swin's attention, which takes the weight of its projection and not the layer."""
 
@@ -322,7 +322,7 @@ def test_a_layer_that_applies_no_weight_has_none():
     assert parts(nn.LayerNorm(6)) == (None, None)
 
 
-def test_of_a_head_with_more_outputs_the_first_are_taken_and_one_with_fewer_has_no_weight():
+def test_a_head_with_more_outputs_is_cut_and_one_with_fewer_has_no_weight():
     head = nn.Linear(6, 10)
     weight, bias = parts(head, num_classes=4)
     assert torch.equal(weight, head.weight[:4])

@@ -127,7 +127,7 @@ def test_every_sample_is_measured_once_with_the_buffers_of_the_first_rank(part):
     check_as_one_process(first["history"][-1], first["state"])
 
 
-def test_features_too_wide_take_a_second_pass_which_is_said_once():
+def test_features_too_wide_take_a_second_pass_and_the_message_appears_once():
     assert run("ddp")[1].count("takes a second pass") == 1
 
 

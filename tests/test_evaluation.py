@@ -100,7 +100,7 @@ def test_what_cannot_be_measured_says_why_and_what_to_do(model, batch, arguments
         measure(model, [batch], progress=False, **arguments)
 
 
-def test_no_batch_at_all_is_said():
+def test_a_dataloader_without_batches_is_refused():
     with pytest.raises(LookupError, match="gave no batch"):
         measure(nn.Linear(6, 3), [], progress=False)
 
@@ -152,7 +152,7 @@ def test_batches_are_collected_to_the_values_of_all_samples():
     torch.testing.assert_close(means, torch.from_numpy(reference.moments(rows, target)[0]))
 
 
-def test_of_a_padded_dataloader_only_the_own_samples_count():
+def test_samples_that_pad_a_dataloader_are_not_counted():
     rows, target = clusters(3, 10, 6, 0.3)
     padded = [(part[torch.arange(35) % 30]) for part in (rows, target)]
     batches = list(zip(*(part.split(7) for part in padded), strict=True))

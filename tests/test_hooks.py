@@ -16,7 +16,7 @@ def keep(name, tensor):
     return tensor.clone()
 
 
-def test_a_recorder_sees_keyword_arguments_leaves_no_hook_behind_and_sleeps_in_copies():
+def test_a_recorder_sees_keyword_arguments_leaves_no_hook_behind_and_records_nothing_in_copies():
     layer = nn.Linear(6, 3)
     x = torch.randn(4, 6)
     recorder = Recorder({}, inputs={"fc": layer})

@@ -113,7 +113,7 @@ def test_samplers_without_an_end_are_followed_for_an_epoch():
         visited(DataLoader(DATA, 8, sampler=Endless()))
 
 
-def test_a_loader_that_makes_its_batches_itself_is_not_copied():
+def test_a_loader_with_its_own_iteration_is_not_copied():
     with pytest.raises(LookupError, match=r"a Normalized that makes batches in a way of its own.*pass dataloader="):
         visited(Normalized(DATA, 8))
     assert has_own_iteration(Normalized(DATA, 8))

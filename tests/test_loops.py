@@ -130,7 +130,7 @@ def test_a_model_with_lazy_layers_is_left_alone_until_they_have_a_shape():
     assert nc1(loop.loops.end("train")[0]) == true_nc1(BATCHES[1:])
 
 
-def test_a_step_that_leaves_the_model_out_is_left_out_and_a_loop_of_such_steps_is_an_error():
+def test_a_step_that_does_not_call_the_model_is_not_measured_and_a_loop_of_such_steps_is_an_error():
     loop = Loop()
     loop.loops.begin("train", True)
     loop.run("train", BATCHES[:2])

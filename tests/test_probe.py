@@ -116,7 +116,7 @@ def test_layers_match_by_shell_pattern_and_near_names_are_offered():
         match_layers(model, ["heat"])
 
 
-def test_of_several_calls_the_last_with_a_row_for_each_label_is_measured():
+def test_the_last_call_with_a_row_for_each_label_is_measured():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -147,7 +147,7 @@ def test_a_function_turns_a_sequence_first_layer_into_a_row_per_sample():
     assert values["rnn/nc1"] == pytest.approx(values["nc1"], rel=1e-12)
 
 
-def test_torchs_own_encoder_is_measured_where_it_leaves_the_padding_out():
+def test_an_encoder_that_drops_the_padding_is_measured():
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -190,7 +190,7 @@ def test_a_column_of_labels_gets_its_own_remedy():
         ({"classifier": "conv"}, "'conv' is a convolution of more than one position"),
     ],
 )
-def test_what_does_not_fit_is_named(arguments, message):
+def test_settings_that_do_not_fit_the_model_are_named(arguments, message):
     model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 5, 3), flat=nn.Flatten(), fc=nn.Linear(20, 4)))
     with pytest.raises(LookupError, match=message):
         measure(model, [(torch.randn(8, 3, 4, 4), torch.arange(8) % 4)], progress=False, **arguments)

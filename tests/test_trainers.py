@@ -147,7 +147,7 @@ def test_a_single_process_has_no_ranks(tmp_path):
     assert asked(tmp_path, ranks_of, max_epochs=1, limit_train_batches=1)[0] == [None]
 
 
-def test_weights_are_other_ones_after_any_step(tmp_path):
+def test_every_step_changes_the_fingerprint_of_the_weights(tmp_path):
     seen = []
 
     def changed(trainer):
@@ -180,7 +180,7 @@ def test_values_after_the_training_reach_loggers_and_callbacks_with_their_epoch(
     assert [(float(row["nc/nc1"]), row["epoch"], row["step"]) for row in rows] == [(0.5, "1", "11")]
 
 
-def test_the_callback_goes_behind_all_others_but_checkpoints():
+def test_the_callback_is_placed_after_all_others_but_before_checkpoints():
     callback, average, stop, keep = NeuralCollapseCallback(), EMAWeightAveraging(), StopAfter(), ModelCheckpoint()
     trainer = Trainer(
         callbacks=[callback, average, stop, keep], logger=False, enable_progress_bar=False, accelerator="cpu"
@@ -214,7 +214,7 @@ def test_the_callback_goes_behind_all_others_but_checkpoints():
     ],
     ids=lambda options: ",".join(options),
 )
-def test_every_option_of_the_trainer_can_be_measured_with(tmp_path, trainer, arguments):
+def test_the_callback_works_with_every_option_of_the_trainer(tmp_path, trainer, arguments):
     callback = NeuralCollapseCallback(strict=True, **arguments)
     runner, model = fit(tmp_path, [callback], val=loader(shuffle=False), **trainer)
     assert callback.history
@@ -309,7 +309,7 @@ def test_activation_checkpointing_runs_layers_twice_and_counts_them_once(tmp_pat
     ],
     ids=["EMA", "SWA", "accumulation", "early stopping", "checkpoint"],
 )
-def test_other_callbacks_run_beside_it(tmp_path, make, arguments):
+def test_the_callback_works_with_other_callbacks(tmp_path, make, arguments):
     callback = NeuralCollapseCallback(strict=True, **arguments)
     _, model = fit(tmp_path, [make(), callback], val=loader(shuffle=False), max_epochs=4)
     assert len([row for row in callback.history if row["stage"] == "train"]) >= 4
@@ -363,7 +363,7 @@ def test_the_progress_bar_shows_the_pass_and_the_values(tmp_path, capsys, rich):
     assert {"nc/nc1", "nc/nc2_etf_centered", "nc/nc3_centered"} <= set(trainer.progress_bar_metrics)
 
 
-def test_a_progress_bar_of_the_users_own_does_not_stand_in_the_way(tmp_path):
+def test_the_callback_works_with_a_custom_progress_bar(tmp_path):
     class Own(ProgressBar):
         def __init__(self):
             super().__init__()
@@ -380,7 +380,7 @@ def test_a_progress_bar_of_the_users_own_does_not_stand_in_the_way(tmp_path):
 # -------------------------------------------------------------------------------------------------- other ways to train
 
 
-def test_several_loaders_are_measured_as_they_pass_or_on_a_loader_given(tmp_path):
+def test_several_training_loaders_are_measured_in_online_mode(tmp_path):
     class FromFirst(Classifier):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch["a"], batch_idx)
@@ -467,7 +467,7 @@ def test_a_module_without_forward_is_run_through_its_validation_step_and_logs_on
         fit(tmp_path, [NeuralCollapseCallback()], model=Mute())
 
 
-def test_the_trainer_of_pytorch_lightning_is_served_too(tmp_path):
+def test_the_callback_works_with_the_trainer_of_pytorch_lightning(tmp_path):
     class Other(pytorch_lightning.LightningModule):
         def __init__(self):
             super().__init__()
