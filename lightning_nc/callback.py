@@ -88,15 +88,13 @@ class NeuralCollapseCallback(Callback):
             during training, in train mode and with weights that change within the epoch.
         every_n_epochs: an int, or a callable from epoch to bool such as :func:`log_spaced`. The first and the last epoch are
             always measured; with an int n also epochs n - 1, 2n - 1 and so on, when ``ModelCheckpoint(every_n_epochs=n)`` acts.
-        dataloader: what the exact pass runs over instead of the training data, the same images without augmentation for
-            example.
+        dataloader: what the exact pass runs over instead of the training data, such as the images without augmentation.
         target_fn: batch -> (B,) class indices; by default the second item of a pair, or ``label``, ``labels``, ``target``,
             ``targets`` or ``y`` of a mapping.
         forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch, or with the
             entries of a mapping that match its argument names.
-        pool: how features of more than two dimensions become (B, d): ``"mean"`` over positions, with the axis of the features
-            taken from the layers around; ``"mean_channels_first"`` or ``"mean_channels_last"`` to say which axis it is;
-            ``"flatten"``; or a callable.
+        pool: how features of more than two dimensions become (B, d): ``"mean"`` over positions (the layers around show the axis
+            of the features), ``"mean_channels_first"``, ``"mean_channels_last"``, ``"flatten"``, or a callable.
         strict: raise when a measurement fails; by default it warns once, says why, and training goes on.
 
     Raises:
@@ -134,27 +132,26 @@ class NeuralCollapseCallback(Callback):
         self.history: list[dict[str, Any]] = []
         self.previous_histories: list[list[dict[str, Any]]] = []
         self.class_means: Tensor | None = None
-        self._classes: list[int] = []  # whose means they are
+        self._classes: list[int] = []  # the classes of these means
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step of the last measurement of training data
         self._weights = ""  # fingerprint of the weights being trained, at that measurement or before validation
         self._partial = self._swapped = False  # the epoch was resumed in its middle; validation runs with other weights
-        self._validation_due = self._fitting = False
-        self._fits = 0
+        self._validation_due = self._fitting = self._has_fitted = False
 
     @property
     @override
     def state_key(self) -> str:
         return self._generate_state_key(
-            layers=self._probe.layers, stages=self.stages, mode=self.mode, metrics=self.metrics
+            layers=self._probe.layers, stages=self.stages, mode=self.mode, names=self.metrics
         )
 
     def plot(self) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
         from lightning_nc.plotting import plot_history
 
-        return plot_history(self.history, num_classes=None if self.class_means is None else len(self.class_means))
+        return plot_history(self.history, num_classes=len(self._classes) or None)
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
@@ -173,11 +170,8 @@ class NeuralCollapseCallback(Callback):
             move_to_end(trainer, self)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        use_epoch_as_axis(trainer)
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        use_epoch_as_axis(trainer)
         self._measured, self._validation_due = None, False
         if trainer.global_step or trainer.current_epoch:
             # Resumed: monitors look for the last values, and the last epoch may be measured already.
@@ -185,10 +179,10 @@ class NeuralCollapseCallback(Callback):
             trainer.callback_metrics.update(tensors_of(known, pl_module.device))
             steps = [(row["epoch"], row["step"]) for row in self.history if row["stage"] == "train"]
             self._measured = steps[-1] if steps else None
-        elif self._fits and self.history:  # another training, of cross-validation for example
+        elif self._has_fitted and self.history:  # another training, of cross-validation for example
             self.previous_histories.append(self.history)
             self.history = []
-        self._fits += 1
+        self._has_fitted = True
         if "validate" in self.stages and not trainer.enable_validation:
             rank_zero_warn(
                 "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give "
@@ -251,26 +245,22 @@ class NeuralCollapseCallback(Callback):
     ) -> None:
         self._loops.check_inputs()
         self._loops.finish("train", 0, None)
-        # Before the validation loop, so that callbacks that monitor a value there see the one of this epoch.
+        # Before the validation loop, so that a callback that monitors a value there sees that of this epoch.
         if trainer.is_last_batch:
             self._finish_epoch(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # An epoch that max_steps ended has no last batch.
-        self._finish_epoch(trainer, pl_module)
+        self._finish_epoch(trainer, pl_module)  # an epoch that max_steps ended has no last batch
 
     def _finish_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "train" not in self.stages or self._is_measured(trainer):
+        if "train" not in self.stages or self._measured == (trainer.current_epoch, trainer.global_step):
             return
         if self.mode == "online":
             self._measured, self._weights = (trainer.current_epoch, trainer.global_step), fingerprint(pl_module)
             self._finish_loop(trainer, pl_module, "train")
         elif self.should_measure(trainer):
             log_values(trainer, pl_module, self._measure(trainer, pl_module, trainer.current_epoch))
-
-    def _is_measured(self, trainer: Trainer) -> bool:
-        return self._measured == (trainer.current_epoch, trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -288,7 +278,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if "validate" in self.stages and trainer.state.fn == "fit" and not self._is_measured(trainer):
+        if "validate" in self.stages and trainer.state.fn == "fit":
             self._weights = fingerprint(pl_module)
 
     @override

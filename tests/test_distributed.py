@@ -82,7 +82,7 @@ def test_if_one_rank_fails_all_raise_and_the_others_are_told():
     assert second["error of rank 1"] == ("KeyError", "'mine'")
     assert first["error of rank 1"] == (
         "RuntimeError",
-        "another rank could not measure its part; the warning of that rank says why",
+        "another rank could not measure its part; the message of that rank says why",
     )
 
 

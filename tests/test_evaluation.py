@@ -273,3 +273,25 @@ def test_features_of_16384_dimensions_take_little_memory():
     gigabytes, value, expected = map(float, run.stdout.split())
     assert gigabytes < 0.3  # the scatter alone would take 3.2
     assert value == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_layer_that_a_later_batch_does_not_reach_is_left_out_and_the_others_are_measured():
+    class Experts(nn.Module):
+        """The second expert sees negative samples only."""
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.expert, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            features = self.body(x)
+            return self.head(self.expert(features) if (x[:, 0] < 0).all() else features)
+
+    rows, target = clusters(3, 20, 6, 0.5)
+    rows[:30, 0], rows[30:, 0] = -1, 1
+    loader = DataLoader(TensorDataset(rows, target), 10)
+    model = Experts()
+    with pytest.warns(UserWarning, match="the layer 'expert' is left out from here on: it was not called"):
+        values = measure(model, loader, layers=["body", "expert"], progress=False)
+    assert "expert/nc1" not in values
+    assert {key: values[key] for key in values if "/" not in key} == measure(model, loader, progress=False)

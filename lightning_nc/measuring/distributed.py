@@ -26,7 +26,7 @@ def all_raise(error: Exception | None, device: torch.device | None) -> None:
     """
     failed = error is not None if device is None else all_max(error is not None, device)
     if failed:
-        raise error or RuntimeError("another rank could not measure its part; the warning of that rank says why")
+        raise error or RuntimeError("another rank could not measure its part; the message of that rank says why")
 
 
 def check_same_shapes(shapes: object, device: torch.device) -> None:

@@ -152,6 +152,8 @@ class Collector:
     def update(self, own: int | None = None) -> None:
         """Update the metrics with the features that the probe recorded."""
         features, target = self.probe.features()
+        for layer in [layer for layer in self.metrics if layer not in features]:  # left out since this batch
+            self.metrics.pop(layer), self.spans.pop(layer, None), self.projected.pop(layer, None)
         rows = slice(None if own is None else max(own - self.samples, 0))
         self.samples += len(target[rows])
         for layer, values in features.items():
@@ -198,9 +200,10 @@ class Collector:
             self.spans[layer] = span
             self.projected[layer] = self._create(span.shape[1], ["nc1"], span.device)
         if self.spans and self.probe.is_new("two passes"):
-            sizes = ", ".join(f"{layer or 'classifier input'} {width}" for layer, width in self.too_wide().items())
+            sizes = [f"{layer or 'classifier input'} {width}" for layer, width in self.too_wide().items()]
+            named = ", ".join(sizes[:5]) + f" and {len(sizes) - 5} more" * (len(sizes) > 5)
             rank_zero_info(
-                f"neural collapse: the features of {sizes} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} "
+                f"neural collapse: the features of {named} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} "
                 "GiB together, so their nc1 takes a second pass over the data; fewer layers or pool='mean' avoid it"
             )
         return bool(self.spans)

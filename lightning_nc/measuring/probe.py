@@ -185,10 +185,18 @@ class Probe:
         assert self._target is not None
         calls = self._recorder.stop()
         found = {}
-        for name in self.widths:
-            rows = _last_fitting(self._title(name), name, calls, self._size)
-            check_batch(rows, self._target)
-            found[name] = rows
+        for name in list(self.widths):
+            try:
+                rows = _last_fitting(self._title(name), name, calls, self._size)
+                check_batch(rows, self._target)
+                found[name] = rows
+            except (LookupError, ValueError) as error:
+                if name == INPUT or not calls:
+                    raise
+                if self.strict:
+                    raise type(error)(f"the layer {name!r} cannot be measured: {error}") from error
+                del self.widths[name]
+                self.warn_once(f"left out {name}", f"the layer {name!r} is left out from here on: {error}")
         own = [rows for name, rows in calls if name == INPUT and rows is not None and len(rows) == self._size]
         if len(own) > 1:
             self.warn_once(
@@ -442,7 +450,7 @@ def _uncalled(layer: str, of_classifier: bool) -> str:
 def _last_fitting(title: str, name: str, calls: Sequence[tuple[str, Tensor | None]], size: int) -> Tensor:
     tensors = [tensor for called, tensor in calls if called == name]
     if not tensors:
-        raise NotCalledError(("" if name == INPUT else f"{title}: ") + _uncalled(title.strip("'"), name == INPUT))
+        raise NotCalledError(_uncalled(title.strip("'"), name == INPUT))
     fitting = [tensor for tensor in tensors if tensor is not None and tensor.dim() and len(tensor) == size]
     if not fitting:
         shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
