@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_nc.measuring.hooks import trace
-from lightning_nc.measuring.layout import feature_axis
+from lightning_nc.measuring.layout import Layout
 
 
 class Permute(nn.Module):
@@ -57,7 +57,7 @@ def axis_of(model, inputs, layer, outputs=True):
     """The axis of the features of a layer, in the last call of it."""
     with torch.no_grad():
         _, calls = trace(model, lambda: model(inputs))
-    return feature_axis(calls, max(i for i, call in enumerate(calls) if call.name == layer), outputs)
+    return Layout(calls).feature_axis(max(i for i, call in enumerate(calls) if call.name == layer), outputs)
 
 
 # All axes have four entries: only the kind of the layer can tell.

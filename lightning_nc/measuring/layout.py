@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_nc.measuring.hooks import Call
 
-__all__ = ["feature_axis"]
+__all__ = ["Layout"]
 
 _Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -34,45 +34,56 @@ class _Known(NamedTuple):
     permuted: bool = False  # by this call
 
 
-def feature_axis(calls: Sequence[Call], position: int, outputs: bool = True) -> int:
-    """The axis that holds the features in what a module returned, or received, of three dimensions or more.
+class Layout:
+    """The axes of the features in one run of a model.
 
     Args:
-        calls: all calls of one run, in the order they finished.
-        position: which of them.
-        outputs: whether the output or the input is asked for.
-
-    Raises:
-        LookupError: if nothing says which axis it is, or if the layers around it disagree.
+        calls: all calls of the run, in the order they finished.
     """
-    call = calls[position]
-    tensor = call.output if outputs else call.input
-    assert tensor is not None
-    own = _axis(call.module, tensor, outputs)
-    if own is not None:
-        return own
-    givers, takers = _known(calls, outputs=True), _known(calls, outputs=False)
-    # The same tensor, as the output of one layer or as the input of another.
-    same = {known.axis for known in (*givers, *takers) if known.key == _key(tensor) and known.axis}
-    if len(same) == 1:
-        return same.pop()
-    before = next((known for known in reversed(givers) if known.position < position), None)
-    after = next((known for known in takers if known.position > position), None)
-    if after is not None and any(known.permuted and position < known.position < after.position for known in givers):
-        after = None
-    # Channels first everywhere, or last everywhere.
-    uniform = len({known.axis == 1 for known in (*givers, *takers)}) == 1
-    neighbors = [axis for known in (before, after) if known and (axis := _carried(known, tensor, uniform)) is not None]
-    # Between two neighbors that say the same, or by its size: behind a single one, a square tensor may have been transposed.
-    sure = len(neighbors) == 2 or _is_only_axis_of_its_size(neighbors, tensor)
-    if len(set(neighbors)) == 1 and not same and sure:
-        return neighbors[0]
-    candidates = sorted({*same, *neighbors}) or range(1, tensor.dim())
-    raise LookupError(
-        f"which axis of its {'output' if outputs else 'input'} {tuple(tensor.shape)} holds the features is ambiguous; "
-        f"candidates are {' and '.join(f'axis {axis} ({tensor.shape[axis]})' for axis in candidates)}. Pass "
-        "pool='mean_channels_first', pool='mean_channels_last', or a function from the output to (B, d)"
-    )
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self._givers, self._takers = _known(calls, outputs=True), _known(calls, outputs=False)
+
+    def feature_axis(self, position: int, outputs: bool = True) -> int:
+        """The axis that holds the features in what a module returned, or received, of three dimensions or more.
+
+        Args:
+            position: the number of the call.
+            outputs: whether the output or the input is asked for.
+
+        Raises:
+            LookupError: if nothing says which axis it is, or if the layers around it disagree.
+        """
+        call, givers, takers = self.calls[position], self._givers, self._takers
+        tensor = call.output if outputs else call.input
+        assert tensor is not None
+        own = _axis(call.module, tensor, outputs)
+        if own is not None:
+            return own
+        # The same tensor, as the output of one layer or as the input of another.
+        same = {known.axis for known in (*givers, *takers) if known.key == _key(tensor) and known.axis}
+        if len(same) == 1:
+            return same.pop()
+        before = next((known for known in reversed(givers) if known.position < position), None)
+        after = next((known for known in takers if known.position > position), None)
+        if after is not None and any(known.permuted and position < known.position < after.position for known in givers):
+            after = None
+        # Channels first everywhere, or last everywhere.
+        uniform = len({known.axis == 1 for known in (*givers, *takers)}) == 1
+        neighbors = [
+            axis for known in (before, after) if known and (axis := _carried(known, tensor, uniform)) is not None
+        ]
+        # Between two neighbors that say the same, or by its size: behind a single one, a square tensor may have been transposed.
+        sure = len(neighbors) == 2 or _is_only_axis_of_its_size(neighbors, tensor)
+        if len(set(neighbors)) == 1 and not same and sure:
+            return neighbors[0]
+        candidates = sorted({*same, *neighbors}) or range(1, tensor.dim())
+        raise LookupError(
+            f"which axis of its {'output' if outputs else 'input'} {tuple(tensor.shape)} holds the features is ambiguous; "
+            f"candidates are {' and '.join(f'axis {axis} ({tensor.shape[axis]})' for axis in candidates)}. Pass "
+            "pool='mean_channels_first', pool='mean_channels_last', or a function from the output to (B, d)"
+        )
 
 
 def _known(calls: Sequence[Call], outputs: bool) -> list[_Known]:

@@ -30,7 +30,7 @@ from lightning_nc.measuring.batches import (
 from lightning_nc.measuring.classifier import Classifier, find_classifier, outputs_of
 from lightning_nc.measuring.distributed import is_sharded
 from lightning_nc.measuring.hooks import Call, Recorder, named_modules, trace
-from lightning_nc.measuring.layout import feature_axis
+from lightning_nc.measuring.layout import Layout
 from lightning_nc.moments import check_batch, check_labels, check_target
 
 __all__ = ["NotCalledError", "Probe", "match_layers"]
@@ -337,6 +337,7 @@ class _Trial:
             self.run = lambda: probe.forward(model, copy_batch(batch))
             self.output, self.calls = trace(model, self.run)
             self.fewer, self.rows = self.calls, (size, size)
+        self.layout = Layout(self.calls)
 
     def _run_fewer(self, probe: Probe, model: nn.Module, batch: Any, size: int, reverse: bool) -> list[Call]:
         self.reverse = reverse
@@ -368,7 +369,7 @@ class _Trial:
         assert other is not None
         if tensor.dim() > 2 and not callable(self.pool) and self.pool != "flatten":
             if self.pool == "mean" and not tensor.is_nested:
-                axes[name] = feature_axis(self.calls, fitting[-1], outputs=name != INPUT)
+                axes[name] = self.layout.feature_axis(fitting[-1], outputs=name != INPUT)
             else:
                 axes[name] = 1 if self.pool == "mean_channels_first" else tensor.dim() - 1
         rows = pool_features(tensor, self.pool, axes.get(name))
