@@ -379,7 +379,10 @@ def evaluate(
     if not seen.all():
         absent = (~seen).nonzero().flatten().tolist()
         listed = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
-        warnings.warn(f"no sample of {len(absent)} classes ({listed}): the metrics leave them out", stacklevel=2)
+        warnings.warn(
+            f"no sample of {len(absent)} class{'es' * (len(absent) > 1)} ({listed}): left out of the metrics",
+            stacklevel=2,
+        )
 
     parts = {name: part.to(moments.means)[seen] for name, part in parts.items()}
     broken = {name for name, part in parts.items() if not part.isfinite().all()}
@@ -397,7 +400,9 @@ def _reason(s: Summary, broken: set[str]) -> str:
         return f"the classifier's {' and '.join(sorted(broken))} holds an infinity or a nan"
     if s.weight.dim() and not vector_norm(s.weight, dim=1).all():
         return "the classifier's weight is zero for one or more classes"
-    return "one or more class means coincide with the mean of all"
+    if not vector_norm(s.centered, dim=1).all():
+        return "one or more class means coincide with the mean of all"
+    return "the formula is not defined for these class means"
 
 
 def check_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_nc.runs import metrics_of
@@ -31,6 +31,9 @@ def publish_figures(
     these but has a directory, PNG files are saved there. Does nothing if matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
+        rank_zero_info(
+            "neural collapse: no figures are drawn, because matplotlib is not installed: pip install matplotlib"
+        )
         return
     from lightning_nc.plotting import plot_gram, plot_history
 

@@ -65,6 +65,11 @@ class _Reference:
             raise ValueError(
                 f"{name} must be a layer with a {name}, a tensor or a callable, got {type(source).__name__}"
             )
+        if hasattr(source, "base_layer"):
+            raise ValueError(
+                f"{name} of {type(source).__name__} is that of the layer below its adapter; pass a callable that returns what it "
+                "applies, such as lambda: head.weight + head.get_delta_weight('default')"
+            )
         value = self.read() if isinstance(source, Tensor | torch.nn.Module) else None
         if value is not None and not is_lazy(value) and value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")

@@ -121,7 +121,7 @@ class ClassStatistics:
             doubt = 1.5 + sums / self.counts.sqrt()
             kept = values > doubt.max() * vector_norm(error) + vector_norm(doubt) * error.max()
             weak = rows[~kept].T
-            if weak.numel():
+            if weak.numel() and math.isfinite(self.resolution):
                 noise = sums**2 * (error.square().mean() + error.square() @ weak.square())
                 varied = self.within(weak) > self.samples * noise + self.resolution
                 floor = torch.finfo(values.dtype).eps * max(self.means.shape) * values[0]
@@ -267,6 +267,8 @@ class ClassMoments(ClassStatistics):
 
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,), not negative."""
+        if not len(self.scatter):
+            raise RuntimeError("the scatter matrix was not kept; the metric's row in METRICS needs scatter=True")
         total = directions.new_zeros(directions.shape[1])
         for rows, right in _upper_blocks(len(self.scatter)):
             block, size = self.scatter[rows, right], rows.stop - rows.start
@@ -365,8 +367,8 @@ def check_target(target: Any) -> None:
         column = target.dim() == 2 and target.shape[1] == 1
         remedy = "squeeze(1) them" if column else "call .long()" if target.dim() == 1 else "take the arg max"
         raise ValueError(
-            f"targets must hold class indices of shape (B,), got {_describe(target)}; {remedy} first, or pass target_fn "
-            "to extract class indices from the batch"
+            f"targets must hold class indices of shape (B,), got {_describe(target)}; {remedy} first (the callback and measure "
+            "take target_fn, a function from a batch to class indices)"
         )
 
 

@@ -291,7 +291,7 @@ def test_a_layer_that_a_later_batch_does_not_reach_is_left_out_and_the_others_ar
     rows[:30, 0], rows[30:, 0] = -1, 1
     loader = DataLoader(TensorDataset(rows, target), 10)
     model = Experts()
-    with pytest.warns(UserWarning, match="the layer 'expert' is left out from here on: it was not called"):
+    with pytest.warns(UserWarning, match="the layer 'expert' is left out from here on: not called"):
         values = measure(model, loader, layers=["body", "expert"], progress=False)
     assert "expert/nc1" not in values
     assert {key: values[key] for key in values if "/" not in key} == measure(model, loader, progress=False)

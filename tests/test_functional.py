@@ -180,7 +180,7 @@ def test_a_missing_class_is_left_out_with_a_warning():
     weight = torch.randn(4, 6, dtype=torch.float64)
     kept = target != 2
     labels = target[kept].apply_(lambda k: k - (k > 2))
-    with pytest.warns(UserWarning, match=r"no sample of 1 classes \(2\)"):
+    with pytest.warns(UserWarning, match=r"no sample of 1 class \(2\)"):
         value = nc3(rows[kept], target[kept], weight)
     assert value.item() == pytest.approx(nc3(rows[kept], labels, weight[[0, 1, 3]]).item(), rel=1e-12)
     with pytest.warns(UserWarning, match="no sample"):

@@ -433,3 +433,20 @@ def test_real_processes_agree_with_one(world_size):
     for values in results.values():
         assert values == pytest.approx(single, rel=1e-6)
         assert values == results[0]
+
+
+def test_the_layer_below_an_adapter_is_refused_as_a_weight_and_what_the_adapter_applies_is_taken():
+    peft = pytest.importorskip("peft")
+    rows, target = clusters(3, 10, 6, 0.3)
+    model = nn.Sequential(nn.Identity(), nn.Linear(6, 3))
+    head = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["1"], init_lora_weights=False)
+    ).base_model.model[1]
+    with pytest.raises(ValueError, match="below its adapter; pass a callable"):
+        NC3(3, 6, weight=head)
+    metric = NC3(3, 6, weight=lambda: head.weight + head.get_delta_weight("default"))
+    metric.update(rows, target)
+    applied = (head(torch.eye(6)) - head(torch.zeros(1, 6))).T.detach().double().numpy()
+    assert metric.compute().item() == pytest.approx(
+        reference.direction(applied, reference.moments(rows, target)[0]), rel=1e-5
+    )

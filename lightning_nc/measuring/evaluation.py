@@ -84,9 +84,9 @@ def measure(  # noqa: D417
     try:
         with evaluation_mode(model, on, probe.warn_once), warn_if_moved(dataloader, probe.warn_once):
             loader, total = _every_sample_once(dataloader)  # a sampler draws from the random streams
-            bar = tqdm(loader, "Neural collapse", total, leave=False, disable=not progress)
-            batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
-            exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
+            with tqdm(loader, "Neural collapse", total, leave=False, disable=not progress) as bar:
+                batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
+                exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
             return collector.values()
     finally:
         probe.detach()
@@ -111,7 +111,7 @@ class MappedBatches:
 class Collector:
     """The metrics of one dataloader by layer, updated batch by batch.
 
-    In a running loop nothing is raised before :meth:`check`, where all ranks of a distributed run meet.
+    In a running loop nothing is raised before :meth:`synchronize`, where all ranks of a distributed run meet.
 
     Args:
         probe: what to measure of a batch.
@@ -277,12 +277,17 @@ class Collector:
         """Weight and bias of the classifier; says once which metrics are left out without them."""
         head = self.probe.head
         weight, bias = (None, None) if head is None else head.parts()
-        missing = [name for name in self.names if "weight" in METRICS[name].needs]
-        if weight is None and head is not None and missing:
+        part = "weight" if weight is None else "bias"
+        missing = [name for name in self.names if part in METRICS[name].needs]
+        if head is not None and bias is None and missing:
+            reason = (
+                "does not compute x W' + b with a weight that it shows (a cosine head, for example), or cannot be called alone"
+                if weight is None
+                else "has no bias"
+            )
             self.probe.warn_once(
-                "weight",
-                f"{', '.join(missing)} left out: the classifier {head.name!r}, a {type(head.module).__name__}, does not "
-                "compute x W' + b with a weight that it shows (a cosine head, for example), or it cannot be called alone",
+                "parts",
+                f"{', '.join(missing)} left out: the classifier {head.name!r}, a {type(head.module).__name__}, {reason}",
             )
         return weight, bias
 
@@ -315,13 +320,14 @@ def exact_pass(
             raise LookupError("the dataloader gave no batch, so there is nothing to measure")
         spare, taken = None if ranks is None else copy_batch(first), chain([first], iterator)
         probe.attach(model, first, forward_context)
+        if ranks is not None:
+            collector.prepare(ranks)
     except Exception as caught:
         error = caught
     all_raise(error, ranks)
     if ranks is not None:
         check_same_shapes(probe.widths, ranks)
         broadcast_buffers(model, ranks)
-        collector.prepare(ranks)
     steps = 0 if ranks is None else int(all_max(steps, ranks))
 
     def run(batch: Any) -> None:

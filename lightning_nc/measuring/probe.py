@@ -132,7 +132,7 @@ class Probe:
     def warn_once(self, topic: str, message: str) -> None:
         """Warn, once in a run."""
         if self.is_new(topic):
-            warnings.warn(f"neural collapse: {message}", stacklevel=3)
+            _warn(f"neural collapse: {message}")
 
     def attempt(self, measure: Callable[[], _T]) -> _T | None:
         """Call ``measure``; unless strict, warn and return None if it raises."""
@@ -143,10 +143,9 @@ class Probe:
                 raise
             # On every rank: the reason may be known to one of them alone.
             if self.is_new("cannot be measured"):
-                warnings.warn(
+                _warn(
                     f"neural collapse cannot be measured, training goes on: {error} (NeuralCollapseCallback(strict=True) "
-                    "raises instead)",
-                    stacklevel=2,
+                    "raises instead)"
                 )
             return None
 
@@ -438,9 +437,14 @@ def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
+def _warn(message: str) -> None:
+    """Warn in every run: Python shows the same warning of one line of code only once in a process."""
+    warnings.warn_explicit(message, UserWarning, __file__, 1, __name__)
+
+
 def _uncalled(layer: str, of_classifier: bool) -> str:
     if not of_classifier:
-        return "it was not called in the forward pass"
+        return "not called in the forward pass"
     return (
         f"{layer!r} was not called in the forward pass; hooks see only calls of the module itself: write self.{layer}(x) "
         f"instead of F.linear(x, self.{layer}.weight), self.{layer}.forward(x) or a traced copy; if it is called in the "
