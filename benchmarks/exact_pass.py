@@ -29,7 +29,7 @@ def images(count: int) -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(count, 3, 32, 32), torch.arange(count) % 10), 128)
 
 
-def cost(layers: list[str] | None = None, count: int = 256, repeats: int = 9) -> None:
+def cost(layers: list[str] | None = None, count: int = 1024, repeats: int = 5) -> None:
     """Time of ``measure``, with layers or without, and of the bare forward pass, taking turns."""
     model, loader = resnet18(), images(count)
 

@@ -13,11 +13,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
     commands = parser.add_subparsers(dest="command", required=True)
     plot = commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper")
-    run = "a CSV file, or a directory written by CSVLogger, TensorBoardLogger or WandbLogger (offline)"
+    run = "a CSV file, or a directory of CSVLogger, TensorBoardLogger or WandbLogger (offline); the newest file in it"
     plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
     out = "PNG, PDF or SVG file, or a directory (default: %(default)s)"
     plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
-    frames = "mark the value of nc2_etf and nc2_of at an exact frame of the other kind"
+    frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
     plot.add_argument("-k", "--num-classes", type=int, help=frames)
     given = parser.parse_args(arguments)
     if given.num_classes is not None and given.num_classes < 2:

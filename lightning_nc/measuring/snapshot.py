@@ -18,7 +18,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torchmetrics import Metric
 
 from lightning_nc.measuring.distributed import is_sharded
-from lightning_nc.moments import state_dtype
 
 __all__ = ["evaluation_mode", "fingerprint"]
 
@@ -74,14 +73,10 @@ def evaluation_mode(
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """Sums and norms of the parameters, which change when a parameter changes; empty for a model that FSDP shards."""
+    """The norms of the parameters, which change when the parameters change; empty for a model that FSDP shards."""
     plain = [] if is_sharded(model) else [p for p in model.parameters() if _is_plain(p) and p.is_floating_point()]
-    numbers = [
-        torch.stack([p.sum(dtype=dtype), torch.linalg.vector_norm(p, dtype=dtype)]).cpu()
-        for p in plain
-        for dtype in [state_dtype(p.device)]
-    ]
-    return repr(torch.cat(numbers).tolist()) if numbers else ""
+    norms = [torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in plain]
+    return repr([norm.item() for norm in norms]) if norms else ""
 
 
 def _remember(module: nn.Module) -> Iterator[Callable[[], None]]:
