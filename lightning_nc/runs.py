@@ -55,9 +55,11 @@ def find_log(path: str | Path) -> Path:
         return path
     found = [file for pattern in _readers() for file in path.rglob(pattern) if file.is_file()]
     if not found:
+        problem = (
+            "is not a CSV file, and not a directory with" if path.exists() else "does not exist; needs a CSV file or"
+        )
         raise FileNotFoundError(
-            f"{path} is not a CSV file, and not a directory with {', '.join(_readers())}; "
-            f"pass the file or the directory that a logger wrote"
+            f"{path} {problem} {', '.join(_readers())}; pass the file or the directory that a logger wrote"
         )
     return max(found, key=lambda file: file.stat().st_mtime)
 

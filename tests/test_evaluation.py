@@ -63,7 +63,7 @@ def test_a_model_without_a_linear_classifier_can_still_be_measured_at_its_layers
     ("model", "batch", "arguments", "error", "message"),
     [
         (nn.Linear(6, 3), (torch.randn(4, 6), torch.tensor([0, 1, 2, 3])), {}, ValueError, r"lie in \[0, 3\)"),
-        (nn.Linear(6, 3), (torch.randn(4, 6), torch.rand(4, 3)), {}, ValueError, r"float32 \(4, 3\).*pass target_fn"),
+        (nn.Linear(6, 3), (torch.randn(4, 6), torch.rand(4, 3)), {}, ValueError, r"float32 \(4, 3\).*take target_fn"),
         (nn.Linear(6, 3), (torch.randn(4, 6), [0, 1, 2, 0]), {}, ValueError, "got list"),
         (nn.Linear(6, 3), torch.randn(4, 6), {}, LookupError, "pass target_fn"),
         (nn.Linear(6, 3), {"x": torch.randn(4, 6), "z": 1, "y": torch.arange(3)}, {}, LookupError, "pass forward_fn"),

@@ -16,7 +16,7 @@ FLOORS = [
     {"metrics"},
     {"measuring.hooks", "measuring.loaders", "measuring.distributed"},
     {"measuring.layout", "measuring.batches", "measuring.snapshot"},
-    {"measuring.classifier"},
+    {"measuring.classifier", "measuring.trial"},
     {"measuring.probe"},
     {"measuring.evaluation"},
     {"measuring.loops"},

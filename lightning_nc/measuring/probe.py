@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy
-import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -21,28 +20,19 @@ from lightning_nc.measuring.batches import (
     POOLS,
     Pool,
     copy_batch,
-    first_rows,
     listed,
     pool_features,
     run_forward,
     targets_of,
 )
 from lightning_nc.measuring.classifier import Classifier, find_classifier, outputs_of
-from lightning_nc.measuring.distributed import is_sharded
-from lightning_nc.measuring.hooks import Call, Recorder, named_modules, trace
-from lightning_nc.measuring.layout import Layout
+from lightning_nc.measuring.hooks import Recorder, named_modules
+from lightning_nc.measuring.trial import INPUT, NotCalledError, Trial, uncalled
 from lightning_nc.moments import check_batch, check_labels, check_target
 
-__all__ = ["NotCalledError", "Probe", "match_layers"]
+__all__ = ["INPUT", "NotCalledError", "Probe", "match_layers"]
 
 _T = TypeVar("_T")
-
-INPUT = ""
-"""The name of the classifier's input among the layers."""
-
-
-class NotCalledError(LookupError):
-    """A layer was not called on a batch."""
 
 
 @dataclass
@@ -99,7 +89,7 @@ class Probe:
         target = self.targets(copy_batch(batch))
         names = self._match(model)
         with forward_context():
-            trial = _Trial(self, model, batch, len(target))
+            trial = Trial(model, batch, len(target), self.forward, self.targets, self.pool)
         self.head = self._find_head(model, trial)
         if trial.sharded:  # its weight is seen in a forward only
             with forward_context():
@@ -234,7 +224,7 @@ class Probe:
                 self.warn_once(pattern, f"{error}; what can be found is measured")
         return match_layers(model, patterns)
 
-    def _find_head(self, model: nn.Module, trial: _Trial) -> Classifier | None:
+    def _find_head(self, model: nn.Module, trial: Trial) -> Classifier | None:
         """The classifier; None if only layers are measured and there is none. Sets the number of classes."""
         modules = named_modules(model)
         try:
@@ -277,7 +267,7 @@ class Probe:
         replaced = bool(used) and not trial.sharded and used != {id(module._parameters.get("weight"))}
         return Classifier(name, module, self.classes, rows, trial.sharded, replaced)
 
-    def _check_layers(self, names: list[str], trial: _Trial) -> None:
+    def _check_layers(self, names: list[str], trial: Trial) -> None:
         """Set the widths of what can be measured, and the axes of features with more than two dimensions."""
         self.widths, self._axes = {}, {}
         left_out: dict[str, list[str]] = {}
@@ -314,113 +304,6 @@ class Probe:
             raise LookupError(f"none of the layers can be measured: {next(iter(left_out), 'no layer was found')}")
 
 
-class _Trial:
-    """Two runs of a model on the first samples of a batch, which tell its classifier and the layout of its layers."""
-
-    def __init__(self, probe: Probe, model: nn.Module, batch: Any, size: int) -> None:
-        self.pool = probe.pool
-        self.sharded, self.reverse = is_sharded(model), False
-        self.rows = min(3, size), max(min(3, size) - 1, 1)
-        try:
-            if any(len(probe.targets(first_rows(batch, size, rows))) != rows for rows in self.rows):
-                raise ValueError("the batch cannot be shortened")
-            self.run: Callable[[], Any] = lambda: probe.forward(model, first_rows(batch, size, self.rows[0]))
-            self.output, self.calls = trace(model, self.run)
-            try:
-                self.fewer = self._run_fewer(probe, model, batch, size, reverse=True)
-            except Exception:  # a model that takes sorted samples only
-                self.fewer = self._run_fewer(probe, model, batch, size, reverse=False)
-            if not any(self._has_rows(a.output, b.output) for a, b in zip(self.calls, self.fewer, strict=False)):
-                raise ValueError("a part of the batch was not shortened")
-        except Exception:  # a graph, or a model for one batch size: run it on the batch as it is
-            self.run = lambda: probe.forward(model, copy_batch(batch))
-            self.output, self.calls = trace(model, self.run)
-            self.fewer, self.rows = self.calls, (size, size)
-        self.layout = Layout(self.calls)
-
-    def _run_fewer(self, probe: Probe, model: nn.Module, batch: Any, size: int, reverse: bool) -> list[Call]:
-        self.reverse = reverse
-        return trace(model, lambda: probe.forward(model, first_rows(batch, size, self.rows[1], reverse)))[1]
-
-    def width(self, layer: str, name: str, axes: dict[str, int]) -> int:
-        """The number of features of a layer; their axis is added to ``axes`` under ``name``.
-
-        Raises:
-            NotCalledError: if the layer was not called.
-            LookupError: if no call has a row for each sample, or has them in another order, or if the axis is not known.
-            ValueError: if the features cannot be pooled.
-        """
-        calls = [position for position, call in enumerate(self.calls) if call.name == layer]
-        if not calls:
-            raise NotCalledError(_uncalled(layer, name == INPUT))
-        tensors = [_tensor(self.calls[position], name) for position in calls]
-        fewer = [_tensor(call, name) for call in self.fewer if call.name == layer]
-        others = fewer if len(fewer) == len(tensors) else tensors
-        fitting = [p for p, tensor, other in zip(calls, tensors, others, strict=True) if self._has_rows(tensor, other)]
-        if not fitting:
-            shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
-            raise LookupError(
-                f"no call of {layer!r} has a row for each of the {self.rows[0]} labels, got {shapes}; pass target_fn or "
-                "forward_fn so that features and labels fit, or pool=, a function from the output to (B, d)"
-            )
-        tensor, other = _tensor(self.calls[fitting[-1]], name), others[calls.index(fitting[-1])]
-        assert tensor is not None
-        assert other is not None
-        if tensor.dim() > 2 and not callable(self.pool) and self.pool != "flatten":
-            if self.pool == "mean" and not tensor.is_nested:
-                axes[name] = self.layout.feature_axis(fitting[-1], outputs=name != INPUT)
-            else:
-                axes[name] = 1 if self.pool == "mean_channels_first" else tensor.dim() - 1
-        rows = pool_features(tensor, self.pool, axes.get(name))
-        check_batch(rows, torch.zeros(len(rows), dtype=torch.long))
-        if (
-            self.reverse
-            and self.rows == (3, 2)
-            and not _in_order(rows, pool_features(other, self.pool, axes.get(name)))
-        ):
-            raise LookupError(
-                f"the rows of the last call of {layer!r} are in another order than the samples of the batch (the model sorts "
-                "them, for example), so features and labels do not fit; sort them in the dataloader instead"
-            )
-        return rows.shape[1]
-
-    def rows_into(self, layer: str) -> Tensor | None:
-        """A few inputs of a layer, (n, d), or (n, d, 1, ...) of a convolution."""
-        tensors = [call.input for call in self.calls if call.name == layer and call.input is not None]
-        if not tensors or tensors[-1].dim() < 2 or tensors[-1].is_nested:
-            return None
-        last = tensors[-1].detach()
-        module = next(call.module for call in self.calls if call.name == layer)
-        if hasattr(module, "kernel_size"):
-            return last[(slice(8), slice(None), *[slice(1)] * (last.dim() - 2))].clone()
-        return last.flatten(end_dim=-2)[:8].clone()
-
-    def _has_rows(self, tensor: Tensor | None, other: Tensor | None) -> bool:
-        """Whether the first axis counts the samples, in the outputs of one call for two numbers of samples."""
-        if tensor is None or other is None:
-            return False
-        if callable(self.pool) and tensor.dim() > 2:
-            tensor, other = self.pool(tensor), self.pool(other)
-        if not tensor.dim() or not other.dim() or (tensor.size(0), other.size(0)) != self.rows:
-            return False
-        # If the batch could not be shortened, an axis of the same size may be that of the samples.
-        shortened, count = self.rows[0] != self.rows[1], self.rows[0]
-        return shortened or count == 1 or tensor.dim() < 3 or count not in tensor.shape[1:]
-
-
-def _in_order(three: Tensor, two: Tensor) -> bool:
-    """False if a row of ``two``, of samples 1 and 0, is not the row of its sample in ``three`` but that of another."""
-    if three.shape[1] != two.shape[1]:
-        return True
-    distances = torch.cdist(two.float(), three.float(), compute_mode="donot_use_mm_for_euclid_dist")
-    own, size = distances[[0, 1], [1, 0]], torch.linalg.vector_norm(three.float())
-    return not ((own > 1e-3 * size) & (distances.min(dim=1).values < 1e-3 * own)).any()
-
-
-def _tensor(call: Call, name: str) -> Tensor | None:
-    return call.input if name == INPUT else call.output
-
-
 def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Names of the modules that match the shell patterns, in the order of the model.
 
@@ -442,20 +325,10 @@ def _warn(message: str) -> None:
     warnings.warn_explicit(message, UserWarning, __file__, 1, __name__)
 
 
-def _uncalled(layer: str, of_classifier: bool) -> str:
-    if not of_classifier:
-        return "not called in the forward pass"
-    return (
-        f"{layer!r} was not called in the forward pass; hooks see only calls of the module itself: write self.{layer}(x) "
-        f"instead of F.linear(x, self.{layer}.weight), self.{layer}.forward(x) or a traced copy; if it is called in the "
-        "training step alone, pass forward_fn, a function of the module and the batch that calls it"
-    )
-
-
 def _last_fitting(title: str, name: str, calls: Sequence[tuple[str, Tensor | None]], size: int) -> Tensor:
     tensors = [tensor for called, tensor in calls if called == name]
     if not tensors:
-        raise NotCalledError(_uncalled(title.strip("'"), name == INPUT))
+        raise NotCalledError(uncalled(title.strip("'"), name == INPUT))
     fitting = [tensor for tensor in tensors if tensor is not None and tensor.dim() and len(tensor) == size]
     if not fitting:
         shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
