@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_nc import NeuralCollapseCallback
+from lightning_nc.trainers import attach
 
 BARE, IDLE, MEASURED = KINDS = ("without the callback", "hooked and not measured", "measured")
 STAGES = {"train": "online mode", "validate": "validation stage"}
@@ -54,29 +55,57 @@ class TakingTurns(NeuralCollapseCallback):
         """What is done with a batch."""
         return KINDS[(index + index // 3) % 3]
 
-    def _open(self, trainer, pl_module, stage, batch, index=0):
+    def begin(self, stage, trainer, pl_module, batch):
+        """Put the hooks in place, or remove them, and start the clock; whether the batch is measured."""
         self.turn = self.kind(self.seen[stage])
         self.seen[stage] += 1
         if self.turn == BARE:
             self._probe.detach()
         else:
-            self._attach(trainer, pl_module, batch)  # for nothing where the hooks are in place
+            attach(trainer, pl_module, self._probe, batch)  # does nothing if they are in place
         self.began = time.perf_counter()
-        if self.turn == MEASURED:
-            super()._open(trainer, pl_module, stage, batch, index)
+        return self.turn == MEASURED
 
-    def _close(self, stage, index=0, share=None):
-        if self.turn == MEASURED:
-            super()._close(stage, index, share)
+    def end(self, stage):
+        """Stop the clock."""
         self.times[stage][self.turn].append(time.perf_counter() - self.began)
 
-    def _publish_streams(self, trainer, pl_module, stage):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        """Measure one batch of three."""
+        if self.begin("train", trainer, pl_module, batch):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Leave the end of the epoch to on_train_epoch_end."""
+        if self.turn == MEASURED and not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.end("train")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        """Time the values."""
         began = time.perf_counter()
-        super()._publish_streams(trainer, pl_module, stage)
-        self.ends[stage] = time.perf_counter() - began
+        super().on_train_epoch_end(trainer, pl_module)
+        self.ends["train"] = time.perf_counter() - began
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        """Measure one batch of three."""
+        if self.begin("validate", trainer, pl_module, batch):
+            super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        """Measure one batch of three."""
+        if self.turn == MEASURED:
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.end("validate")
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        """Time the values."""
+        began = time.perf_counter()
+        super().on_validation_epoch_end(trainer, pl_module)
+        self.ends["validate"] = time.perf_counter() - began
 
     def on_fit_start(self, trainer, pl_module):
-        """Begin to count."""
+        """Reset the counters."""
         self.seen, self.ends = dict.fromkeys(STAGES, 0), {}
         self.times = {stage: {kind: [] for kind in KINDS} for stage in STAGES}
 
