@@ -29,6 +29,15 @@ def _fixed_seed():
 # ------------------------------------------------------------------------------------------------- features and labels
 
 
+class Permute(nn.Module):
+    def __init__(self, *axes):
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x):
+        return x.permute(*self.axes)
+
+
 def clusters(classes, per_class, features, noise, seed=0, dtype=torch.float32):
     """Random class means of norm about sqrt(d), Gaussian samples around them, shuffled."""
     generator = torch.Generator().manual_seed(seed)

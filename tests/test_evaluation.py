@@ -295,3 +295,12 @@ def test_a_layer_that_a_later_batch_does_not_reach_is_left_out_and_the_others_ar
         values = measure(model, loader, layers=["body", "expert"], progress=False)
     assert "expert/nc1" not in values
     assert {key: values[key] for key in values if "/" not in key} == measure(model, loader, progress=False)
+
+
+def test_a_metric_of_the_bias_is_left_out_with_a_reason_if_the_classifier_has_none():
+    rows, target = clusters(3, 10, 6, 0.3)
+    with pytest.warns(UserWarning, match="bias_collapse left out: the classifier .* a Linear, has no bias"):
+        values = measure(
+            nn.Linear(6, 3, bias=False), [(rows, target)], metrics=("nc1", "bias_collapse"), progress=False
+        )
+    assert set(values) == {"nc1"}

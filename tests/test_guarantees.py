@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import clusters, free_port
+from conftest import Permute, clusters, free_port
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
@@ -64,15 +64,6 @@ def check(model, inputs, target, layers=(), head=None, weight=None, rel=1e-5, **
 
 
 # ------------------------------------------------------------------------------------------------------ 2. pooling
-
-
-class Permute(nn.Module):
-    def __init__(self, *axes):
-        super().__init__()
-        self.axes = axes
-
-    def forward(self, x):
-        return x.permute(*self.axes)
 
 
 class Residual(nn.Module):

@@ -2,19 +2,11 @@
 
 import pytest
 import torch
+from conftest import Permute
 from torch import nn
 
 from lightning_nc.measuring.hooks import trace
 from lightning_nc.measuring.layout import Layout
-
-
-class Permute(nn.Module):
-    def __init__(self, *axes):
-        super().__init__()
-        self.axes = axes
-
-    def forward(self, x):
-        return x.permute(*self.axes)
 
 
 class ChannelsFirstNorm(nn.LayerNorm):

@@ -78,8 +78,15 @@ def measure(  # noqa: D417
     check_loader(dataloader)
     probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool)
     collector = Collector(probe, check_metrics(metrics))
-    match_layers(model, layers or ())
     on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
+    return _measure(collector, model, dataloader, on, progress, sync)
+
+
+def _measure(
+    collector: Collector, model: nn.Module, dataloader: Iterable[Any], on: torch.device, progress: bool, sync: bool
+) -> dict[str, float]:
+    probe = collector.probe
+    match_layers(model, probe.layers or ())  # a name that is not there raises
     ranks = on if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
     try:
         with evaluation_mode(model, on, probe.warn_once), warn_if_moved(dataloader, probe.warn_once):
