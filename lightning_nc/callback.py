@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from time import perf_counter
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nc.functional import check_metrics
-from lightning_nc.keys import STAGES
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.evaluation import Collector
@@ -24,6 +22,7 @@ from lightning_nc.measuring.loaders import check_loader
 from lightning_nc.measuring.loops import RunningLoops, is_ready
 from lightning_nc.measuring.probe import Probe
 from lightning_nc.measuring.snapshot import fingerprint
+from lightning_nc.schedule import check_schedule, is_due, log_spaced
 from lightning_nc.trainers import (
     attach,
     has_other_weights,
@@ -42,30 +41,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["NeuralCollapseCallback", "log_spaced"]
-
-
-def log_spaced(per_decade: int = 10) -> Callable[[int], bool]:
-    """A schedule for ``every_n_epochs``: about ``per_decade`` measurements while the number of epochs grows tenfold.
-
-    Collapse is slow and is drawn on log axes. With 10 per decade it measures after 1, 2, 3, 4, 6, 7, 8, 10, 13, 16, 20, ...
-    epochs.
-
-    Raises:
-        ValueError: if ``per_decade`` is not a positive integer.
-
-    Example:
-        >>> from lightning_nc import log_spaced
-        >>> [epoch + 1 for epoch in range(100) if log_spaced(4)(epoch)]
-        [1, 2, 4, 6, 10, 18, 32, 57, 100]
-    """
-    if not isinstance(per_decade, int) or per_decade < 1:
-        raise ValueError(f"per_decade must be a positive integer, got {per_decade!r}")
-    return partial(_is_log_spaced, per_decade)
-
-
-def _is_log_spaced(per_decade: int, epoch: int) -> bool:
-    power = math.floor(per_decade * math.log10(epoch + 1) + 1e-9)
-    return math.ceil(10 ** (power / per_decade) - 1e-9) == epoch + 1
 
 
 class NeuralCollapseCallback(Callback):
@@ -123,10 +98,11 @@ class NeuralCollapseCallback(Callback):
         try:
             self.metrics = check_metrics(metrics)
             check_loader(dataloader)
+            check_schedule(every_n_epochs, stages)
             self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        _check_choices(every_n_epochs, stages, mode, dataloader)
+        _check_mode(mode, dataloader)
         self.stages, self.mode = tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history: list[dict[str, Any]] = []
@@ -155,9 +131,7 @@ class NeuralCollapseCallback(Callback):
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
-        epoch, every = trainer.current_epoch, self.every_n_epochs
-        scheduled = every(epoch) if callable(every) else (epoch + 1) % every == 0
-        return epoch == 0 or scheduled or is_last_epoch(trainer)
+        return is_due(self.every_n_epochs, trainer.current_epoch, is_last_epoch(trainer))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -390,17 +364,7 @@ class NeuralCollapseCallback(Callback):
         return values
 
 
-def _check_choices(every_n_epochs: Any, stages: Any, mode: str, dataloader: Any) -> None:
-    if not callable(every_n_epochs) and (not isinstance(every_n_epochs, numbers.Integral) or every_n_epochs < 1):
-        raise MisconfigurationException(
-            f"every_n_epochs must be a positive integer or a callable from epoch to bool, got {every_n_epochs!r}"
-        )
-    if getattr(every_n_epochs, "__name__", "") == log_spaced.__name__:
-        raise MisconfigurationException("every_n_epochs=log_spaced lacks its parentheses; write log_spaced()")
-    if isinstance(stages, str) or not stages or not set(stages) <= STAGES.keys():
-        raise MisconfigurationException(
-            f"stages must be a sequence of any of {', '.join(map(repr, STAGES))}, got {stages!r}"
-        )
+def _check_mode(mode: str, dataloader: Any) -> None:
     if mode not in ("exact", "online"):
         raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
     if mode == "online" and dataloader is not None:
