@@ -18,13 +18,27 @@ from tqdm import tqdm
 from lightning_nc.functional import METRICS, check_metrics
 from lightning_nc.keys import make_key
 from lightning_nc.measuring.batches import Pool, copy_batch
-from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes
-from lightning_nc.measuring.loaders import check_loader, has_own_iteration, measurement_loader, rank_of, warn_if_moved
+from lightning_nc.measuring.distributed import (
+    all_max,
+    all_raise,
+    broadcast_buffers,
+    check_same_shapes,
+    meet,
+    ranks_on,
+)
+from lightning_nc.measuring.loaders import (
+    check_loader,
+    has_own_iteration,
+    measurement_loader,
+    rank_of,
+    unprepared,
+    warn_if_moved,
+)
 from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe, match_layers
 from lightning_nc.measuring.snapshot import evaluation_mode
 from lightning_nc.metrics import NeuralCollapse
 
-__all__ = ["SCATTER_LIMIT", "Collector", "MappedBatches", "exact_pass", "measure"]
+__all__ = ["SCATTER_LIMIT", "Collector", "MappedBatches", "every_sample_once", "exact_pass", "measure", "run_over"]
 
 SCATTER_LIMIT = 2**30
 """Bytes that the scatter matrices of all layers may take together; features beyond it need a second pass."""
@@ -85,24 +99,61 @@ def measure(  # noqa: D417
 def _measure(
     collector: Collector, model: nn.Module, dataloader: Iterable[Any], on: torch.device, progress: bool, sync: bool
 ) -> dict[str, float]:
-    probe = collector.probe
-    match_layers(model, probe.layers or ())  # a name that is not there raises
-    ranks = on if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+    match_layers(model, collector.probe.layers or ())  # a name that is not there raises
+    ranks = ranks_on(on) if sync else None
+    if ranks is not None:
+        meet()
     try:
-        with evaluation_mode(model, on, probe.warn_once), warn_if_moved(dataloader, probe.warn_once):
-            loader, total = _every_sample_once(dataloader)  # a sampler draws from the random streams
-            with tqdm(loader, "Neural collapse", total, leave=False, disable=not progress) as bar:
-                batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
-                exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
-            return collector.values()
+        run_over(collector, model, lambda: every_sample_once(dataloader), on, progress, ranks)
+        return collector.values()
     finally:
-        probe.detach()
+        collector.probe.detach()
 
 
-def _every_sample_once(dataloader: Iterable[Any]) -> tuple[Iterable[Any], int | None]:
-    if isinstance(dataloader, DataLoader) and not has_own_iteration(dataloader):
-        return measurement_loader(dataloader, None, *rank_of(dataloader))
+def run_over(
+    collector: Collector,
+    model: nn.Module,
+    load: Callable[[], tuple[Iterable[Any], int | None]],
+    device: torch.device,
+    progress: bool,
+    ranks: torch.device | None,
+) -> None:
+    """Run a model over data in eval mode, with a progress bar, and collect.
+
+    Args:
+        collector: collects the features.
+        model: any module, on ``device``.
+        load: returns the batches, and their number if it is known. A sampler may draw from the random streams, which are
+            restored.
+        device: where batches are moved to.
+        progress: show the bar.
+        ranks: in a distributed run, the device of its collectives.
+    """
+    warn = collector.probe.warn_once
+    with evaluation_mode(model, device, warn):
+        try:
+            loader, total = load()
+        except Exception as error:  # the pass tells the other ranks
+            loader, total = _raising(error), None
+        with (
+            warn_if_moved(loader, warn),
+            tqdm(loader, "Neural collapse", total, leave=False, disable=not progress) as bar,
+        ):
+            batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, device))
+            exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
+
+
+def every_sample_once(dataloader: Iterable[Any]) -> tuple[Iterable[Any], int | None]:
+    """A copy of a ``DataLoader`` that visits this rank's samples once; anything else as it is; and the number of batches."""
+    loader = unprepared(dataloader)
+    if isinstance(loader, DataLoader) and not has_own_iteration(loader):
+        return measurement_loader(dataloader, None, *rank_of(loader))
     return dataloader, sized_len(dataloader)
+
+
+def _raising(error: Exception) -> Iterator[Any]:
+    raise error
+    yield
 
 
 class MappedBatches:
