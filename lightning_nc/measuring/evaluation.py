@@ -143,11 +143,15 @@ def run_over(
             exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
 
 
-def every_sample_once(dataloader: Iterable[Any]) -> tuple[Iterable[Any], int | None]:
-    """A copy of a ``DataLoader`` that visits this rank's samples once; anything else as it is; and the number of batches."""
+def every_sample_once(dataloader: Iterable[Any], rank: int = 0, ranks: int = 1) -> tuple[Iterable[Any], int | None]:
+    """A copy of a ``DataLoader`` that visits every sample once, or else the loader itself; and its number of batches.
+
+    The data of a loader that does not share them itself are shared by ``ranks``.
+    """
     loader = unprepared(dataloader)
     if isinstance(loader, DataLoader) and not has_own_iteration(loader):
-        return measurement_loader(dataloader, None, *rank_of(loader))
+        own = rank_of(loader)
+        return measurement_loader(dataloader, None, *(own if own[1] > 1 else (rank, ranks)))
     return dataloader, sized_len(dataloader)
 
 

@@ -1,0 +1,474 @@
+"""The callback of transformers.Trainer: when it measures, where the values go, and a training that it leaves unchanged."""
+
+import copy
+import functools
+import gc
+import inspect
+import json
+import random
+import tempfile
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import PAPER, is_picture
+from tiny_transformers import bert, digits, padded, passages, vit
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+import lightning_nc
+from lightning_nc import log_spaced
+from lightning_nc.huggingface import NeuralCollapseCallback
+
+KEYS = [f"nc/{name}" for name in PAPER]
+TRAIN, OTHER = digits(0, 50), digits(50, 90)  # 7 batches of 8, the last of two samples
+TEXTS = passages(50)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage_to_search():
+    gc.freeze()  # every training collects garbage, among all that was imported
+    yield
+    gc.unfreeze()
+
+
+class Worsening(Trainer):
+    """A metric of the evaluation is the step, so that the first checkpoint is the best if less is better."""
+
+    def evaluate(self, *args, **kwargs):
+        return {**super().evaluate(*args, **kwargs), "eval_step": self.state.global_step}
+
+
+def train(folder, *callbacks, model=None, data=TRAIN, evaluated=None, resume=None, collator=None, **arguments):
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    trainer = Worsening(
+        model=vit() if model is None else model,
+        args=TrainingArguments(str(folder), **{**defaults, **arguments}),
+        train_dataset=data,
+        eval_dataset=evaluated,
+        data_collator=collator or default_data_collator,
+    )
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def measured(trainer):
+    """The entries of the log history that hold metrics."""
+    return [entry for entry in trainer.state.log_history if any(key.startswith("nc/") for key in entry)]
+
+
+def steps(callback, stage="train"):
+    return [(row["epoch"], row["step"]) for row in callback.history if row["stage"] == stage]
+
+
+def expected(model, batch):
+    """The metrics of the classifier's input in eval mode, from the float64 reference."""
+    twin, seen = copy.deepcopy(model).eval(), []
+    twin.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        twin(**batch)
+    weight, bias = (part.detach().double().numpy() for part in (twin.classifier.weight, twin.classifier.bias))
+    values = reference.all_metrics(seen[0].double().numpy(), batch["labels"].numpy(), weight, bias)
+    return {name: values[name] for name in PAPER}
+
+
+def check(row, model, data, prefix="nc"):
+    values = expected(model, default_data_collator(data))
+    assert {name: row[f"{prefix}/{name}"] for name in PAPER} == pytest.approx(values, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- the numbers and where they go
+
+
+class Reporter(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append((state.global_step, dict(logs)))
+
+
+@functools.cache
+def usual():
+    """A training of three epochs, with a reporter before and one after the callback."""
+    callback = NeuralCollapseCallback(["vit.layernorm"], stages=("train", "validate"), strict=True)
+    first, last = Reporter(), Reporter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = train(folder, first, callback, last, evaluated=OTHER, eval_strategy="epoch", logging_strategy="epoch")
+    return trainer, callback, first, last
+
+
+def test_all_samples_are_measured_in_eval_mode_at_the_end_of_every_epoch():
+    trainer, callback, *_ = usual()
+    assert steps(callback) == steps(callback, "validate") == [(0, 7), (1, 14), (2, 21)]
+    check(callback.history[-2], trainer.model, TRAIN)
+    check(callback.history[-1], trainer.model, OTHER, "nc/val")
+    assert "nc/vit.layernorm/nc1" in callback.history[-2]
+    assert callback.class_means.shape == (10, 16)
+
+
+def test_values_are_entries_of_the_log_history_with_the_epoch_and_the_step_of_the_trainer():
+    trainer, callback, *_ = usual()
+    entries = measured(trainer)
+    assert [(entry["epoch"], entry["step"]) for entry in entries[::2]] == [(1.0, 7), (2.0, 14), (3.0, 21)]
+    for entry, row in zip(entries, callback.history, strict=True):
+        own = {"epoch": row["epoch"] + 1, "stage": row["stage"]}
+        assert {**entry, "stage": row["stage"]} == {**row, **own}
+
+
+def test_reporters_get_the_values_wherever_they_stand_among_the_callbacks():
+    _, callback, *reporters = usual()
+    for reporter in reporters:
+        logs = [(step, logs) for step, logs in reporter.logs if "nc/nc1" in logs]
+        assert [(step, logs["epoch"]) for step, logs in logs] == [(7, 1), (14, 2), (21, 3)]
+        assert [logs["nc/nc1"] for _, logs in logs] == [row["nc/nc1"] for row in callback.history[::2]]
+        assert len([logs for _, logs in reporter.logs if "nc/val/nc1" in logs]) == 3
+
+
+def test_logs_of_the_trainer_that_are_due_in_the_same_step_are_not_lost():
+    trainer, _, reporter, _ = usual()
+    assert [step for step, logs in reporter.logs if "loss" in logs] == [7, 14, 21]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [7, 14, 21]
+
+
+def test_the_history_can_be_plotted(tmp_path):
+    usual()[1].plot().savefig(tmp_path / "nc.png")
+    assert is_picture(tmp_path / "nc.png")
+
+
+def test_tensorboard_gets_the_values(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    callback = NeuralCollapseCallback(strict=True)
+    train(tmp_path, callback, report_to="tensorboard", num_train_epochs=2)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload().Scalars("train/nc/nc1")
+    assert [event.step for event in events] == [7, 14]
+    assert [event.value for event in events] == pytest.approx([row["nc/nc1"] for row in callback.history])
+
+
+# --------------------------------------------------------------------------------------------------------- which epochs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "training", "expected_steps"),
+    [
+        ({"every_n_epochs": 4}, {"num_train_epochs": 6}, [(0, 2), (3, 8), (5, 12)]),
+        ({"every_n_epochs": log_spaced(2)}, {"num_train_epochs": 5}, [(0, 2), (3, 8), (4, 10)]),
+        ({"every_n_epochs": 4}, {"max_steps": 5}, [(0, 2), (2, 5)]),
+        ({}, {"max_steps": 1}, [(0, 1)]),
+        ({}, {"num_train_epochs": 1.5}, [(0, 2), (1, 3)]),
+        ({}, {"num_train_epochs": 2, "gradient_accumulation_steps": 3}, [(0, 1), (1, 2)]),
+        ({"every_n_epochs": 9}, {"num_train_epochs": 3, "per_device_train_batch_size": 50}, [(0, 1), (2, 3)]),
+    ],
+    ids=["every fourth", "log spaced", "max_steps", "less than an epoch", "half an epoch", "accumulation", "one batch"],
+)
+def test_the_first_and_the_last_epoch_and_those_of_the_schedule_are_measured(
+    tmp_path, arguments, training, expected_steps
+):
+    callback = NeuralCollapseCallback(**arguments, strict=True)
+    train(tmp_path, callback, **{"per_device_train_batch_size": 25, **training})
+    assert steps(callback) == expected_steps
+
+
+class SetAfterStep(TrainerCallback):
+    def __init__(self, step, flag):
+        self.step, self.flag = step, flag
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            setattr(control, self.flag, True)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_epoch_in_which_another_callback_ends_the_training_is_the_last_one(tmp_path, first):
+    callback, stop = NeuralCollapseCallback(every_n_epochs=9, strict=True), SetAfterStep(10, "should_training_stop")
+    train(tmp_path, *((stop, callback) if first else (callback, stop)))
+    assert steps(callback) == [(0, 7), (1, 10)]
+
+
+def test_epochs_that_another_callback_cuts_short_are_epochs(tmp_path):
+    callback = NeuralCollapseCallback(strict=True)
+    train(tmp_path, SetAfterStep(4, "should_epoch_stop"), callback)
+    assert steps(callback) == [(0, 4), (1, 11), (2, 18)]
+
+
+def test_an_epoch_that_early_stopping_has_made_the_last_is_measured_before_the_reporters_close(tmp_path):
+    callback, reporter = NeuralCollapseCallback(every_n_epochs=9, strict=True), Reporter()
+    stop = EarlyStoppingCallback(early_stopping_threshold=1e9)  # no loss is that much better than the first
+    stopping = {"metric_for_best_model": "loss", "eval_strategy": "epoch"}
+    trainer = train(tmp_path, stop, reporter, callback, evaluated=OTHER, num_train_epochs=9, **stopping)
+    assert steps(callback) == [(0, 7), (1, 14)]
+    check(callback.history[-1], trainer.model, TRAIN)
+    assert [step for step, logs in reporter.logs if "nc/nc1" in logs] == [7, 14]
+    assert [row.get("weights") for row in callback.history] == [None, None]
+
+
+def test_the_rule_can_be_overridden(tmp_path):
+    class Second(NeuralCollapseCallback):
+        def should_measure(self, args, state, control):
+            return state.epoch == 2
+
+    callback = Second(strict=True)
+    train(tmp_path, callback)
+    assert steps(callback) == [(1, 14)]
+
+
+def test_the_best_weights_that_training_leaves_are_measured_too_and_marked(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
+    every = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    callback = NeuralCollapseCallback(strict=True)
+    trainer = train(
+        tmp_path,
+        callback,
+        model=bert(),
+        data=TEXTS,
+        evaluated=TEXTS,
+        collator=padded,
+        num_train_epochs=2,
+        **best,
+        **every,
+    )
+    assert [row.get("weights") for row in callback.history] == [None, None, "swapped"]
+    first, *_, last = callback.history
+    assert [last[key] for key in KEYS] == [first[key] for key in KEYS]
+    assert measured(trainer)[-1]["weights"] == "swapped"
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+def test_evaluated_data_are_measured_with_every_epoch_that_is_due(tmp_path):
+    callback = NeuralCollapseCallback(stages=("train", "validate"), every_n_epochs=3, strict=True)
+    train(tmp_path, callback, evaluated=OTHER, eval_strategy="epoch", num_train_epochs=4)
+    assert steps(callback) == steps(callback, "validate") == [(0, 7), (2, 21), (3, 28)]
+
+
+def test_a_rarer_evaluation_is_measured_after_an_epoch_that_was_due(tmp_path):
+    callback = NeuralCollapseCallback(stages=("validate",), every_n_epochs=9, strict=True)
+    train(tmp_path, callback, evaluated=OTHER, eval_strategy="steps", eval_steps=10, num_train_epochs=6)
+    assert steps(callback) == []
+    assert steps(callback, "validate") == [(1, 10), (5, 40), (5, 42)]
+
+
+def test_an_evaluation_before_the_first_step_is_not_measured(tmp_path):
+    callback = NeuralCollapseCallback(stages=("validate",), strict=True)
+    train(tmp_path, callback, evaluated=OTHER, eval_strategy="epoch", eval_on_start=True, num_train_epochs=1)
+    assert steps(callback, "validate") == [(0, 7)]
+
+
+def test_several_data_sets_are_counted_in_their_order(tmp_path):
+    sets = {"plain": OTHER, "again": TRAIN}
+    callback = NeuralCollapseCallback(stages=("validate",), strict=True)
+    trainer = train(tmp_path, callback, evaluated=sets, eval_strategy="epoch", num_train_epochs=2)
+    assert [{key.split("/")[1] for key in row if "/" in key} for row in callback.history] == [{"val"}, {"val_1"}] * 2
+    check(callback.history[-1], trainer.model, TRAIN, "nc/val_1")
+
+
+def test_predicted_data_and_an_evaluation_named_test_are_of_the_stage_test(tmp_path):
+    callback = NeuralCollapseCallback(stages=("test",), strict=True)
+    trainer = train(tmp_path, callback, evaluated=OTHER, num_train_epochs=1)
+    trainer.evaluate()
+    assert callback.history == []
+    trainer.predict(OTHER)
+    trainer.evaluate(OTHER, metric_key_prefix="test")
+    assert steps(callback, "test") == [(0, 7), (0, 7)]
+    for row in callback.history:
+        check(row, trainer.model, OTHER, "nc/test")
+
+
+def test_a_model_is_measured_without_any_training(tmp_path):
+    callback = NeuralCollapseCallback(stages=("validate",), strict=True)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True)
+    Trainer(model=vit(), args=arguments, eval_dataset=OTHER, callbacks=[callback]).evaluate()
+    assert steps(callback, "validate") == [(0, 0)]
+
+
+def test_other_data_than_those_of_the_training_are_measured_if_they_are_given(tmp_path):
+    data = DataLoader(OTHER, 7, shuffle=True, collate_fn=default_data_collator)
+    callback = NeuralCollapseCallback(dataloader=data, strict=True)
+    trainer = train(tmp_path, callback, num_train_epochs=1)
+    check(callback.history[-1], trainer.model, OTHER)
+
+
+def test_sequences_of_different_lengths_are_measured(tmp_path):
+    callback = NeuralCollapseCallback(strict=True)
+    trainer = train(tmp_path, callback, model=bert(), data=TEXTS, collator=padded, num_train_epochs=1)
+    values = expected(trainer.model, padded(TEXTS))
+    assert {name: callback.history[-1][f"nc/{name}"] for name in PAPER} == pytest.approx(values, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- training unchanged
+
+
+def state_of(trainer):
+    """Everything that a training leaves; nothing of it may depend on the callback."""
+    logs = [entry for entry in trainer.state.log_history if not any(key.startswith("nc/") for key in entry)]
+    timings = ("runtime", "per_second")
+    return {
+        "weights": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "logs": [{key: v for key, v in entry.items() if not key.endswith(timings)} for entry in logs],
+        "random": [random.random(), np.random.rand(), torch.rand(1).item()],
+        "modes": [module.training for module in trainer.model.modules()],
+    }
+
+
+def assert_identical(first, second):
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert_identical(value, second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_identical(one, other)
+    else:
+        assert first == second or (first != first and second != second)
+
+
+class Noisy(list):
+    """Samples with random augmentation from every random stream."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        noise = torch.randn_like(sample["pixel_values"]) * random.random() * np.random.rand()
+        return {**sample, "pixel_values": sample["pixel_values"] + 0.1 * noise}
+
+
+EVALUATED = {"evaluated": OTHER, "eval_strategy": "steps", "eval_steps": 5}
+TRAININGS = {
+    "shuffled": {},
+    "accumulation": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, **EVALUATED},
+    "bf16": {"bf16": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "evaluation": EVALUATED,
+    "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    "max_steps": {"max_steps": 10, "dataloader_drop_last": True},
+    "all at once": {"gradient_accumulation_steps": 2, "bf16": True, "gradient_checkpointing": True, **EVALUATED},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(v, id=k, marks=() if k in ("shuffled", "all at once") else pytest.mark.slow)
+        for k, v in TRAININGS.items()
+    ],
+)
+def test_training_is_bit_for_bit_the_same_with_and_without_the_callback(tmp_path, arguments):
+    callback = NeuralCollapseCallback(["vit.layers.?"], stages=("train", "validate"), strict=True)
+    plain = state_of(train(tmp_path, data=Noisy(TRAIN), **arguments))
+    with_callback = state_of(train(tmp_path, callback, data=Noisy(TRAIN), **arguments))
+    assert_identical(plain, with_callback)
+    assert len(steps(callback)) >= 2
+    assert ("evaluated" in arguments) == bool(steps(callback, "validate"))
+
+
+@pytest.mark.parametrize("saved", [7, 10])
+def test_a_resumed_training_is_the_same_and_goes_on_with_the_history_of_the_checkpoint(tmp_path, saved):
+    def run(callback, **kwargs):
+        saving = {"save_strategy": "steps", "save_steps": saved, "save_total_limit": 9}
+        return train(tmp_path, callback, data=TEXTS, collator=padded, num_train_epochs=2, **saving, **kwargs)
+
+    whole, resumed = NeuralCollapseCallback(strict=True), NeuralCollapseCallback(strict=True)
+    first = state_of(run(whole, model=bert()))
+    trainer = run(resumed, model=bert(1), resume=str(tmp_path / f"checkpoint-{saved}"))
+    assert [list(row.items()) for row in resumed.history] == [list(row.items()) for row in whole.history]
+    assert [entry["nc/nc1"] for entry in measured(trainer)] == [row["nc/nc1"] for row in whole.history]
+    assert_identical(state_of(trainer)["weights"], first["weights"])
+    assert_identical(state_of(trainer)["optimizer"], first["optimizer"])
+
+
+def test_a_checkpoint_of_a_training_without_the_callback_can_be_resumed_with_it_and_again(tmp_path):
+    def run(callback, epochs, resume=None):
+        every = {"save_strategy": "epoch", "num_train_epochs": epochs, "resume": resume and str(tmp_path / resume)}
+        train(tmp_path, *callback, model=bert(), data=TEXTS, collator=padded, **every)
+
+    run([], 1)
+    callback, again = NeuralCollapseCallback(strict=True), NeuralCollapseCallback(strict=True)
+    run([callback], 2, "checkpoint-7")
+    assert steps(callback) == [(1, 14)]
+    saved = json.loads((tmp_path / "checkpoint-14/trainer_state.json").read_text())["log_history"]
+    assert [entry["nc/nc1"] for entry in saved if "nc/nc1" in entry] == [row["nc/nc1"] for row in callback.history]
+    run([again], 2, "checkpoint-14")  # which is complete, and measured
+    assert again.history == callback.history
+
+
+def test_another_training_with_the_same_callback_starts_a_new_history(tmp_path):
+    callback = NeuralCollapseCallback(strict=True)
+    trainer = train(tmp_path, callback, num_train_epochs=1)
+    first = callback.history
+    trainer.train()
+    assert callback.previous_histories == [first]
+    assert steps(callback) == [(0, 7)]
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from TRAIN
+
+
+def test_what_cannot_be_measured_warns_once_and_training_goes_on(tmp_path):
+    callback = NeuralCollapseCallback()
+    with pytest.warns(UserWarning, match="DataLoaderDispatcher of Accelerate.*pass dataloader=") as caught:
+        trainer = train(tmp_path, callback, data=Stream(), max_steps=12)
+    assert len([w for w in caught if "neural collapse" in str(w.message)]) == 1
+    assert trainer.state.global_step == 12
+    assert callback.history == measured(trainer) == []
+
+
+def test_with_strict_it_raises(tmp_path):
+    with pytest.raises(LookupError, match="is named 'fc'"):
+        train(tmp_path, NeuralCollapseCallback(["fc"], strict=True))
+
+
+def test_the_arguments_are_those_of_the_lightning_callback():
+    own, lightnings = (
+        inspect.signature(kind.__init__) for kind in (NeuralCollapseCallback, lightning_nc.NeuralCollapseCallback)
+    )
+    assert list(own.parameters.values()) == list(lightnings.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "online"}, "mode must be 'exact', got 'online'.*every_n_epochs="),
+        ({"every_n_epochs": 0}, "every_n_epochs must be a positive integer"),
+        ({"stages": "train"}, "stages must be a sequence"),
+        ({"stages": ("eval",)}, "any of 'train', 'validate', 'test', got"),
+        ({"metrics": "nc9"}, "unknown metric"),
+        ({"layers": "vit"}, r"write \['vit'\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralCollapseCallback(**arguments)
+
+
+def test_a_callback_that_no_trainer_calls_says_that_reporters_get_nothing(tmp_path):
+    trainer = train(tmp_path, num_train_epochs=1)
+    callback = NeuralCollapseCallback(strict=True)
+    given = {"model": trainer.model, "train_dataloader": trainer.callback_handler.train_dataloader}
+    with pytest.warns(UserWarning, match="reporters such as W&B got no values"):
+        callback.on_epoch_end(trainer.args, trainer.state, trainer.control, **given)
+    assert len(callback.history) == 1
