@@ -189,9 +189,9 @@ def next_token(batch: Any, ignore_index: int) -> Tensor:
     labels, mask = _tokens(batch), None
     if isinstance(batch, Mapping):
         labels, mask = batch.get("labels", labels), batch.get("attention_mask")
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         raise LookupError(
-            f"target_fn={NEXT_TOKEN!r} needs a batch with labels or input_ids of shape (B, T); a batch "
+            f"target_fn={NEXT_TOKEN!r} needs a batch with labels or input_ids, integers of shape (B, T); a batch "
             + (f"has the keys {listed(batch)}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}")
             + ". Pass target_fn, a function from a batch to the labels of each position"
         )
