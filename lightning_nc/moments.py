@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.linalg import vector_norm
 
-__all__ = ["ClassDeviations", "ClassMoments", "check_batch", "check_dense", "check_labels", "check_target", "state_dtype"]
+__all__ = [
+    "ClassDeviations",
+    "ClassMoments",
+    "check_batch",
+    "check_dense",
+    "check_labels",
+    "check_target",
+    "state_dtype",
+]
 
 _DIGITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
 """The types of features, coarsest first, and the binary digits that they store of each number."""

@@ -7,6 +7,7 @@ import torch
 import transformers
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import DataLoader
 
 transformers.logging.set_verbosity_error()
 
@@ -57,7 +58,8 @@ def labeled_causal():
     """Labels as the Trainer of transformers has them: the tokens themselves, -100 at the prompt and at padding."""
     case = causal()
     batches = [
-        {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in case.batches
+        {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+        for batch in case.batches
     ]
     for batch in batches:
         batch["labels"][:, :2] = -100
@@ -88,7 +90,9 @@ def token_classifier():
 
 def by_position(batch, x):
     labels = batch["labels"]
-    return [(x[i, t], int(labels[i, t])) for i in range(len(labels)) for t in range(labels.shape[1]) if labels[i, t] != -100]
+    return [
+        (x[i, t], int(labels[i, t])) for i in range(len(labels)) for t in range(labels.shape[1]) if labels[i, t] != -100
+    ]
 
 
 def segmentation():
@@ -118,7 +122,9 @@ def one_hot():
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     batches = [(torch.randn(n, 5), nn.functional.one_hot(torch.arange(n) % 3, 3).float()) for n in (9, 7)]
-    return Case(model, "2", batches, {}, lambda batch, x: [(x[i], row.tolist().index(1)) for i, row in enumerate(batch[1])])
+    return Case(
+        model, "2", batches, {}, lambda batch, x: [(x[i], row.tolist().index(1)) for i, row in enumerate(batch[1])]
+    )
 
 
 def cls_token():
@@ -128,10 +134,15 @@ def cls_token():
     batches = [{"pixel_values": torch.randn(n, 3, 8, 8), "labels": torch.arange(n) % 3} for n in (9, 8)]
     arguments = {"pool": "first", "layers": ["*vit.layernorm"]}
     model = transformers.ViTForImageClassification(config)
-    return Case(model, "classifier", batches, arguments, lambda batch, x: list(zip(x, batch["labels"].tolist(), strict=True)))
+    return Case(
+        model, "classifier", batches, arguments, lambda batch, x: list(zip(x, batch["labels"].tolist(), strict=True))
+    )
 
 
-CASES = {case.__name__: case for case in (causal, labeled_causal, token_classifier, segmentation, one_logit, one_hot, cls_token)}
+CASES = {
+    case.__name__: case
+    for case in (causal, labeled_causal, token_classifier, segmentation, one_logit, one_hot, cls_token)
+}
 
 
 def features_and_labels(case):
@@ -147,6 +158,13 @@ def features_and_labels(case):
             found += case.pair(batch, seen.pop())
     handle.remove()
     return np.stack([row.numpy() for row, _ in found]), np.array([label for _, label in found])
+
+
+class Batches(DataLoader):
+    """Batches as they are, in a loader that Lightning takes."""
+
+    def __init__(self, batches, batch_size=None, **kwargs):
+        super().__init__(batches, batch_size=batch_size, **kwargs)
 
 
 class Frozen(LightningModule):

@@ -1,25 +1,35 @@
 """Whatever labels a batch holds, each class index meets the feature vector that belongs to it."""
 
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import label_cases
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import fit
-from label_cases import CASES, Frozen, causal, features_and_labels, gpt2, segmentation, sequences, token_classifier
+from conftest import fit, free_port
+from label_cases import (
+    CASES,
+    Batches,
+    Frozen,
+    causal,
+    features_and_labels,
+    gpt2,
+    segmentation,
+    sequences,
+    token_classifier,
+)
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_nc import NeuralCollapseCallback, measure
 from lightning_nc.functional import METRICS
 
 pytestmark = pytest.mark.filterwarnings("ignore:no sample of")
-
-
-class Batches(DataLoader):
-    """Batches as they are, in a loader that Lightning takes."""
-
-    def __init__(self, batches):
-        super().__init__(batches, batch_size=None)
 
 
 def truth(case):
@@ -45,7 +55,9 @@ def test_every_metric_equals_an_independent_computation_for_every_kind_of_label(
     assert own == pytest.approx(expected, rel=2e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("mode", [{}, {"mode": "online"}, {"stages": ("validate",)}], ids=["exact", "online", "validation"])
+@pytest.mark.parametrize(
+    "mode", [{}, {"mode": "online"}, {"stages": ("validate",)}], ids=["exact", "online", "validation"]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_every_mode_of_the_callback_pairs_the_same_labels_and_features(name, mode, tmp_path):
     case = CASES[name]()
@@ -55,6 +67,34 @@ def test_every_mode_of_the_callback_pairs_the_same_labels_and_features(name, mod
     expected, prefix = truth(case), "nc/val/" if "stages" in mode else "nc/"
     found = {name: callback.history[-1][prefix + name] for name in expected}
     assert found == pytest.approx(expected, rel=2e-5, abs=1e-6)
+
+
+@functools.cache
+def ranks():
+    """What each of two processes measured, see label_ranks.py."""
+    script, launcher = Path(label_cases.__file__).with_name("label_ranks.py"), ["-m", "torch.distributed.run"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *launcher, "--nproc-per-node=2", "--master-port", str(free_port()), script, folder]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        )
+        assert not done.returncode, done.stderr
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_measure_the_labels_of_both(name):
+    expected = truth(CASES[name]())
+    for rank in ranks():
+        assert {key: rank[name][key] for key in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["padding alone", "exact", "online", "validation"])
+def test_a_rank_with_nothing_but_padding_and_every_mode_of_two_processes_give_the_values_of_the_whole(name):
+    expected = truth(causal())
+    prefix = {"padding alone": "", "validation": "nc/val/"}.get(name, "nc/")
+    for rank in ranks():
+        assert {key: rank[name][prefix + key] for key in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6)
 
 
 def test_layers_at_the_same_positions_are_measured_and_those_of_another_resolution_are_left_out():
@@ -143,7 +183,10 @@ def test_token_labels_that_the_model_shifts_by_itself_are_refused_without_next_t
         (torch.arange(6), r"lie in \[0, 3\), the outputs of 'fc', got 3 outside.*name it with classifier="),
         (torch.arange(6) % 3 + 0.0, r"floats of shape \(6,\).*\.long\(\)"),
         (torch.rand(6, 5), r"floats of shape \(6, 5\).*no rows of 3 classes"),
-        (torch.zeros(6, 4, dtype=torch.long), r"\(6, 4\) are per position, but the classifier receives one feature vector"),
+        (
+            torch.zeros(6, 4, dtype=torch.long),
+            r"\(6, 4\) are per position, but the classifier receives one feature vector",
+        ),
         (torch.tensor(1), "must hold class indices"),
         (torch.zeros(6, dtype=torch.complex64), "must hold class indices"),
         ([0, 1, 2, 0, 1, 2], "must be a tensor.*got list"),
@@ -216,7 +259,9 @@ def test_the_last_token_that_is_not_padding_is_what_a_causal_classifier_uses():
 
     tokens, mask = sequences(seed=4)
     tokens = tokens.clamp(min=1) * mask
-    config = transformers.GPT2Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=2, n_head=2, num_labels=3, pad_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=7, n_positions=12, n_embd=16, n_layer=2, n_head=2, num_labels=3, pad_token_id=0
+    )
     model = transformers.GPT2ForSequenceClassification(config).eval()
     target = torch.arange(12) % 3
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": target}

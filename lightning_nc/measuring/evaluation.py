@@ -169,9 +169,7 @@ class Collector:
         for layer, values in features.items():
             if self.spans:
                 if layer in self.spans:
-                    self.projected[layer].update(
-                        values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target
-                    )
+                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target)
             elif (metric := self._metric(layer, values.shape[1], values.device)) is not None:
                 if metric.num_features != values.shape[1]:
                     raise ValueError(

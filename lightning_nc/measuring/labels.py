@@ -149,7 +149,9 @@ def find_labels(
     raise ValueError(_misfit(tuple(raw.shape), num_classes, fits(())))
 
 
-def _class_axes(tail: tuple[int, ...], fits: Callable[[tuple[int, ...]], bool], sizes: set[int | None]) -> Iterator[int]:
+def _class_axes(
+    tail: tuple[int, ...], fits: Callable[[tuple[int, ...]], bool], sizes: set[int | None]
+) -> Iterator[int]:
     for axis in dict.fromkeys((len(tail), 1)) if tail else ():
         if tail[axis - 1] in sizes and fits(tail[: axis - 1] + tail[axis:]):
             yield axis
@@ -175,7 +177,9 @@ def check_type(raw: Any) -> None:
     check_dense("labels", raw)
     if not raw.dim() or raw.is_complex() or raw.is_quantized:
         kind = str(raw.dtype).removeprefix("torch.")
-        raise ValueError(f"labels must hold class indices, such as integers of shape (B,), got {kind} {tuple(raw.shape)}")
+        raise ValueError(
+            f"labels must hold class indices, such as integers of shape (B,), got {kind} {tuple(raw.shape)}"
+        )
 
 
 def next_token(batch: Any, ignore_index: int) -> Tensor:

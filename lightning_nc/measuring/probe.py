@@ -299,7 +299,12 @@ class Probe:
                 if self.classifier is None:
                     raise
                 self.widths[INPUT] = 0  # not known yet: the training step may call it
-            if self.pool == "mean" and INPUT in self._axes and not positions and isinstance(self.head.module, nn.Linear):
+            if (
+                self.pool == "mean"
+                and INPUT in self._axes
+                and not positions
+                and isinstance(self.head.module, nn.Linear)
+            ):
                 self.warn_once(
                     "sequence",
                     f"the classifier {self.head.name!r} is called on every position of a sequence; the mean over the positions "

@@ -79,7 +79,9 @@ class Trial:
 
     def has_positions(self, layer: str, positions: tuple[int, ...]) -> bool:
         """Whether a layer receives features at ``positions``, ``()`` for one vector per sample; True if it was not called."""
-        calls = [(call.input, other.input) for call, other in zip(self.calls, self.fewer, strict=False) if call.name == layer]
+        calls = [
+            (call.input, other.input) for call, other in zip(self.calls, self.fewer, strict=False) if call.name == layer
+        ]
         return not calls or any(self._has_rows(tensor, other, positions) for tensor, other in calls)
 
     def width(self, layer: str, name: str, axes: dict[str, int], positions: tuple[int, ...] = ()) -> int:
@@ -103,7 +105,9 @@ class Trial:
         fewer = [_tensor(call, name) for call in self.fewer if call.name == layer]
         others = fewer if len(fewer) == len(tensors) else tensors
         fitting = [
-            p for p, tensor, other in zip(calls, tensors, others, strict=True) if self._has_rows(tensor, other, positions)
+            p
+            for p, tensor, other in zip(calls, tensors, others, strict=True)
+            if self._has_rows(tensor, other, positions)
         ]
         if not fitting:
             raise LookupError(self._misfit(layer, tensors, positions))
@@ -113,7 +117,9 @@ class Trial:
         axis = self._axis(fitting[-1], tensor, name, positions)
         if axis is not None:
             axes[name] = axis
-        rows, fewer_rows = (self._rows(t, n, axis, positions) for t, n in ((tensor, self.rows[0]), (other, self.rows[1])))
+        rows, fewer_rows = (
+            self._rows(t, n, axis, positions) for t, n in ((tensor, self.rows[0]), (other, self.rows[1]))
+        )
         check_batch(rows, torch.zeros(len(rows), dtype=torch.long))
         if self.reverse and self.rows == (3, 2) and not _in_order(rows, fewer_rows):
             raise LookupError(
