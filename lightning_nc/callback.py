@@ -316,7 +316,8 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._loops.finish("validate", dataloader_idx, own_samples_of(trainer, trainer.val_dataloaders, dataloader_idx))
+        own = own_samples_of(trainer, trainer.val_dataloaders, dataloader_idx, batch_idx)
+        self._loops.finish("validate", dataloader_idx, own)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -342,7 +343,8 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._loops.finish("test", dataloader_idx, own_samples_of(trainer, trainer.test_dataloaders, dataloader_idx))
+        own = own_samples_of(trainer, trainer.test_dataloaders, dataloader_idx, batch_idx)
+        self._loops.finish("test", dataloader_idx, own)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from label_cases import CASES, Batches, Frozen, causal
+from label_cases import CASES, Frozen, causal, loader_of
 from lightning.pytorch import Trainer
 
 from lightning_nc import NeuralCollapseCallback, measure
@@ -36,7 +36,7 @@ def trained(mode):
     callback = NeuralCollapseCallback(metrics=tuple(METRICS), strict=True, **mode, **case.arguments)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, callbacks=[callback], **quiet)
-    trainer.fit(Frozen(case.model), Batches(case.batches), Batches(case.batches))
+    trainer.fit(Frozen(case.model), loader_of(case.batches), loader_of(case.batches))
     return callback.history[-1]
 
 

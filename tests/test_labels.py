@@ -15,11 +15,11 @@ import torch
 from conftest import fit, free_port
 from label_cases import (
     CASES,
-    Batches,
     Frozen,
     causal,
     features_and_labels,
     gpt2,
+    loader_of,
     segmentation,
     sequences,
     token_classifier,
@@ -62,7 +62,7 @@ def test_every_metric_equals_an_independent_computation_for_every_kind_of_label(
 def test_every_mode_of_the_callback_pairs_the_same_labels_and_features(name, mode, tmp_path):
     case = CASES[name]()
     callback = NeuralCollapseCallback(metrics=tuple(METRICS), strict=True, **mode, **case.arguments)
-    data = Batches(case.batches)
+    data = loader_of(case.batches)
     fit(tmp_path, [callback], data, Frozen(case.model), val=data, max_epochs=1)
     expected, prefix = truth(case), "nc/val/" if "stages" in mode else "nc/"
     found = {name: callback.history[-1][prefix + name] for name in expected}
@@ -160,7 +160,7 @@ def test_token_labels_that_the_model_shifts_by_itself_are_refused_without_next_t
     tokens, mask = sequences()
     labels = tokens.masked_fill(mask == 0, -100)
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-    with pytest.raises(ValueError, match="equal its input tokens.*pass target_fn='next_token'"):
+    with pytest.raises(ValueError, match=r"equal its input tokens.*pass target_fn='next_token'"):
         measure(gpt2(), [batch], progress=False)
     shifted = {**batch, "labels": torch.cat([labels[:, 1:], torch.full((12, 1), -100)], dim=1)}
     with pytest.raises(ValueError, match="shifted already, leave target_fn out"):

@@ -191,7 +191,7 @@ class Collector:
             metrics = self.projected or self.metrics
             check_same_shapes({layer: metric.num_features for layer, metric in metrics.items()}, ranks)
             for metric in metrics.values():
-                metric.sync()
+                metric.merge_over_ranks()
         return True
 
     def project(self, ranks: torch.device | None) -> bool:

@@ -204,8 +204,8 @@ class Probe:
         if len(own) > 1:
             self.warn_once(
                 "several calls",
-                f"the classifier {self._title(INPUT)} is called several times with {len(target)} rows; the last call is measured. "
-                "If its features do not belong to the labels, use mode='exact' with dataloader= and forward_fn=",
+                f"the classifier {self._title(INPUT)} is called several times with {len(target)} rows; the last call is "
+                "measured. If its features do not belong to the labels, use mode='exact' with dataloader= and forward_fn=",
             )
         return found, self._target
 

@@ -187,7 +187,7 @@ class Trial:
             return not self._is_square(positions) and all(
                 any(
                     rows_at_positions(part, (samples, *positions), self.pool, axis) is not None
-                    for axis in feature_axes(part, positions) or [None]
+                    for axis in (*feature_axes(part, positions), None)
                 )
                 for part, samples in ((tensor, self.rows[0]), (other, self.rows[1]))
             )
