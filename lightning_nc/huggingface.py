@@ -77,10 +77,11 @@ class NeuralCollapseCallback(TrainerCallback):
         mode: str = "exact",
         every_n_epochs: int | Callable[[int], bool] = 1,
         dataloader: Iterable[Any] | None = None,
-        target_fn: Callable[[Any], Tensor] | None = None,
+        target_fn: Callable[[Any], Tensor] | str | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         pool: Pool = "mean",
         strict: bool = False,
+        ignore_index: int = -100,
     ) -> None:
         if mode != "exact":
             raise ValueError(
@@ -90,7 +91,7 @@ class NeuralCollapseCallback(TrainerCallback):
         self.metrics = check_metrics(metrics)
         check_loader(dataloader)
         check_schedule(every_n_epochs, stages)
-        self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict)
+        self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index)
         self.stages, self.every_n_epochs, self.dataloader = tuple(stages), every_n_epochs, dataloader
         self.history: list[dict[str, Any]] = []
         self.previous_histories: list[list[dict[str, Any]]] = []
