@@ -5,15 +5,32 @@ import functools
 import gc
 import inspect
 import json
+import os
 import random
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
+import huggingface_ranks
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import PAPER, is_picture
-from tiny_transformers import bert, digits, padded, passages, vit
+from conftest import PAPER, free_port, is_picture
+from tiny_transformers import (
+    OTHER,
+    TRAIN,
+    bert,
+    bert_of_tokens,
+    for_language,
+    gpt2,
+    padded,
+    passages,
+    state_of,
+    train,
+    vit,
+)
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -22,8 +39,8 @@ from lightning_nc import log_spaced
 from lightning_nc.huggingface import NeuralCollapseCallback
 
 KEYS = [f"nc/{name}" for name in PAPER]
-TRAIN, OTHER = digits(0, 50), digits(50, 90)  # 7 batches of 8, the last of two samples
 TEXTS = passages(50)
+NEXT = {"target_fn": "next_token"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,37 +48,6 @@ def _little_garbage_to_search():
     gc.freeze()  # every training collects garbage, among all that was imported
     yield
     gc.unfreeze()
-
-
-class Worsening(Trainer):
-    """A metric of the evaluation is the step, so that the first checkpoint is the best if less is better."""
-
-    def evaluate(self, *args, **kwargs):
-        return {**super().evaluate(*args, **kwargs), "eval_step": self.state.global_step}
-
-
-def train(folder, *callbacks, model=None, data=TRAIN, evaluated=None, resume=None, collator=None, **arguments):
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    trainer = Worsening(
-        model=vit() if model is None else model,
-        args=TrainingArguments(str(folder), **{**defaults, **arguments}),
-        train_dataset=data,
-        eval_dataset=evaluated,
-        data_collator=collator or default_data_collator,
-    )
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 def measured(trainer):
@@ -76,17 +62,22 @@ def steps(callback, stage="train"):
 def expected(model, batch):
     """The metrics of the classifier's input in eval mode, from the float64 reference."""
     twin, seen = copy.deepcopy(model).eval(), []
-    twin.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    head = twin.lm_head if hasattr(twin, "lm_head") else twin.classifier
+    head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         twin(**batch)
-    weight, bias = (part.detach().double().numpy() for part in (twin.classifier.weight, twin.classifier.bias))
-    values = reference.all_metrics(seen[0].double().numpy(), batch["labels"].numpy(), weight, bias)
+    rows, labels, weight = seen[0].double().numpy(), batch["labels"].numpy(), head.weight.detach().double().numpy()
+    if head is getattr(twin, "lm_head", None):
+        rows, labels = rows[:, :-1], labels[:, 1:]
+    rows, labels = rows[labels != -100], labels[labels != -100]
+    values = reference.all_metrics(rows, labels, weight[np.unique(labels)], np.zeros(len(np.unique(labels))))
     return {name: values[name] for name in PAPER}
 
 
-def check(row, model, data, prefix="nc"):
-    values = expected(model, default_data_collator(data))
-    assert {name: row[f"{prefix}/{name}"] for name in PAPER} == pytest.approx(values, rel=1e-5)
+def check(row, model, batch, prefix="nc", rel=1e-5):
+    batch = default_data_collator(batch) if isinstance(batch, list) else batch
+    own = {name: row[f"{prefix}/{name}"] for name in PAPER}
+    assert own == pytest.approx(expected(model, batch), rel=rel)
 
 
 # ----------------------------------------------------------------------------------------- the numbers and where they go
@@ -171,7 +162,7 @@ def test_tensorboard_gets_the_values(tmp_path, monkeypatch):
         ({}, {"max_steps": 1}, [(0, 1)]),
         ({}, {"num_train_epochs": 1.5}, [(0, 2), (1, 3)]),
         ({}, {"num_train_epochs": 2, "gradient_accumulation_steps": 3}, [(0, 1), (1, 2)]),
-        ({"every_n_epochs": 9}, {"num_train_epochs": 3, "per_device_train_batch_size": 50}, [(0, 1), (2, 3)]),
+        ({"every_n_epochs": 9}, {"num_train_epochs": 3, "per_device_train_batch_size": 60}, [(0, 1), (2, 3)]),
     ],
     ids=["every fourth", "log spaced", "max_steps", "less than an epoch", "half an epoch", "accumulation", "one batch"],
 )
@@ -179,7 +170,7 @@ def test_the_first_and_the_last_epoch_and_those_of_the_schedule_are_measured(
     tmp_path, arguments, training, expected_steps
 ):
     callback = NeuralCollapseCallback(**arguments, strict=True)
-    train(tmp_path, callback, **{"per_device_train_batch_size": 25, **training})
+    train(tmp_path, callback, **{"per_device_train_batch_size": 26, **training})
     assert steps(callback) == expected_steps
 
 
@@ -303,28 +294,31 @@ def test_other_data_than_those_of_the_training_are_measured_if_they_are_given(tm
     check(callback.history[-1], trainer.model, OTHER)
 
 
-def test_sequences_of_different_lengths_are_measured(tmp_path):
-    callback = NeuralCollapseCallback(strict=True)
-    trainer = train(tmp_path, callback, model=bert(), data=TEXTS, collator=padded, num_train_epochs=1)
-    values = expected(trainer.model, padded(TEXTS))
-    assert {name: callback.history[-1][f"nc/{name}"] for name in PAPER} == pytest.approx(values, rel=1e-4)
+@pytest.mark.filterwarnings("ignore:no sample of")
+@pytest.mark.parametrize(
+    ("make", "labels", "collator", "arguments"),
+    [
+        (bert, "subject", padded, {}),
+        (bert_of_tokens, "token", padded, {}),
+        (gpt2, None, for_language, NEXT),
+    ],
+    ids=["sequence classifier", "token classifier", "causal language model"],
+)
+def test_sequences_of_different_lengths_are_measured(tmp_path, make, labels, collator, arguments):
+    data = passages(50, labels)
+    callback = NeuralCollapseCallback(strict=True, **arguments)
+    trainer = train(tmp_path, callback, model=make(), data=data, collator=collator, num_train_epochs=1)
+    check(callback.history[-1], trainer.model, collator(data), rel=1e-4)
+
+
+def test_a_causal_language_model_without_next_token_is_told_of_it(tmp_path):
+    with pytest.raises(ValueError, match="pass target_fn='next_token'"):
+        train(
+            tmp_path, NeuralCollapseCallback(strict=True), model=gpt2(), data=passages(9, None), collator=for_language
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- training unchanged
-
-
-def state_of(trainer):
-    """Everything that a training leaves; nothing of it may depend on the callback."""
-    logs = [entry for entry in trainer.state.log_history if not any(key.startswith("nc/") for key in entry)]
-    timings = ("runtime", "per_second")
-    return {
-        "weights": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": trainer.lr_scheduler.state_dict(),
-        "logs": [{key: v for key, v in entry.items() if not key.endswith(timings)} for entry in logs],
-        "random": [random.random(), np.random.rand(), torch.rand(1).item()],
-        "modes": [module.training for module in trainer.model.modules()],
-    }
 
 
 def assert_identical(first, second):
@@ -360,11 +354,22 @@ TRAININGS = {
     "evaluation": EVALUATED,
     "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
     "max_steps": {"max_steps": 10, "dataloader_drop_last": True},
-    "all at once": {"gradient_accumulation_steps": 2, "bf16": True, "gradient_checkpointing": True, **EVALUATED},
+    "all at once": {
+        "model": gpt2,
+        "data": passages(50, None),
+        "evaluated": passages(20, None),
+        "collator": for_language,
+        "eval_strategy": "epoch",
+        "gradient_accumulation_steps": 2,
+        "bf16": True,
+        "gradient_checkpointing": True,
+    },
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated")
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing. is deprecated", "ignore:no sample of", "ignore:nc1 leaves out"
+)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -373,10 +378,11 @@ TRAININGS = {
     ],
 )
 def test_training_is_bit_for_bit_the_same_with_and_without_the_callback(tmp_path, arguments):
-    callback = NeuralCollapseCallback(["vit.layers.?"], stages=("train", "validate"), strict=True)
-    plain = state_of(train(tmp_path, data=Noisy(TRAIN), **arguments))
-    with_callback = state_of(train(tmp_path, callback, data=Noisy(TRAIN), **arguments))
-    assert_identical(plain, with_callback)
+    make, arguments = arguments.get("model", vit), {"data": Noisy(TRAIN), **arguments}
+    target_fn = "next_token" if make is gpt2 else None
+    callback = NeuralCollapseCallback(["*.0"], stages=("train", "validate"), target_fn=target_fn, strict=True)
+    plain = state_of(train(tmp_path, **{**arguments, "model": make()}))
+    assert_identical(plain, state_of(train(tmp_path, callback, **{**arguments, "model": make()})))
     assert len(steps(callback)) >= 2
     assert ("evaluated" in arguments) == bool(steps(callback, "validate"))
 
@@ -472,3 +478,78 @@ def test_a_callback_that_no_trainer_calls_says_that_reporters_get_nothing(tmp_pa
     with pytest.warns(UserWarning, match="reporters such as W&B got no values"):
         callback.on_epoch_end(trainer.args, trainer.state, trainer.control, **given)
     assert len(callback.history) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+@functools.cache
+def ranks():
+    """What each of two processes saved; see huggingface_ranks.py."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(free_port())]
+    script = Path(huggingface_ranks.__file__)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launcher, script, folder], env=environment, capture_output=True, text=True, timeout=300)
+        assert not done.returncode, done.stderr
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(2)]
+
+
+def loaded(model, state):
+    model.load_state_dict(state)
+    return model
+
+
+def test_two_processes_measure_every_sample_once_in_both_stages():
+    first, second = (rank["trained"] for rank in ranks())
+    assert first["history"] == second["history"]
+    assert [row["step"] for row in first["history"]] == [4, 4, 8, 8]
+    model = loaded(vit(), first["measured"]["state"]["weights"])
+    check(first["history"][-2], model, TRAIN)
+    check(first["history"][-1], model, OTHER, "nc/val")
+    assert [entry for entry in first["measured"]["logs"] if "nc/nc1" in entry]
+
+
+def test_a_training_in_two_processes_is_bit_for_bit_the_same_with_and_without_the_callback():
+    for rank in ranks():
+        assert_identical(rank["trained"]["plain"]["state"], rank["trained"]["measured"]["state"])
+
+
+def test_two_processes_measure_a_language_model_in_training():
+    first, second = (rank["language"] for rank in ranks())
+    assert first["history"] == second["history"]
+    model = loaded(gpt2(), first["state"]["weights"])
+    check(first["history"][-1], model, for_language(huggingface_ranks.TEXTS), rel=1e-4)
+
+
+def test_if_one_process_cannot_measure_both_warn_and_train_on():
+    first, second = (rank["gives_up"] for rank in ranks())
+    assert first["history"] == second["history"] == []
+    assert first["steps"] == second["steps"] == 4
+    assert "another rank could not measure its part" in first["said"][0]
+    assert "labels must lie in [0, 10)" in second["said"][0]
+    assert len(first["said"]) == len(second["said"]) == 1
+
+
+def test_measure_gives_the_values_of_all_samples_in_a_loop_with_accelerate_and_leaves_the_training_as_it_is():
+    first, second = (rank["accelerated"] for rank in ranks())
+    for rank in (first, second):
+        assert_identical({**rank[True], "values": []}, rank[False])
+    assert first[True]["values"] == second[True]["values"]
+    model = loaded(vit(), first[True]["state"])
+    for values, data in zip(first[True]["values"][-1], (TRAIN, OTHER), strict=True):
+        check({f"nc/{key}": value for key, value in values.items()}, model, data)
+
+
+@pytest.mark.parametrize(
+    ("part", "make", "collate", "data"),
+    [
+        ("sharded language", gpt2, for_language, "TEXTS"),
+        ("padding alone", gpt2, for_language, "TEXTS"),
+        ("sharded tokens", bert_of_tokens, padded, "TOKENS"),
+    ],
+)
+def test_ranks_with_batches_of_padding_measure_what_one_process_measures(part, make, collate, data):
+    first, second = (rank[part] for rank in ranks())
+    assert first == second
+    check({f"nc/{key}": v for key, v in first.items()}, make(), collate(getattr(huggingface_ranks, data)), rel=1e-4)

@@ -1,7 +1,9 @@
-"""Transformers of a few thousand parameters, made from their configurations, and real data for them without a download."""
+"""Transformers of a few thousand parameters from their configurations, real data for them, and their trainings."""
 
+import random
 from pydoc_data.topics import topics
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch.nn.utils.rnn import pad_sequence
@@ -11,11 +13,14 @@ from transformers import (
     BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    default_data_collator,
 )
 
-TOKENS = 48
+TOKENS = 24
 SUBJECTS = ("types", "debugger", "formatstrings")
 
 
@@ -80,6 +85,54 @@ def bert_of_tokens(seed=0):
 def gpt2(seed=0):
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=TOKENS, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=TOKENS, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
     return GPT2LMHeadModel(config)
+
+
+class CountingTrainer(Trainer):
+    """A metric of the evaluation is the step, so that the first checkpoint is the best if less is better."""
+
+    def evaluate(self, *args, **kwargs):
+        return {**super().evaluate(*args, **kwargs), "eval_step": self.state.global_step}
+
+
+TRAIN, OTHER = digits(0, 51), digits(51, 90)  # 7 batches of 8, the last of three samples
+
+
+def train(folder, *callbacks, model=None, data=TRAIN, evaluated=None, resume=None, collator=None, **arguments):
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    trainer = CountingTrainer(
+        model=vit() if model is None else model,
+        args=TrainingArguments(str(folder), **{**defaults, **arguments}),
+        train_dataset=data,
+        eval_dataset=evaluated,
+        data_collator=collator or default_data_collator,
+    )
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def state_of(trainer):
+    """Everything that a training leaves; nothing of it may depend on the callback."""
+    logs = [entry for entry in trainer.state.log_history if not any(key.startswith("nc/") for key in entry)]
+    timings = ("runtime", "per_second")
+    return {
+        "weights": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "logs": [{key: v for key, v in entry.items() if not key.endswith(timings)} for entry in logs],
+        "random": [random.random(), np.random.rand(), torch.rand(1).item()],
+        "modes": [module.training for module in trainer.model.modules()],
+    }
