@@ -1,12 +1,7 @@
-"""Run in two processes by test_huggingface.py: trainings with transformers.Trainer and with Accelerate, and sharded models.
-
-python -m torch.distributed.run --nproc-per-node=2 huggingface_ranks.py FOLDER
-"""
+"""Run in two processes by distributed.py: trainings with transformers.Trainer and with Accelerate, and sharded models."""
 
 import gc
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -117,19 +112,12 @@ def padding_alone():
     return measure(DistributedDataParallel(gpt2()), [batch], **NEXT)
 
 
-def main(folder):
-    torch.distributed.init_process_group("gloo")
+def results(folder):
     gc.freeze()  # every training collects garbage, among all that was imported
-    results = {
+    return {
         "sharded language": sharded(gpt2, for_language, TEXTS, **NEXT),
         "sharded tokens": sharded(bert_of_tokens, padded, TOKENS, progress=False),
         "padding alone": padding_alone(),
         "accelerated": {measured: accelerated(measured) for measured in (False, True)},
         **{part.__name__: part(folder) for part in (trained, language, gives_up)},
     }
-    torch.save(results, Path(folder) / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

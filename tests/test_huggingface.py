@@ -5,19 +5,16 @@ import functools
 import gc
 import inspect
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import huggingface_ranks
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import PAPER, free_port, is_picture
+from conftest import PAPER, is_picture
+from test_distributed import run
 from tiny_transformers import (
     OTHER,
     TRAIN,
@@ -483,16 +480,9 @@ def test_a_callback_that_no_trainer_calls_says_that_reporters_get_nothing(tmp_pa
 # -------------------------------------------------------------------------------------------------------- two processes
 
 
-@functools.cache
 def ranks():
     """What each of two processes saved; see huggingface_ranks.py."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(free_port())]
-    script = Path(huggingface_ranks.__file__)
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launcher, script, folder], env=environment, capture_output=True, text=True, timeout=300)
-        assert not done.returncode, done.stderr
-        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(2)]
+    return [rank["huggingface"] for rank in run("sharded")[0]]
 
 
 def loaded(model, state):
