@@ -54,8 +54,9 @@ class NeuralCollapseCallback(TrainerCallback):
             stage ``"test"``. Several data sets are counted in the order of their first evaluation (``nc/val_1/`` for the
             second).
         mode: ``"exact"``; a callback of transformers does not see the training batches that ``"online"`` would measure.
-        every_n_epochs: an int, or a callable from epoch to bool, which counts from 0 as ``history`` does. The first and the
-            last epoch are always measured, also one that ``max_steps`` or early stopping ends.
+        every_n_epochs: an int, or a callable from epoch to bool, where the first epoch is 0. The first and the last epoch are
+            always measured, also one that ``max_steps`` or early stopping ends. In ``history`` as in the log history, the
+            epoch is the number of epochs done, 1.0 after the first.
         dataloader: what the pass of the stage ``"train"`` runs over instead of the training data. In a distributed run the
             ranks share a ``DataLoader``.
 
@@ -258,7 +259,7 @@ def _rows(log_history: Iterable[Mapping[str, Any]], stages: Sequence[str]) -> It
         marks = {key: entry[key] for key in ("weights",) if key in entry}
         stage = parse_key(next(iter(values), "")).stage
         if values and stage in stages:
-            yield {"stage": stage, "epoch": _epoch_of(entry["epoch"]), "step": entry["step"], **marks, **values}
+            yield {"stage": stage, "epoch": entry["epoch"], "step": entry["step"], **marks, **values}
 
 
 def _epoch_of(finished: float) -> int:

@@ -100,7 +100,7 @@ def usual():
 
 def test_all_samples_are_measured_in_eval_mode_at_the_end_of_every_epoch():
     trainer, callback, *_ = usual()
-    assert steps(callback) == steps(callback, "validate") == [(0, 7), (1, 14), (2, 21)]
+    assert steps(callback) == steps(callback, "validate") == [(1, 7), (2, 14), (3, 21)]
     check(callback.history[-2], trainer.model, TRAIN)
     check(callback.history[-1], trainer.model, OTHER, "nc/val")
     assert "nc/vit.layernorm/nc1" in callback.history[-2]
@@ -112,8 +112,7 @@ def test_values_are_entries_of_the_log_history_with_the_epoch_and_the_step_of_th
     entries = measured(trainer)
     assert [(entry["epoch"], entry["step"]) for entry in entries[::2]] == [(1.0, 7), (2.0, 14), (3.0, 21)]
     for entry, row in zip(entries, callback.history, strict=True):
-        own = {"epoch": row["epoch"] + 1, "stage": row["stage"]}
-        assert {**entry, "stage": row["stage"]} == {**row, **own}
+        assert {**entry, "stage": row["stage"]} == row
 
 
 def test_reporters_get_the_values_wherever_they_stand_among_the_callbacks():
@@ -153,13 +152,13 @@ def test_tensorboard_gets_the_values(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "training", "expected_steps"),
     [
-        ({"every_n_epochs": 4}, {"num_train_epochs": 6}, [(0, 2), (3, 8), (5, 12)]),
-        ({"every_n_epochs": log_spaced(2)}, {"num_train_epochs": 5}, [(0, 2), (3, 8), (4, 10)]),
-        ({"every_n_epochs": 4}, {"max_steps": 5}, [(0, 2), (2, 5)]),
-        ({}, {"max_steps": 1}, [(0, 1)]),
-        ({}, {"num_train_epochs": 1.5}, [(0, 2), (1, 3)]),
-        ({}, {"num_train_epochs": 2, "gradient_accumulation_steps": 3}, [(0, 1), (1, 2)]),
-        ({"every_n_epochs": 9}, {"num_train_epochs": 3, "per_device_train_batch_size": 60}, [(0, 1), (2, 3)]),
+        ({"every_n_epochs": 4}, {"num_train_epochs": 6}, [(1, 2), (4, 8), (6, 12)]),
+        ({"every_n_epochs": log_spaced(2)}, {"num_train_epochs": 5}, [(1, 2), (4, 8), (5, 10)]),
+        ({"every_n_epochs": 4}, {"max_steps": 5}, [(1, 2), (2.5, 5)]),
+        ({}, {"max_steps": 1}, [(0.5, 1)]),
+        ({}, {"num_train_epochs": 1.5}, [(1, 2), (1.5, 3)]),
+        ({}, {"num_train_epochs": 2, "gradient_accumulation_steps": 3}, [(1, 1), (2, 2)]),
+        ({"every_n_epochs": 9}, {"num_train_epochs": 3, "per_device_train_batch_size": 60}, [(1, 1), (3, 3)]),
     ],
     ids=["every fourth", "log spaced", "max_steps", "less than an epoch", "half an epoch", "accumulation", "one batch"],
 )
@@ -184,13 +183,13 @@ class SetAfterStep(TrainerCallback):
 def test_an_epoch_in_which_another_callback_ends_the_training_is_the_last_one(tmp_path, first):
     callback, stop = NeuralCollapseCallback(every_n_epochs=9, strict=True), SetAfterStep(10, "should_training_stop")
     train(tmp_path, *((stop, callback) if first else (callback, stop)))
-    assert steps(callback) == [(0, 7), (1, 10)]
+    assert steps(callback) == [(1, 7), (1 + 3 / 7, 10)]
 
 
 def test_epochs_that_another_callback_cuts_short_are_epochs(tmp_path):
     callback = NeuralCollapseCallback(strict=True)
     train(tmp_path, SetAfterStep(4, "should_epoch_stop"), callback)
-    assert steps(callback) == [(0, 4), (1, 11), (2, 18)]
+    assert steps(callback) == [(4 / 7, 4), (2, 11), (3, 18)]
 
 
 def test_an_epoch_that_early_stopping_has_made_the_last_is_measured_before_the_reporters_close(tmp_path):
@@ -198,7 +197,7 @@ def test_an_epoch_that_early_stopping_has_made_the_last_is_measured_before_the_r
     stop = EarlyStoppingCallback(early_stopping_threshold=1e9)  # no loss is that much better than the first
     stopping = {"metric_for_best_model": "loss", "eval_strategy": "epoch"}
     trainer = train(tmp_path, stop, reporter, callback, evaluated=OTHER, num_train_epochs=9, **stopping)
-    assert steps(callback) == [(0, 7), (1, 14)]
+    assert steps(callback) == [(1, 7), (2, 14)]
     check(callback.history[-1], trainer.model, TRAIN)
     assert [step for step, logs in reporter.logs if "nc/nc1" in logs] == [7, 14]
     assert [row.get("weights") for row in callback.history] == [None, None]
@@ -211,7 +210,7 @@ def test_the_rule_can_be_overridden(tmp_path):
 
     callback = Second(strict=True)
     train(tmp_path, callback)
-    assert steps(callback) == [(1, 14)]
+    assert steps(callback) == [(2, 14)]
 
 
 def test_the_best_weights_that_training_leaves_are_measured_too_and_marked(tmp_path):
@@ -241,20 +240,20 @@ def test_the_best_weights_that_training_leaves_are_measured_too_and_marked(tmp_p
 def test_evaluated_data_are_measured_with_every_epoch_that_is_due(tmp_path):
     callback = NeuralCollapseCallback(stages=("train", "validate"), every_n_epochs=3, strict=True)
     train(tmp_path, callback, evaluated=OTHER, eval_strategy="epoch", num_train_epochs=4)
-    assert steps(callback) == steps(callback, "validate") == [(0, 7), (2, 21), (3, 28)]
+    assert steps(callback) == steps(callback, "validate") == [(1, 7), (3, 21), (4, 28)]
 
 
 def test_a_rarer_evaluation_is_measured_after_an_epoch_that_was_due(tmp_path):
     callback = NeuralCollapseCallback(stages=("validate",), every_n_epochs=9, strict=True)
     train(tmp_path, callback, evaluated=OTHER, eval_strategy="steps", eval_steps=10, num_train_epochs=6)
     assert steps(callback) == []
-    assert steps(callback, "validate") == [(1, 10), (5, 40), (5, 42)]
+    assert steps(callback, "validate") == [(1 + 3 / 7, 10), (5 + 5 / 7, 40), (6, 42)]
 
 
 def test_an_evaluation_before_the_first_step_is_not_measured(tmp_path):
     callback = NeuralCollapseCallback(stages=("validate",), strict=True)
     train(tmp_path, callback, evaluated=OTHER, eval_strategy="epoch", eval_on_start=True, num_train_epochs=1)
-    assert steps(callback, "validate") == [(0, 7)]
+    assert steps(callback, "validate") == [(1, 7)]
 
 
 def test_several_data_sets_are_counted_in_their_order(tmp_path):
@@ -272,7 +271,7 @@ def test_predicted_data_and_an_evaluation_named_test_are_of_the_stage_test(tmp_p
     assert callback.history == []
     trainer.predict(OTHER)
     trainer.evaluate(OTHER, metric_key_prefix="test")
-    assert steps(callback, "test") == [(0, 7), (0, 7)]
+    assert steps(callback, "test") == [(1, 7), (1, 7)]
     for row in callback.history:
         check(row, trainer.model, OTHER, "nc/test")
 
@@ -407,7 +406,7 @@ def test_a_checkpoint_of_a_training_without_the_callback_can_be_resumed_with_it_
     run([], 1)
     callback, again = NeuralCollapseCallback(strict=True), NeuralCollapseCallback(strict=True)
     run([callback], 2, "checkpoint-7")
-    assert steps(callback) == [(1, 14)]
+    assert steps(callback) == [(2, 14)]
     saved = json.loads((tmp_path / "checkpoint-14/trainer_state.json").read_text())["log_history"]
     assert [entry["nc/nc1"] for entry in saved if "nc/nc1" in entry] == [row["nc/nc1"] for row in callback.history]
     run([again], 2, "checkpoint-14")  # which is complete, and measured
@@ -420,7 +419,7 @@ def test_another_training_with_the_same_callback_starts_a_new_history(tmp_path):
     first = callback.history
     trainer.train()
     assert callback.previous_histories == [first]
-    assert steps(callback) == [(0, 7)]
+    assert steps(callback) == [(1, 7)]
 
 
 # ------------------------------------------------------------------------------------------------------------- failures
