@@ -185,7 +185,7 @@ def test_token_labels_that_the_model_shifts_by_itself_are_refused_without_next_t
         (torch.rand(6, 5), r"floats of shape \(6, 5\).*no rows of 3 classes"),
         (
             torch.zeros(6, 4, dtype=torch.long),
-            r"\(6, 4\) are per position, but the classifier receives one feature vector",
+            r"\(6, 4\) do not fit what the classifier 'fc' receives, \(3, 4\) for 3 samples",
         ),
         (torch.tensor(1), "must hold class indices"),
         (torch.zeros(6, dtype=torch.complex64), "must hold class indices"),

@@ -238,8 +238,9 @@ class Probe:
     def _find_labels(self, raw: Tensor, trial: Trial) -> Labels:
         if self.head is None:
             return find_labels(raw, lambda positions: True, self.classes, None, self.ignore_index)
-        fits = partial(trial.has_positions, self.head.name)
-        return find_labels(raw, fits, self.classes, outputs_of(self.head.module), self.ignore_index, self.head.name)
+        name, outputs = self.head.name, outputs_of(self.head.module)
+        fits, received = partial(trial.has_positions, name), trial.shapes_into(name)
+        return find_labels(raw, fits, self.classes, outputs, self.ignore_index, name, received)
 
     def _match(self, model: nn.Module) -> list[str]:
         patterns = list(self.layers or ())

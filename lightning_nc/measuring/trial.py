@@ -84,6 +84,11 @@ class Trial:
         ]
         return not calls or any(self._has_rows(tensor, other, positions) for tensor, other in calls)
 
+    def shapes_into(self, layer: str) -> str:
+        """The shapes that a layer receives, in words."""
+        inputs = [call.input for call in self.calls if call.name == layer]
+        return f"{_shapes(inputs)} for {self.rows[0]} samples"
+
     def width(self, layer: str, name: str, axes: dict[str, int], positions: tuple[int, ...] = ()) -> int:
         """The number of features of a layer; their axis is added to ``axes`` under ``name``.
 
@@ -165,7 +170,7 @@ class Trial:
         return rows
 
     def _misfit(self, layer: str, tensors: list[Tensor | None], positions: tuple[int, ...]) -> str:
-        shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
+        shapes = _shapes(tensors)
         if self._is_square(positions):
             shapes += " (as many samples as positions, so which axis is which is not clear: choose another batch size)"
         if positions:
@@ -215,6 +220,10 @@ def _in_order(three: Tensor, two: Tensor) -> bool:
         crossed, shorter = (t.float().view(-1, n, t.shape[1]).transpose(0, 1) for t, n in ((three, 3), (two, 2)))
         others = torch.linalg.vector_norm((crossed[[1, 0]] - shorter).flatten(1), dim=1).minimum(others)
     return not ((own > 1e-3 * size) & (others < 1e-3 * own)).any()
+
+
+def _shapes(tensors: list[Tensor | None]) -> str:
+    return ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
 
 
 def _tensor(call: Call, name: str) -> Tensor | None:
