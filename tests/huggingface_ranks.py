@@ -52,6 +52,22 @@ def language(folder):
     return {**measured, "history": callback.history}
 
 
+def sharded_training(folder):
+    """Trainings of a language model that the Trainer shards, without the callback and with it."""
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+    arguments = {"data": TEXTS, "collator": for_language, "fsdp": "full_shard", "fsdp_config": config}
+    callback = NeuralCollapseCallback(target_fn="next_token", strict=True)
+    states = []
+    for callbacks in ([], [callback]):
+        state = of_trainer(folder, *callbacks, model=gpt2(), **arguments)["state"]
+        whole = {
+            name: part.full_tensor() if hasattr(part, "full_tensor") else part
+            for name, part in state["weights"].items()
+        }
+        states.append({"weights": whole, "logs": state["logs"], "random": state["random"]})
+    return {"plain": states[0], "measured": states[1], "history": callback.history}
+
+
 def gives_up(folder):
     """The labels of the second rank are out of range."""
     rank = torch.distributed.get_rank()
@@ -119,5 +135,5 @@ def results(folder):
         "sharded tokens": sharded(bert_of_tokens, padded, TOKENS, progress=False),
         "padding alone": padding_alone(),
         "accelerated": {measured: accelerated(measured) for measured in (False, True)},
-        **{part.__name__: part(folder) for part in (trained, language, gives_up)},
+        **{part.__name__: part(folder) for part in (trained, language, gives_up, sharded_training)},
     }

@@ -511,6 +511,19 @@ def test_two_processes_measure_a_language_model_in_training():
     check(first["history"][-1], model, for_language(huggingface_ranks.TEXTS), rel=1e-4)
 
 
+def test_a_training_whose_parameters_are_sharded_is_measured_and_is_the_same():
+    first, second = (rank["sharded_training"] for rank in ranks())
+    assert first["history"] == second["history"]
+    check(
+        first["history"][-1],
+        loaded(gpt2(), first["measured"]["weights"]),
+        for_language(huggingface_ranks.TEXTS),
+        rel=1e-4,
+    )
+    for rank in (first, second):
+        assert_identical(rank["plain"], rank["measured"])
+
+
 def test_if_one_process_cannot_measure_both_warn_and_train_on():
     first, second = (rank["gives_up"] for rank in ranks())
     assert first["history"] == second["history"] == []
