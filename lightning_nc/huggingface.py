@@ -113,8 +113,8 @@ class NeuralCollapseCallback(TrainerCallback):
 
     def should_measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
-        ends = control.should_training_stop or state.global_step >= state.max_steps
-        return is_due(self.every_n_epochs, _epoch_of(state.epoch), ends or state.epoch > state.num_train_epochs - 1)
+        last = state.epoch > state.num_train_epochs - 1 or _is_over(state, control)
+        return is_due(self.every_n_epochs, max(math.ceil(state.epoch) - 1, 0), last)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -176,7 +176,7 @@ class NeuralCollapseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Measure after an epoch that was not due and that early stopping has made the last, before reporters close."""
-        if self._training and "train_runtime" in (logs or ()):
+        if self._training and "train_runtime" in (logs or ()) and _is_over(state, control):  # the Trainer's summary
             self._finish_epoch(args, state, control, **kwargs)
 
     def on_train_end(
@@ -230,7 +230,7 @@ class NeuralCollapseCallback(TrainerCallback):
         finally:
             self._probe.detach()
         if values:
-            entry: dict[str, Any] = {**(marks or {}), **values, "epoch": state.epoch, "step": state.global_step}
+            entry: dict[str, Any] = {**(marks or {}), **values, "epoch": state.epoch or 0, "step": state.global_step}
             state.log_history.append(entry)
             self.history += _rows([entry], self.stages)
             if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
@@ -262,9 +262,8 @@ def _rows(log_history: Iterable[Mapping[str, Any]], stages: Sequence[str]) -> It
             yield {"stage": stage, "epoch": entry["epoch"], "step": entry["step"], **marks, **values}
 
 
-def _epoch_of(finished: float) -> int:
-    """The epoch, counted from 0, of which the Trainer has finished a part or all: 0 for 0.5 and for 1.0."""
-    return max(math.ceil(finished) - 1, 0)
+def _is_over(state: TrainerState, control: TrainerControl) -> bool:
+    return bool(control.should_training_stop or state.global_step >= state.max_steps)
 
 
 def _copy_of(loader: Any) -> tuple[Iterable[Any], int | None]:

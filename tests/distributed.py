@@ -243,7 +243,7 @@ def measured_in_a_loop():
 
 
 def measured_by_the_first_rank_alone():
-    """What it raises, and the values when all ranks measure afterwards, more than once."""
+    """What it raises, and the values when all ranks measure afterward, more than once."""
     rank, patience = torch.distributed.get_rank(), distributed.PATIENCE
     distributed.PATIENCE = 1
     error = error_of(measure, plain(), share_of(TRAIN)) if rank == 0 else None

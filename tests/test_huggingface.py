@@ -18,6 +18,7 @@ from test_distributed import run
 from tiny_transformers import (
     OTHER,
     TRAIN,
+    CountingTrainer,
     bert,
     bert_of_tokens,
     for_language,
@@ -201,6 +202,21 @@ def test_an_epoch_that_early_stopping_has_made_the_last_is_measured_before_the_r
     check(callback.history[-1], trainer.model, TRAIN)
     assert [step for step, logs in reporter.logs if "nc/nc1" in logs] == [7, 14]
     assert [row.get("weights") for row in callback.history] == [None, None]
+
+
+class EvaluatingTrainer(CountingTrainer):
+    """Evaluates its training data in the middle of an epoch."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            self.evaluate(TRAIN, metric_key_prefix="train")
+        return super().training_step(*args, **kwargs)
+
+
+def test_an_evaluation_of_the_training_data_in_the_middle_of_an_epoch_is_not_its_end(tmp_path):
+    callback = NeuralCollapseCallback(strict=True)
+    train(tmp_path, callback, kind=EvaluatingTrainer, num_train_epochs=1)
+    assert steps(callback) == [(1, 7)]
 
 
 def test_the_rule_can_be_overridden(tmp_path):

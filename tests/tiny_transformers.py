@@ -100,7 +100,17 @@ class CountingTrainer(Trainer):
 TRAIN, OTHER = digits(0, 51), digits(51, 90)  # 7 batches of 8, the last of three samples
 
 
-def train(folder, *callbacks, model=None, data=TRAIN, evaluated=None, resume=None, collator=None, **arguments):
+def train(
+    folder,
+    *callbacks,
+    model=None,
+    data=TRAIN,
+    evaluated=None,
+    resume=None,
+    collator=None,
+    kind=CountingTrainer,
+    **arguments,
+):
     defaults = {
         "per_device_train_batch_size": 8,
         "num_train_epochs": 3,
@@ -111,7 +121,7 @@ def train(folder, *callbacks, model=None, data=TRAIN, evaluated=None, resume=Non
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    trainer = CountingTrainer(
+    trainer = kind(
         model=vit() if model is None else model,
         args=TrainingArguments(str(folder), **{**defaults, **arguments}),
         train_dataset=data,
