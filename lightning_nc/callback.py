@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nc.functional import check_metrics
+from lightning_nc.history import History
 from lightning_nc.keys import STAGES
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
@@ -129,8 +130,8 @@ class NeuralCollapseCallback(Callback):
         _check_choices(every_n_epochs, stages, mode, dataloader)
         self.stages, self.mode = tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
-        self.history: list[dict[str, Any]] = []
-        self.previous_histories: list[list[dict[str, Any]]] = []
+        self.history = History()
+        self.previous_histories: list[History] = []
         self.class_means: Tensor | None = None
         self._classes: list[int] = []  # the classes of these means
         self._loops = RunningLoops(self._probe, self.metrics)
@@ -149,9 +150,7 @@ class NeuralCollapseCallback(Callback):
 
     def plot(self) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
-        from lightning_nc.plotting import plot_history
-
-        return plot_history(self.history, num_classes=len(self._classes) or None)
+        return self.history.plot(num_classes=len(self._classes) or None)
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
@@ -177,11 +176,11 @@ class NeuralCollapseCallback(Callback):
             # Resumed: monitors look for the last values, and the last epoch may be measured already.
             known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
             trainer.callback_metrics.update(tensors_of(known, pl_module.device))
-            steps = [(row["epoch"], row["step"]) for row in self.history if row["stage"] == "train"]
-            self._measured = steps[-1] if steps else None
+            steps = ((row["epoch"], row["step"]) for row in reversed(self.history) if row["stage"] == "train")
+            self._measured = next(steps, None)
         elif self._has_fitted and self.history:  # another training, of cross-validation for example
             self.previous_histories.append(self.history)
-            self.history = []
+            self.history = History()
         self._has_fitted = True
         if "validate" in self.stages and not trainer.enable_validation:
             rank_zero_warn(
@@ -216,7 +215,7 @@ class NeuralCollapseCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # trainer.test may load an older checkpoint, the best one, whose history is shorter.
         if self._fitting or not self.history:
-            self.history = [dict(row) for row in state_dict["history"]]
+            self.history = History(rows=state_dict["history"])
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -384,7 +383,7 @@ class NeuralCollapseCallback(Callback):
         """Append a row to the history; the values by the keys under which they are logged."""
         values = self._probe.attempt(lambda: collector.values(stage, loader)) or {}
         if values:
-            self.history.append({"stage": stage, "epoch": epoch, "step": trainer.global_step, **marks, **values})
+            self.history.append(values, epoch=epoch, step=trainer.global_step, stage=stage, **marks)
             if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
                 self.class_means, self._classes = means
         return values

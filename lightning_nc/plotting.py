@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lightning_nc.keys import STAGES, Key, natural_order, parse_key
-from lightning_nc.runs import Run, epoch_of, metrics_of
+from lightning_nc.runs import ERROR, Run, epoch_of, metrics_of
 
 __all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
 
@@ -182,6 +182,8 @@ def _curves(rows: Run) -> Curves:
             if len(set(keys)) < len(keys):
                 raise ValueError(f"a row has a metric twice, such as 'nc1' and 'nc/nc1'; got {list(values)!r:.300}")
             for key, value in zip(keys, values.values(), strict=True):
+                if key.metric.endswith(ERROR):
+                    continue
                 xs, ys = curves.setdefault(key, ([], []))
                 xs.append(epoch)
                 ys.append(value)
