@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import pickle
 from pathlib import Path
 
@@ -304,8 +303,7 @@ def test_the_file_stays_where_it_is_when_the_directory_changes_and_a_link_stays_
 
 
 def append_on(rank, port, path):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     history = History(path)
     for epoch in range(3):
         history.append({"nc1": 0.5 + rank}, epoch=epoch)
@@ -315,8 +313,11 @@ def append_on(rank, port, path):
 
 
 def test_only_the_first_rank_of_a_process_group_writes(path):
-    arguments = (free_port(), path)
-    torch.multiprocessing.start_processes(append_on, arguments, nprocs=2, start_method="fork")
+    ranks = torch.multiprocessing.start_processes(append_on, (free_port(), path), 2, join=False, start_method="fork")
+    finished = ranks.join(timeout=60) or ranks.join(timeout=60)  # returns after the first process that ends
+    for process in ranks.processes:
+        process.kill()
+    assert finished
     assert [row["nc/nc1"] for row in History.read(path)] == [0.5] * 3
 
 
