@@ -306,8 +306,8 @@ def append_on(rank, port, path):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     history = History(path)
     for epoch in range(3):
+        dist.barrier()  # as in measure
         history.append({"nc1": 0.5 + rank}, epoch=epoch)
-        dist.barrier()
     assert [row["nc/nc1"] for row in history] == [0.5 + rank] * 3
     dist.destroy_process_group()
 
