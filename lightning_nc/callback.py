@@ -134,8 +134,7 @@ class NeuralCollapseCallback(Callback):
         _check_choices(every_n_epochs, stages, mode, dataloader)
         self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
-        self.history = History()
-        self.previous_histories: list[History] = []
+        self.history, self.previous_histories = History(), list[History]()
         self.class_means: Tensor | None = None
         self._classes: list[int] = []  # the classes of these means
         self._loops = RunningLoops(self._probe, self.metrics)
@@ -167,7 +166,6 @@ class NeuralCollapseCallback(Callback):
         self._probe.reset()
         self._fitting = stage == "fit"
         self._loops = RunningLoops(self._probe, self.metrics)
-        self._epoch_began = None
         _check_others(trainer, self)
         if self._fitting:
             move_to_end(trainer, self)
@@ -366,8 +364,7 @@ class NeuralCollapseCallback(Callback):
         marks |= {"weights": "swapped"} if stage == "validate" and self._swapped else {}
         for loader, collector in self._loops.end(stage, len(batches) if trainer.world_size > 1 else None).items():
             if self._probe.attempt(partial(collector.synchronize, ranks_of(trainer))):
-                values = self._remember(trainer, collector, epoch, stage, loader, **marks)
-                log_values(trainer, pl_module, values)
+                log_values(trainer, pl_module, self._remember(trainer, collector, epoch, stage, loader, **marks))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, **marks: Any) -> dict[str, float]:
         """Measure the training data; the values by key, also appended to the history."""
@@ -379,8 +376,7 @@ class NeuralCollapseCallback(Callback):
         if not self._uses_loops():
             self._probe.detach()
         if done:
-            epoch_took = math.inf if self._epoch_began is None else began - self._epoch_began
-            _say_if_slow(self._probe, perf_counter() - began, epoch_took)
+            _say_if_slow(self._probe, perf_counter() - began, began - (self._epoch_began or -math.inf))
         return values
 
     def _remember(
