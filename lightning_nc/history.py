@@ -57,10 +57,10 @@ class History(list[dict[str, Any]]):
         if self.path.suffix.lower() != ".csv":
             raise ValueError(f"path must end in .csv, got {str(path)!r}")
         if self.path.exists() and _own(self.path):
-            self.extend(read_rows(self.path))
-            for row in self:
+            for row in read_rows(self.path):
                 stage = row.get("stage", "train")
                 self._earlier[stage] = max(_place(row), self._earlier.get(stage, _BEFORE))
+                super().append(row)
 
     def append(  # type: ignore[override]
         self,

@@ -26,6 +26,8 @@ def test_the_examples_of_the_readme_run(code, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_examples_of_the_page_about_loops_run_one_after_another(tmp_path, monkeypatch):
+    for package in ("timm", "accelerate"):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for code in blocks("docs/loops.md"):
