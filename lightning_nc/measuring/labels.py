@@ -151,8 +151,8 @@ def find_labels(
     whose = f"the classifier {classifier!r}" if classifier else "the classifier"
     raise ValueError(
         f"labels of shape {tuple(raw.shape)} do not fit what {whose} receives, {received}; labels are class indices (B,), "
-        f"one-hot rows (B, {num_classes}), or one label for each position at which the classifier is called. Pass target_fn, a function "
-        "from a batch to such labels, or name another layer with classifier="
+        f"one-hot rows (B, {num_classes}), or one label for each position at which the classifier is called. Pass target_fn, "
+        "a function from a batch to such labels, or name another layer with classifier="
     )
 
 
