@@ -185,7 +185,7 @@ def test_token_labels_that_the_model_shifts_by_itself_are_refused_without_next_t
         (torch.rand(6, 5), r"floats of shape \(6, 5\).*no rows of 3 classes"),
         (
             torch.zeros(6, 4, dtype=torch.long),
-            r"\(6, 4\) are per position, but the classifier receives one feature vector",
+            r"\(6, 4\) do not fit what the classifier 'fc' receives, \(3, 4\) for 3 samples",
         ),
         (torch.tensor(1), "must hold class indices"),
         (torch.zeros(6, dtype=torch.complex64), "must hold class indices"),
@@ -280,3 +280,18 @@ def test_a_token_classifier_of_positions_needs_no_pool():
         for pool in ("mean", "first", "flatten", lambda output: output.mean(dim=1))
     ]
     assert len(set(values)) == 1
+
+
+def test_time_steps_in_the_place_of_samples_are_pointed_out():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.LSTM(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x):  # (T, B, 5)
+            return self.head(self.body(x)[0])
+
+    torch.manual_seed(0)
+    x, target = 3 * torch.randn(4, 4, 5), torch.randint(3, (4, 4))
+    with pytest.warns(UserWarning, match="at 'head' change with the other samples of the batch: time steps"):
+        measure(Tagger(), [(x, target)], progress=False)

@@ -43,7 +43,7 @@ def targets_of(batch: Any) -> Any:
                 return batch[key]
         raise LookupError(
             f"a batch has the keys {listed(batch)}, none of {listed(LABEL_KEYS)}; pass target_fn, a function from a batch to "
-            "its class indices"
+            "its class indices" + (", or 'next_token' for a causal language model" if "input_ids" in batch else "")
         )
     if isinstance(batch, Sequence) and len(batch) > 1:
         return batch[1]

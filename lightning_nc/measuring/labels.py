@@ -104,6 +104,7 @@ def find_labels(
     outputs: int | None,
     ignore_index: int,
     classifier: str = "",
+    received: str = "",
 ) -> Labels:
     """How the labels of a batch become class indices.
 
@@ -117,6 +118,7 @@ def find_labels(
         outputs: number of outputs of the classifier, if it is known.
         ignore_index: the label of what is left out.
         classifier: its name.
+        received: the shapes of its inputs, for a message.
 
     Raises:
         ValueError: for labels that fit no layout, or two.
@@ -146,7 +148,12 @@ def find_labels(
         return found(None)
     if axes:
         return found((hot or axes)[0])
-    raise ValueError(_misfit(tuple(raw.shape), num_classes, fits(())))
+    whose = f"the classifier {classifier!r}" if classifier else "the classifier"
+    raise ValueError(
+        f"labels of shape {tuple(raw.shape)} do not fit what {whose} receives, {received}; labels are class indices (B,), "
+        f"one-hot rows (B, {num_classes}), or one label for each position at which the classifier is called. Pass target_fn, "
+        "a function from a batch to such labels, or name another layer with classifier="
+    )
 
 
 def _class_axes(
@@ -155,19 +162,6 @@ def _class_axes(
     for axis in dict.fromkeys((len(tail), 1)) if tail else ():
         if tail[axis - 1] in sizes and fits(tail[: axis - 1] + tail[axis:]):
             yield axis
-
-
-def _misfit(shape: tuple[int, ...], num_classes: int, per_sample: bool) -> str:
-    if per_sample and len(shape) > 1:
-        return (
-            f"labels of shape {shape} are per position, but the classifier receives one feature vector per sample; (B,) class "
-            f"indices or (B, {num_classes}) one-hot rows are expected. Pass target_fn, a function from a batch to them, or name "
-            "a classifier that is called on every position with classifier="
-        )
-    return (
-        f"labels of shape {shape} have no feature vector each: the classifier is called on other positions; pass target_fn, a "
-        "function from a batch to labels with the positions of the features, or forward_fn"
-    )
 
 
 def check_type(raw: Any) -> None:

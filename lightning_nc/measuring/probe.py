@@ -238,8 +238,9 @@ class Probe:
     def _find_labels(self, raw: Tensor, trial: Trial) -> Labels:
         if self.head is None:
             return find_labels(raw, lambda positions: True, self.classes, None, self.ignore_index)
-        fits = partial(trial.has_positions, self.head.name)
-        return find_labels(raw, fits, self.classes, outputs_of(self.head.module), self.ignore_index, self.head.name)
+        name, outputs = self.head.name, outputs_of(self.head.module)
+        fits, received = partial(trial.has_positions, name), trial.shapes_into(name)
+        return find_labels(raw, fits, self.classes, outputs, self.ignore_index, name, received)
 
     def _match(self, model: nn.Module) -> list[str]:
         patterns = list(self.layers or ())
@@ -326,6 +327,13 @@ class Probe:
             named = ", ".join(map(repr, those))
             kind = f"the layer {named} is" if len(those) == 1 else f"the layers {named} are"
             self.warn_once(f"left out {named}", f"{kind} left out: {reason}")
+        if trial.dependent:
+            self.warn_once(
+                "dependent",
+                f"the features of a sample at {listed(trial.dependent)} change with the other samples of the batch: time "
+                "steps or positions may stand in the place of samples, so that labels do not fit; or a layer is random in "
+                "eval mode, or normalizes over the batch, and the values depend on the batches",
+            )
         if not self.widths:
             raise LookupError(f"none of the layers can be measured: {next(iter(left_out), 'no layer was found')}")
 

@@ -76,6 +76,8 @@ class Trial:
             self.output, self.calls = trace(model, self.run)
             self.fewer, self.rows, self.reverse = self.calls, (size, size), False
         self.layout = Layout(self.calls)
+        self.dependent: list[str] = []
+        """The layers whose features of a sample change with the other samples of the batch, among those asked for."""
 
     def has_positions(self, layer: str, positions: tuple[int, ...]) -> bool:
         """Whether a layer receives features at ``positions``, ``()`` for one vector per sample; True if it was not called."""
@@ -83,6 +85,11 @@ class Trial:
             (call.input, other.input) for call, other in zip(self.calls, self.fewer, strict=False) if call.name == layer
         ]
         return not calls or any(self._has_rows(tensor, other, positions) for tensor, other in calls)
+
+    def shapes_into(self, layer: str) -> str:
+        """The shapes that a layer receives, in words."""
+        inputs = [call.input for call in self.calls if call.name == layer]
+        return f"{_shapes(inputs)} for {self.rows[0]} samples"
 
     def width(self, layer: str, name: str, axes: dict[str, int], positions: tuple[int, ...] = ()) -> int:
         """The number of features of a layer; their axis is added to ``axes`` under ``name``.
@@ -121,12 +128,8 @@ class Trial:
             self._rows(t, n, axis, positions) for t, n in ((tensor, self.rows[0]), (other, self.rows[1]))
         )
         check_batch(rows, torch.zeros(len(rows), dtype=torch.long))
-        if self.reverse and self.rows == (3, 2) and not _in_order(rows, fewer_rows):
-            raise LookupError(
-                f"the rows of the last call of {layer!r} are in another order than the labels of the batch (the model sorts or "
-                "transposes samples, for example), so features and labels do not fit; sort them in the dataloader instead, or "
-                "pass target_fn, which gives the labels in the order of the rows"
-            )
+        if self.reverse and self.rows == (3, 2):
+            self._check_order(layer, rows, fewer_rows)
         return rows.shape[1]
 
     def rows_into(self, layer: str) -> Tensor | None:
@@ -139,6 +142,31 @@ class Trial:
         if hasattr(module, "kernel_size"):
             return last[(slice(8), slice(None), *[slice(1)] * (last.dim() - 2))].clone()
         return last.flatten(end_dim=-2)[:8].clone()
+
+    def _check_order(self, layer: str, three: Tensor, two: Tensor) -> None:
+        """Compare the rows of samples 0, 1, 2 with those of samples 1 and 0, one or more for each sample.
+
+        Raises:
+            LookupError: if they are in another order than the labels.
+        """
+        if three.shape[1] != two.shape[1] or len(three) * 2 != len(two) * 3:
+            return
+        long, short = three.float().view(3, -1), two.float().view(2, -1)
+        distances = torch.cdist(short, long, compute_mode="donot_use_mm_for_euclid_dist")
+        own, size = distances[[0, 1], [1, 0]], torch.linalg.vector_norm(long)
+        others = distances.min(dim=1).values
+        if len(three) > 3:  # one position after the other, each with all samples
+            crossed, shorter = (t.float().view(-1, n, t.shape[1]).transpose(0, 1) for t, n in ((three, 3), (two, 2)))
+            others = torch.linalg.vector_norm((crossed[[1, 0]] - shorter).flatten(1), dim=1).minimum(others)
+        if ((own > 1e-3 * size) & (others < 1e-3 * own)).any():
+            raise LookupError(
+                f"the rows of the last call of {layer!r} are in another order than the labels of the batch (the model sorts or "
+                "transposes samples, for example), so features and labels do not fit; sort them in the dataloader instead, or "
+                "pass target_fn, which gives the labels in the order of the rows"
+            )
+        # Far more than rounding in a half precision, and not little beside the distance of two samples.
+        if (own > 0.02 * size).all() and (own > 0.1 * torch.linalg.vector_norm(long[0] - long[1])).all():
+            self.dependent.append(layer)
 
     def _is_square(self, positions: tuple[int, ...]) -> bool:
         """Whether the batch could not be shortened, and has as many samples as positions along an axis."""
@@ -165,7 +193,7 @@ class Trial:
         return rows
 
     def _misfit(self, layer: str, tensors: list[Tensor | None], positions: tuple[int, ...]) -> str:
-        shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
+        shapes = _shapes(tensors)
         if self._is_square(positions):
             shapes += " (as many samples as positions, so which axis is which is not clear: choose another batch size)"
         if positions:
@@ -200,21 +228,8 @@ class Trial:
         return shortened or count == 1 or tensor.dim() < 3 or count not in tensor.shape[1:]
 
 
-def _in_order(three: Tensor, two: Tensor) -> bool:
-    """False if the rows of ``two``, of samples 1 and 0, are not those of the samples in ``three`` but of others.
-
-    With labels per position each sample has several rows, one after the other.
-    """
-    if three.shape[1] != two.shape[1] or len(three) * 2 != len(two) * 3:
-        return True
-    long, short = three.float().view(3, -1), two.float().view(2, -1)
-    distances = torch.cdist(short, long, compute_mode="donot_use_mm_for_euclid_dist")
-    own, size = distances[[0, 1], [1, 0]], torch.linalg.vector_norm(long)
-    others = distances.min(dim=1).values
-    if len(three) > 3:  # one position after the other, each with all samples
-        crossed, shorter = (t.float().view(-1, n, t.shape[1]).transpose(0, 1) for t, n in ((three, 3), (two, 2)))
-        others = torch.linalg.vector_norm((crossed[[1, 0]] - shorter).flatten(1), dim=1).minimum(others)
-    return not ((own > 1e-3 * size) & (others < 1e-3 * own)).any()
+def _shapes(tensors: list[Tensor | None]) -> str:
+    return ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
 
 
 def _tensor(call: Call, name: str) -> Tensor | None:
