@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nc.functional import check_metrics
+from lightning_nc.history import History
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.evaluation import Collector
@@ -22,7 +23,7 @@ from lightning_nc.measuring.loaders import check_loader
 from lightning_nc.measuring.loops import RunningLoops, is_ready
 from lightning_nc.measuring.probe import Probe
 from lightning_nc.measuring.snapshot import fingerprint
-from lightning_nc.schedule import check_schedule, is_due, log_spaced
+from lightning_nc.schedule import check_schedule, is_due
 from lightning_nc.trainers import (
     attach,
     has_other_weights,
@@ -40,7 +41,7 @@ from lightning_nc.trainers import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NeuralCollapseCallback", "log_spaced"]
+__all__ = ["NeuralCollapseCallback"]
 
 
 class NeuralCollapseCallback(Callback):
@@ -109,8 +110,7 @@ class NeuralCollapseCallback(Callback):
         _check_mode(mode, dataloader)
         self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
-        self.history: list[dict[str, Any]] = []
-        self.previous_histories: list[list[dict[str, Any]]] = []
+        self.history, self.previous_histories = History(), list[History]()
         self.class_means: Tensor | None = None
         self._classes: list[int] = []  # the classes of these means
         self._loops = RunningLoops(self._probe, self.metrics)
@@ -129,9 +129,7 @@ class NeuralCollapseCallback(Callback):
 
     def plot(self) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
-        from lightning_nc.plotting import plot_history
-
-        return plot_history(self.history, num_classes=len(self._classes) or None)
+        return self.history.plot(num_classes=len(self._classes) or None)
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
@@ -142,7 +140,6 @@ class NeuralCollapseCallback(Callback):
         self._probe.reset()
         self._fitting = stage == "fit"
         self._loops = RunningLoops(self._probe, self.metrics)
-        self._epoch_began = None
         _check_others(trainer, self)
         if self._fitting:
             move_to_end(trainer, self)
@@ -155,11 +152,11 @@ class NeuralCollapseCallback(Callback):
             # Resumed: monitors look for the last values, and the last epoch may be measured already.
             known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
             trainer.callback_metrics.update(tensors_of(known, pl_module.device))
-            steps = [(row["epoch"], row["step"]) for row in self.history if row["stage"] == "train"]
-            self._measured = steps[-1] if steps else None
+            steps = ((row["epoch"], row["step"]) for row in reversed(self.history) if row["stage"] == "train")
+            self._measured = next(steps, None)
         elif self._has_fitted and self.history:  # another training, of cross-validation for example
             self.previous_histories.append(self.history)
-            self.history = []
+            self.history = History()
         self._has_fitted = True
         if "validate" in self.stages and not trainer.enable_validation:
             rank_zero_warn(
@@ -194,7 +191,7 @@ class NeuralCollapseCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # trainer.test may load an older checkpoint, the best one, whose history is shorter.
         if self._fitting or not self.history:
-            self.history = [dict(row) for row in state_dict["history"]]
+            self.history = History(rows=state_dict["history"])
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -341,8 +338,7 @@ class NeuralCollapseCallback(Callback):
         marks |= {"weights": "swapped"} if stage == "validate" and self._swapped else {}
         for loader, collector in self._loops.end(stage, len(batches) if trainer.world_size > 1 else None).items():
             if self._probe.attempt(partial(collector.synchronize, ranks_of(trainer))):
-                values = self._remember(trainer, collector, epoch, stage, loader, **marks)
-                log_values(trainer, pl_module, values)
+                log_values(trainer, pl_module, self._remember(trainer, collector, epoch, stage, loader, **marks))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, **marks: Any) -> dict[str, float]:
         """Measure the training data; the values by key, also appended to the history."""
@@ -354,8 +350,7 @@ class NeuralCollapseCallback(Callback):
         if not self._uses_loops():
             self._probe.detach()
         if done:
-            epoch_took = math.inf if self._epoch_began is None else began - self._epoch_began
-            _say_if_slow(self._probe, perf_counter() - began, epoch_took)
+            _say_if_slow(self._probe, perf_counter() - began, began - (self._epoch_began or -math.inf))
         return values
 
     def _remember(
@@ -364,7 +359,7 @@ class NeuralCollapseCallback(Callback):
         """Append a row to the history; the values by the keys under which they are logged."""
         values = self._probe.attempt(lambda: collector.values(stage, loader)) or {}
         if values:
-            self.history.append({"stage": stage, "epoch": epoch, "step": trainer.global_step, **marks, **values})
+            self.history.append(values, epoch=epoch, step=trainer.global_step, stage=stage, **marks)
             if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
                 self.class_means, self._classes = means
         return values

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_nc.functional import check_metrics
+from lightning_nc.history import History
 from lightning_nc.keys import parse_key
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.distributed import all_max, ranks_on
@@ -94,8 +95,7 @@ class NeuralCollapseCallback(TrainerCallback):
         check_schedule(every_n_epochs, stages)
         self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index)
         self.stages, self.every_n_epochs, self.dataloader = tuple(stages), every_n_epochs, dataloader
-        self.history: list[dict[str, Any]] = []
-        self.previous_histories: list[list[dict[str, Any]]] = []
+        self.history, self.previous_histories = History(), list[History]()
         self.class_means: Tensor | None = None
         self._classes: list[int] = []  # the classes of these means
         self._measured: int | None = None  # step of the last measurement of training data
@@ -107,9 +107,7 @@ class NeuralCollapseCallback(TrainerCallback):
 
     def plot(self) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
-        from lightning_nc.plotting import plot_history
-
-        return plot_history(self.history, num_classes=len(self._classes) or None)
+        return self.history.plot(num_classes=len(self._classes) or None)
 
     def should_measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
@@ -123,11 +121,11 @@ class NeuralCollapseCallback(TrainerCallback):
         self._probe.reset()
         self._prefixes, self._measured, self._evaluated = {}, None, None
         if state.global_step:
-            self.history = list(_rows(state.log_history, self.stages))
+            self.history = History(rows=_rows(state.log_history, self.stages))
             self._measured = max((row["step"] for row in self.history if row["stage"] == "train"), default=None)
         elif self._has_trained and self.history:  # another training, of a search for hyperparameters for example
             self.previous_histories.append(self.history)
-            self.history = []
+            self.history = History()
         self._training = self._has_trained = True
         self._evaluation_due, self._weights = False, fingerprint(model)
 
@@ -189,7 +187,7 @@ class NeuralCollapseCallback(TrainerCallback):
         if ranks is not None:
             swapped = bool(all_max(swapped, ranks))
         if swapped and "train" in self.stages and state.global_step:  # reporters have closed
-            self._measure(args, state, model, self._training_data(**kwargs), "train", marks={"weights": "swapped"})
+            self._measure(args, state, model, self._training_data(**kwargs), "train", weights="swapped")
 
     def _finish_epoch(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
@@ -215,7 +213,7 @@ class NeuralCollapseCallback(TrainerCallback):
         load: _Load,
         stage: str,
         loader: int = 0,
-        marks: Mapping[str, str] | None = None,
+        **marks: Any,
     ) -> dict[str, float]:
         """Run the model over data; the values by the keys under which they are logged, also kept in both histories."""
         collector = Collector(self._probe, self.metrics)
@@ -230,9 +228,9 @@ class NeuralCollapseCallback(TrainerCallback):
         finally:
             self._probe.detach()
         if values:
-            entry: dict[str, Any] = {**(marks or {}), **values, "epoch": state.epoch or 0, "step": state.global_step}
-            state.log_history.append(entry)
-            self.history += _rows([entry], self.stages)
+            at = {"epoch": state.epoch or 0, "step": state.global_step}
+            self.history.append(values, stage=stage, **at, **marks)
+            state.log_history.append({**marks, **values, **at})
             if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
                 self.class_means, self._classes = means
         return values

@@ -51,8 +51,9 @@ def parse_key(key: str) -> Key:
 
 
 def is_reserved(layer: str) -> bool:
-    """Whether a layer's keys would read as those of a stage: a layer named ``val``, ``test`` or ``val_1``."""
-    return _STAGE_PART.fullmatch(layer.split("/")[0]) is not None
+    """Whether a layer's keys would read as those of a stage: a layer named ``nc``, ``val``, ``test`` or ``val_1``."""
+    first = layer.split("/")[0]
+    return first == "nc" or _STAGE_PART.fullmatch(first) is not None
 
 
 def natural_order(name: str) -> list[int | str]:

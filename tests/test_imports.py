@@ -23,7 +23,7 @@ FLOORS = [
     {"measuring.loops"},
     {"runs", "trainers"},
     {"plotting"},
-    {"loggers"},
+    {"loggers", "history"},
     {"callback", "huggingface"},
     {"__init__", "measuring.__init__", "__main__"},
 ]
@@ -115,7 +115,7 @@ def test_measuring_and_the_metrics_know_no_trainer():
 
 
 def test_no_optional_package_is_imported_together_with_the_package_or_the_reader_of_runs():
-    for module in ("__init__", "__main__", "runs", "loggers", "theory"):
+    for module in ("__init__", "__main__", "runs", "history", "loggers", "theory"):
         assert {name.split(".")[0] for name in loaded_with(module)}.isdisjoint(OPTIONAL), module
     assert "matplotlib" in {name.split(".")[0] for name in loaded_with("plotting")}
     assert {name.split(".")[0] for name in loaded_with("huggingface")} & OPTIONAL == {"transformers"}

@@ -150,9 +150,9 @@ def find_labels(
         return found((hot or axes)[0])
     whose = f"the classifier {classifier!r}" if classifier else "the classifier"
     raise ValueError(
-        f"labels of shape {tuple(raw.shape)} do not fit what {whose} receives, {received}; labels are class indices (B,), one-hot "
-        f"rows (B, {num_classes}), or one label for each position at which the classifier is called. Pass target_fn, a function "
-        "from a batch to such labels, or name another layer with classifier="
+        f"labels of shape {tuple(raw.shape)} do not fit what {whose} receives, {received}; labels are class indices (B,), "
+        f"one-hot rows (B, {num_classes}), or one label for each position at which the classifier is called. Pass target_fn, "
+        "a function from a batch to such labels, or name another layer with classifier="
     )
 
 

@@ -330,9 +330,9 @@ class Probe:
         if trial.dependent:
             self.warn_once(
                 "dependent",
-                f"the features of a sample at {listed(trial.dependent)} change with the other samples of the batch: time steps or "
-                "positions may stand in the place of samples, so that labels do not fit; or a layer is random in eval mode, or "
-                "normalizes over the batch, and the values depend on the batches",
+                f"the features of a sample at {listed(trial.dependent)} change with the other samples of the batch: time "
+                "steps or positions may stand in the place of samples, so that labels do not fit; or a layer is random in "
+                "eval mode, or normalizes over the batch, and the values depend on the batches",
             )
         if not self.widths:
             raise LookupError(f"none of the layers can be measured: {next(iter(left_out), 'no layer was found')}")
