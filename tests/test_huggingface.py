@@ -95,7 +95,7 @@ def usual():
     callback = NeuralCollapseCallback(["vit.layernorm"], stages=("train", "validate"), strict=True)
     first, last = Reporter(), Reporter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = train(folder, first, callback, last, evaluated=OTHER, eval_strategy="epoch", logging_strategy="epoch")
+        trainer = train(folder, first, callback, last, evaluated=OTHER, eval_strategy="epoch", logging_steps=7)
     return trainer, callback, first, last
 
 
