@@ -208,9 +208,8 @@ class ClassMoments(ClassStatistics):
         ignored = torch.zeros_like(valid) if ignore_index is None else target == ignore_index
         used = valid & ~ignored
         self.mislabeled += (~(valid | ignored)).sum()
-        # A row that is not used is zero as far as it is looked at, and its deviation is zero, so that it changes nothing.
         target = target.clamp(0, self.counts.numel() - 1)
-        features = features.masked_fill(~used.unsqueeze(1), 0)
+        features = _keep_rows(features, used)
         self.inexact += _inexact(features)
         features = features.to(self.means.dtype)
         self.nonfinite += (~features.sum(dim=1).isfinite()).sum()
@@ -218,16 +217,17 @@ class ClassMoments(ClassStatistics):
         # The first sample of each class in the batch stands for its class: other classes are not touched.
         order = torch.arange(len(target), device=target.device)
         leader = order.new_full(self.counts.shape, len(target)).scatter_reduce_(0, target, order, "amin")[target]
-        known = (self.counts[target] > 0) | ~used
-        self.counts.index_add_(0, target, used.to(self.counts))
+        weight = used.to(self.counts)  # the deviation of a row that is not used is zero, so that it changes nothing
+        new = weight * (self.counts[target] == 0)
+        self.counts.index_add_(0, target, weight)
 
-        before = (features - self.means[target]).masked_fill_(~used.unsqueeze(1), 0)
+        before = features.sub_(self.means[target]).mul_(weight.unsqueeze(1))
         size = self.counts[target].clamp(min=1).unsqueeze(1)
         shift = torch.zeros_like(before).index_add_(0, leader, before).div_(size)
         self.means.index_add_(0, target, shift)
-        after = before - shift[leader]
+        step = shift[leader]
         # Any center is exact for a class without earlier samples; the new mean cancels least.
-        self._add_products(target, torch.where(known.unsqueeze(1), before, after), after)
+        self._add_products(target, before.addcmul(step, new.unsqueeze(1), value=-1), before - step)
 
     def _add_products(self, target: Tensor, left: Tensor, right: Tensor) -> None:
         """Add the outer products of the rows of ``left`` and ``right``, which belong to the classes ``target``."""
@@ -376,11 +376,21 @@ def _row_blocks(rows: int, width: int, values: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
+def _bits(features: Tensor) -> Tensor:
+    return features.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
+
+
+def _keep_rows(features: Tensor, kept: Tensor) -> Tensor:
+    """A copy in which the rows that are not ``kept``, (N,), are zero, whatever they hold."""
+    bits = _bits(features)
+    return (bits & -kept.to(bits).unsqueeze(1)).view(features.dtype)  # -1 has all bits; nan times zero would be nan
+
+
 def _inexact(features: Tensor) -> Tensor:
     """How many of the values have more digits than bfloat16, float16 and float32 hold, (3,)."""
-    bits = features.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
-    excess = [max(0, _DIGITS[features.dtype] - digits) for digits in list(_DIGITS.values())[:-1]]
-    return torch.stack([(bits & (2**count - 1)).count_nonzero() for count in excess])
+    bits, none = _bits(features), torch.zeros((), dtype=torch.long, device=features.device)
+    excess = [_DIGITS[features.dtype] - digits for digits in list(_DIGITS.values())[:-1]]
+    return torch.stack([(bits & (2**count - 1)).count_nonzero() if count > 0 else none for count in excess])
 
 
 def check_batch(features: Tensor, target: Tensor, num_features: int | None = None) -> None:
