@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.linalg import vector_norm
 
-__all__ = ["ClassDeviations", "ClassMoments", "check_batch", "check_labels", "check_target", "state_dtype"]
+__all__ = [
+    "ClassDeviations",
+    "ClassMoments",
+    "check_batch",
+    "check_dense",
+    "check_labels",
+    "check_target",
+    "state_dtype",
+]
 
 _DIGITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
 """The types of features, coarsest first, and the binary digits that they store of each number."""
@@ -398,7 +406,7 @@ def check_batch(features: Tensor, target: Tensor, num_features: int | None = Non
     """Raise ``ValueError`` unless features are dense, floating and (B, d), and labels integers (B,). Reads no value."""
     if not isinstance(features, Tensor):
         raise ValueError(f"features must be a tensor of shape (B, d), got {type(features).__name__}")
-    _check_dense("features", features)
+    check_dense("features", features)
     if features.dim() != 2 or features.dtype not in _DIGITS:
         remedy = "dequantize" if features.is_quantized else "call .float()"
         remedy = remedy if features.dim() == 2 else "pool or flatten them"
@@ -417,7 +425,7 @@ def check_target(target: Any) -> None:
     """Raise ``ValueError`` unless labels are a dense integer tensor (B,). Reads no value."""
     if not isinstance(target, Tensor):
         raise ValueError(f"targets must be a tensor of class indices of shape (B,), got {type(target).__name__}")
-    _check_dense("targets", target)
+    check_dense("targets", target)
     if target.dtype not in _INTEGERS or target.dim() != 1:
         column = target.dim() == 2 and target.shape[1] == 1
         remedy = "squeeze(1) them" if column else "call .long()" if target.dim() == 1 else "take the arg max"
@@ -427,7 +435,8 @@ def check_target(target: Any) -> None:
         )
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` unless a tensor has its values in one piece of memory."""
     layout = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
     if layout != "strided":
         remedy = {"nested": "concatenate its parts", "meta": "give it values"}.get(layout, "call .to_dense()")
