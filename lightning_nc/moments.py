@@ -42,6 +42,9 @@ _UPDATE_BLOCK = 2**19, 2**23
 _MERGE_BLOCK = 2**16, 2**19
 """Values of the class means that are merged together, a sixteenth of all but between these: 0.5 and 4 MB in float64."""
 
+_CLASSES = 2048
+"""Class means that are squared together."""
+
 _SUMS = ("spread", "columns", "nonfinite", "inexact", "mislabeled")
 """Parts of the moments that are added up when moments are merged around the same class means."""
 
@@ -94,7 +97,7 @@ class ClassStatistics:
         return list(_DIGITS)[[*self.inexact.eq(0).tolist(), True].index(True)]
 
     def select(self: Self, classes: Tensor) -> Self:
-        """Only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
+        """A copy of only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
         return replace(self, counts=self.counts[classes], means=self.means[classes], spread=self.spread[classes])
 
     def fault(self) -> str | None:
@@ -103,7 +106,8 @@ class ClassStatistics:
             return f"{int(self.nonfinite)} samples have an infinity or a nan"
         info = torch.finfo(self.means.dtype)
         low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max) * info.eps
-        size = float(torch.maximum(self.means.detach().abs().max(), self.spread.detach().max().sqrt()))
+        largest = vector_norm(self.means.detach().flatten(), math.inf)
+        size = float(torch.maximum(largest, self.spread.detach().max().sqrt()))
         if size == 0 or low <= size <= high:
             return None
         problem = "small that their squares underflow" if size < low else "large that their squares overflow"
@@ -119,8 +123,11 @@ class ClassStatistics:
         M has K rows and at most rank K - 1. A reflection turns its null direction, the vector of ones, to the first axis,
         and that row is dropped by construction rather than by a rank tolerance.
         """
-        centered = self.means - self.means.mean(dim=0)
-        return centered[1:] - centered[0] / (math.sqrt(len(self.means)) + 1)
+        return self.means[1:] - self._offset()
+
+    def _offset(self) -> Tensor:
+        mean = self.means.mean(dim=0)
+        return mean + (self.means[0] - mean) / (math.sqrt(len(self.means)) + 1)
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """The principal directions of the centered class means, (d, r), and their singular values, (r,).
@@ -129,9 +136,11 @@ class ClassStatistics:
         scatter is known, the samples differ along it by more. See the section on precision in ``docs/metrics.md``.
         """
         with torch.no_grad():
-            contrasts = self.contrasts()
-            if len(contrasts) > contrasts.shape[1]:
-                contrasts = torch.linalg.qr(contrasts, mode="r").R
+            offset, contrasts = self._offset(), self.means[:0]
+            for part in self.means[1:].split(4 * len(offset)):  # reduced to d rows or less, without a copy of all
+                contrasts = torch.cat([contrasts, part - offset])
+                if len(contrasts) > len(offset):
+                    contrasts = torch.linalg.qr(contrasts, mode="r").R
             _, values, rows = torch.linalg.svd(contrasts, full_matrices=False)
             error, sums = self._rounding()
             # Rounding is the same for samples that are alike; errors of the sums of earlier layers average out.
@@ -155,7 +164,8 @@ class ClassStatistics:
         """Rounding error of an entry of each feature, (d,), and by what factor sums in earlier layers can increase it."""
         info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
         eps = info.eps + own.eps * self.drift
-        square = (self.counts @ self.means.square() + self.columns) / self.samples
+        parts = zip(self.counts.split(_CLASSES), self.means.split(_CLASSES), strict=True)
+        square = (torch.stack([n @ m.square() for n, m in parts]).sum(dim=0) + self.columns) / self.samples
         # float16 and bfloat16 are summed in float32.
         return eps * square.sqrt().clamp(min=info.smallest_normal) / math.sqrt(12), 8 if info.bits > 16 else 4
 

@@ -275,7 +275,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("batch", "width"), [(3_000_000, 64), (20_000, 4096), (1000, 512)])
+@pytest.mark.parametrize(("batch", "width"), [(500_000, 64), (5000, 4096), (1000, 512)])
 def test_an_update_needs_no_value_on_the_host_and_no_tensor_above_64_mb_whatever_the_batch(batch, width):
     with FakeTensorMode(), LargestTensor() as largest:  # its tensors have no values, so reading one raises
         moments = ClassMoments.zeros(10, width)
