@@ -275,7 +275,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("batch", "width"), [(3_000_000, 64), (20_000, 4096), (1000, 512)])
+@pytest.mark.parametrize(("batch", "width"), [(500_000, 64), (5000, 4096), (1000, 512)])
 def test_an_update_needs_no_value_on_the_host_and_no_tensor_above_64_mb_whatever_the_batch(batch, width):
     with FakeTensorMode(), LargestTensor() as largest:  # its tensors have no values, so reading one raises
         moments = ClassMoments.zeros(10, width)
@@ -285,8 +285,8 @@ def test_an_update_needs_no_value_on_the_host_and_no_tensor_above_64_mb_whatever
 
 
 def test_a_batch_of_several_blocks_gives_the_same_values():
-    features, target = clusters(2, 6, 2**20, 0.5, dtype=torch.float16)  # 8 rows are a block
-    whole, parts = (ClassMoments.zeros(2, 2**20, scatter=False) for _ in range(2))
+    features, target = clusters(2, 20, 2**16, 0.5, dtype=torch.float16)  # 8 rows are a block
+    whole, parts = (ClassMoments.zeros(2, 2**16, scatter=False) for _ in range(2))
     whole.update(features, target)
     for row, label in zip(features.split(5), target.split(5), strict=True):
         parts.update(row, label)
