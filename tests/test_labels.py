@@ -304,6 +304,41 @@ def test_rows_in_another_order_than_the_labels_are_refused_in_batches_of_any_siz
         measure(Shuffling(kind), batches, progress=False)
 
 
+@pytest.mark.parametrize("sizes", [(1, 4), (4, 4)])
+def test_flattened_positions_whose_order_no_run_can_tell_are_pointed_out(sizes):
+    torch.manual_seed(0)
+    model = Shuffling("time first")
+
+    def whole_batches_only(model, batch):
+        assert len(batch[0]) in sizes
+        return model(batch[0])
+
+    batches = [(torch.randn(n, 5, 4), torch.randint(3, (n, 5))) for n in sizes]
+    with pytest.warns(
+        UserWarning, match=r"rows of 'head' are taken to be all positions of the first sample.*\(T, B, d\)"
+    ):
+        measure(model, batches, forward_fn=whole_batches_only, progress=False)
+
+
+def test_layers_of_torchs_encoder_that_drop_the_padding_are_measured_at_its_positions():
+    torch.manual_seed(0)
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+            self.body, self.encoder, self.head = nn.Embedding(7, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask):
+            return self.head(self.encoder(self.body(input_ids), src_key_padding_mask=attention_mask == 0))
+
+    tokens, mask = sequences()
+    target = torch.randint(3, tokens.shape).masked_fill(mask == 0, -100)
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": target}
+    values = measure(Tagger(), [batch], layers=["encoder.layers.1"], progress=False)
+    assert values["encoder.layers.1/nc1"] == pytest.approx(values["nc1"], rel=1e-5)
+
+
 def test_a_layer_with_as_many_features_as_the_labels_have_positions_is_not_measured_across():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Flatten(1), nn.Unflatten(1, (2, 20)), nn.Linear(20, 5), nn.Linear(5, 20))

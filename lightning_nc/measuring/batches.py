@@ -122,6 +122,8 @@ def pool_features(features: Tensor, pool: Pool = "mean", axis: int | None = None
 
 def feature_axes(features: Tensor, positions: tuple[int, ...]) -> list[int]:
     """The axes of features (B, ...) that may hold the features, so that the others are the ``positions``."""
+    if features.is_nested:  # its sequences have no common length, see rows_at_positions
+        return [features.dim() - 1]
     shape = tuple(features.shape)
     return [axis for axis in range(1, len(shape)) if shape[1:axis] + shape[axis + 1 :] == positions]
 

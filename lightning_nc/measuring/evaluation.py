@@ -222,16 +222,19 @@ class Collector:
         target = target[:own]
         rows, self.samples, target = slice(target.numel()), self.samples + len(target), target.flatten()
         for layer, values in features.items():
+            labels = target.to(
+                values.device
+            )  # a target_fn may look them up elsewhere, and a model may span several devices
             if self.spans:
                 if layer in self.spans:
-                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target)
+                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], labels)
             elif (metric := self._metric(layer, values.shape[1], values.device)) is not None:
                 if metric.num_features != values.shape[1]:
                     raise ValueError(
                         f"features must have {metric.num_features} columns as in the first batch, got {values.shape[1]}; inputs "
                         "of varying size need pool='mean' or a callable"
                     )
-                metric.update(values[rows], target)
+                metric.update(values[rows], labels)
 
     def prepare(self, device: torch.device) -> None:
         """Create the metrics, so that a rank without samples has them too."""

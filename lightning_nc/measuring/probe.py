@@ -37,6 +37,15 @@ __all__ = ["INPUT", "NotCalledError", "Probe", "match_layers"]
 
 _T = TypeVar("_T")
 
+_ORDER = (
+    "the rows of {} are taken to be all positions of the first sample, then of the second; this was not checked, because the "
+    "first batch has one sample or the model runs on whole batches only. If the model flattens (T, B, d), transpose it first"
+)
+_MASK = (
+    "attention_mask has the shape {}, but the classifier {} receives {} positions, so padding is not left out; pass pool=, a "
+    "function from (B, T, d) to (B, d)"
+)
+
 
 @dataclass
 class Probe:
@@ -62,6 +71,7 @@ class Probe:
     _labels: Labels | None = field(init=False, repr=False, default=None)
     _target: Tensor | None = field(init=False, repr=False, default=None)
     _model: nn.Module | None = field(init=False, repr=False, default=None)  # until a batch tells how it shifts labels
+    _unchecked: list[str] = field(init=False, repr=False, default_factory=list)
     _said: set[str] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
@@ -206,6 +216,8 @@ class Probe:
                     raise type(error)(f"the layer {name!r} cannot be measured: {error}") from error
                 del self.widths[name]
                 self.warn_once(f"left out {name}", f"the layer {name!r} is left out from here on: {error}")
+        if self._unchecked and len(self._target) > 1:
+            self.warn_once("order", _ORDER.format(listed(self._unchecked)))
         own = [rows for name, rows in calls if name == INPUT and rows is not None and len(rows) == len(target)]
         if len(own) > 1:
             self.warn_once(
@@ -232,11 +244,7 @@ class Probe:
 
     def _check_mask(self, mask: Tensor, positions: int) -> None:
         if self.pool != "flatten" and not callable(self.pool) and mask.shape[1:] != (positions,):
-            self.warn_once(
-                "mask",
-                f"attention_mask has the shape {tuple(mask.shape)}, but the classifier {self._title(INPUT)} receives {positions} "
-                "positions, so padding is not left out; pass pool=, a function from (B, T, d) to (B, d)",
-            )
+            self.warn_once("mask", _MASK.format(tuple(mask.shape), self._title(INPUT), positions))
 
     def targets(self, batch: Any) -> Tensor:
         """The labels of a batch, as it holds them."""
@@ -343,6 +351,7 @@ class Probe:
             named = ", ".join(map(repr, those))
             kind = f"the layer {named} is" if len(those) == 1 else f"the layers {named} are"
             self.warn_once(f"left out {named}", f"{kind} left out: {reason}")
+        self._unchecked = trial.unchecked
         if trial.dependent:
             self.warn_once(
                 "dependent",

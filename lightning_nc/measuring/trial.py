@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -78,6 +79,8 @@ class Trial:
             self.output, self.calls = trace(model, self.run)
             self.fewer, self.rows, self.order = self.calls, (size, size), []
         self.layout = Layout(self.calls)
+        self.unchecked: list[str] = []
+        """Those with rows (N, d) for labels (B, *positions) in an order that the two runs could not tell."""
         self.dependent: list[str] = []
         """The layers whose features of a sample change with the other samples of the batch, among those asked for."""
 
@@ -134,6 +137,8 @@ class Trial:
         check_batch(rows, torch.zeros(len(rows), dtype=torch.long))
         if self.order:
             self._check_order(layer, rows, fewer_rows)
+        elif math.prod(positions) > 1 and tensor.dim() == 2:
+            self.unchecked.append(layer)
         return rows.shape[1]
 
     def rows_into(self, layer: str) -> Tensor | None:
@@ -244,7 +249,8 @@ class Trial:
 
 
 def _shapes(tensors: list[Tensor | None]) -> str:
-    return ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
+    shapes = (None if tensor is None else "nested" if tensor.is_nested else tuple(tensor.shape) for tensor in tensors)
+    return ", ".join(map(str, shapes))
 
 
 def _tensor(call: Call, name: str) -> Tensor | None:
