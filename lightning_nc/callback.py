@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
 
 __all__ = ["NeuralCollapseCallback"]
 
+_NO_VALIDATION = (
+    "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give the Trainer "
+    "validation data and the module a validation_step"
+)
+
 
 class NeuralCollapseCallback(Callback):
     r"""Measures neural collapse on the training data at the end of an epoch, and changes nothing in the training.
@@ -75,6 +81,7 @@ class NeuralCollapseCallback(Callback):
             padding, ``"flatten"``, or a callable. Features at positions that have labels of their own are not pooled.
         strict: raise when a measurement fails; by default it warns once, says why, and training goes on.
         ignore_index: samples and positions with this label are left out.
+        pairs: estimate metrics over pairs of classes from so many random pairs; see :class:`lightning_nc.NeuralCollapse`.
 
     Raises:
         MisconfigurationException: for arguments that do not fit.
@@ -99,12 +106,13 @@ class NeuralCollapseCallback(Callback):
         pool: Pool = "mean",
         strict: bool = False,
         ignore_index: int = -100,
+        pairs: float | None = None,
     ) -> None:
         try:
             self.metrics = check_metrics(metrics)
             check_loader(dataloader)
             check_schedule(every_n_epochs, stages)
-            probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index)
+            probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         _check_mode(mode, dataloader)
@@ -159,10 +167,7 @@ class NeuralCollapseCallback(Callback):
             self.history = History()
         self._has_fitted = True
         if "validate" in self.stages and not trainer.enable_validation:
-            rank_zero_warn(
-                "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give "
-                "the Trainer validation data and the module a validation_step"
-            )
+            rank_zero_warn(_NO_VALIDATION)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -397,8 +402,8 @@ def _say_swapped(probe: Probe, what: str) -> None:
 
 def _check_others(trainer: Trainer, callback: NeuralCollapseCallback) -> None:
     def settings(of: NeuralCollapseCallback) -> tuple[Any, ...]:
-        p = of._probe
-        return of.mode, of.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool, p.ignore_index
+        names = [field.name for field in fields(Probe) if field.init and field.name not in ("layers", "strict")]
+        return of.mode, of.dataloader, *(getattr(of._probe, name) for name in names)
 
     others = [other for other in _callbacks_of(trainer) if set(other.stages) & set(callback.stages)]
     if any(settings(other) != settings(callback) for other in others):

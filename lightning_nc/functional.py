@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from tqdm import tqdm
 
+from lightning_nc.keys import ERROR
 from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = [
@@ -479,7 +480,7 @@ def evaluate(
         if part.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(part.shape)}; check num_classes")
     sampled = {name for name in names if pairs is not None and _FORMULAS[name].pairwise}
-    keys = [key for name in names for key in (name, *[f"{name}_stderr"] * (name in sampled))]
+    keys = [key for name in names for key in (name, *[name + ERROR] * (name in sampled))]
     if seen.any() and (fault := moments.fault()):
         warnings.warn(f"{fault}; the metrics are nan", stacklevel=2)
         return dict.fromkeys(keys, nan)
@@ -502,7 +503,7 @@ def evaluate(
     for name in names:
         result = nan if broken & {*_FORMULAS[name].needs} else _FORMULAS[name].formula(summary)
         values[name], error = result if isinstance(result, tuple) else (result, nan)
-        values |= {f"{name}_stderr": error} if name in sampled else {}
+        values |= {name + ERROR: error} if name in sampled else {}
     undefined = [name for name in names if name != "nc1" and values[name].isnan()]
     if undefined:
         warnings.warn(f"{', '.join(undefined)}: nan, because {_reason(summary, broken)}", stacklevel=2)

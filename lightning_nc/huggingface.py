@@ -48,7 +48,8 @@ class NeuralCollapseCallback(TrainerCallback):
     The arguments are those of :class:`lightning_nc.NeuralCollapseCallback`, with these differences:
 
     Args:
-        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, strict, ignore_index: the same.
+        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, strict, ignore_index, pairs: the
+            same.
         stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured in an extra pass over the data that
             ``trainer.evaluate`` and ``trainer.predict`` have gone through, in training as often as an epoch is due, under
             ``nc/val/`` and ``nc/test/``. What is evaluated with a ``metric_key_prefix`` that begins with ``"test"`` is of the
@@ -84,6 +85,7 @@ class NeuralCollapseCallback(TrainerCallback):
         pool: Pool = "mean",
         strict: bool = False,
         ignore_index: int = -100,
+        pairs: float | None = None,
     ) -> None:
         if mode != "exact":
             raise ValueError(
@@ -93,7 +95,7 @@ class NeuralCollapseCallback(TrainerCallback):
         self.metrics = check_metrics(metrics)
         check_loader(dataloader)
         check_schedule(every_n_epochs, stages)
-        self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index)
+        self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         self.stages, self.every_n_epochs, self.dataloader = tuple(stages), every_n_epochs, dataloader
         self.history, self.previous_histories = History(), list[History]()
         self.class_means: Tensor | None = None

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_nc.keys import STAGES, Key, natural_order, parse_key
-from lightning_nc.runs import ERROR, Run, epoch_of, metrics_of
+from lightning_nc.keys import ERROR, STAGES, Key, natural_order, parse_key
+from lightning_nc.runs import Run, epoch_of, metrics_of
 
 __all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
 

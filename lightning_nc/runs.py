@@ -14,10 +14,9 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 
 from lightning_nc.functional import METRICS
-from lightning_nc.keys import STAGES, natural_order, parse_key
+from lightning_nc.keys import ERROR, STAGES, natural_order, parse_key
 
 __all__ = [
-    "ERROR",
     "FIRST_COLUMNS",
     "Run",
     "epoch_of",
@@ -35,9 +34,6 @@ Run = Sequence[Mapping[str, Any]]
 
 FIRST_COLUMNS = ("stage", "epoch")
 """How the CSV file of a :class:`lightning_nc.History` begins."""
-
-ERROR = "_stderr"
-"""How the key of the standard error of a metric ends, after the key of the metric."""
 
 
 def is_metric(key: str) -> bool:

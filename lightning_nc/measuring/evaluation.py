@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_nc.functional import METRICS, check_metrics
-from lightning_nc.keys import make_key
+from lightning_nc.keys import ERROR, make_key
 from lightning_nc.measuring.batches import Pool, copy_batch
 from lightning_nc.measuring.distributed import (
     all_max,
@@ -59,6 +59,7 @@ def measure(  # noqa: D417
     progress: bool = True,
     ignore_index: int = -100,
     sync: bool = True,
+    pairs: float | None = None,
 ) -> dict[str, float]:
     """Measure a model on all samples of a dataloader, in eval mode, and leave the model and the random streams unchanged.
 
@@ -68,12 +69,10 @@ def measure(  # noqa: D417
     Args:
         model: any module; not moved to another device.
         dataloader: gives batches.
-        layers: names (shell patterns allowed) of modules whose outputs are measured too, under ``"<layer>/<metric>"``. A
-            layer that cannot be measured is left out with a warning that says why.
-        classifier, num_classes, metrics, target_fn, forward_fn, pool, ignore_index: see
-            :class:`lightning_nc.NeuralCollapseCallback`.
+        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, ignore_index, pairs: see
+            :class:`lightning_nc.NeuralCollapseCallback`. The keys of a layer are ``"<layer>/<metric>"``.
         device: where batches are moved to; by default the device of the model's first parameter.
-        progress: show a progress bar.
+        progress: show a progress bar, on rank 0.
         sync: in a process group, return the values of all ranks together, on all ranks; False measures each rank's own data.
 
     Returns:
@@ -92,7 +91,7 @@ def measure(  # noqa: D417
         {'nc1': 0.0, 'nc2_of': 0.0}
     """
     check_loader(dataloader)
-    probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, ignore_index=ignore_index)
+    probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, ignore_index=ignore_index, pairs=pairs)
     collector = Collector(probe, check_metrics(metrics))
     on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
     return _measure(collector, model, dataloader, on, progress, sync)
@@ -103,6 +102,7 @@ def _measure(
 ) -> dict[str, float]:
     match_layers(model, collector.probe.layers or ())  # a name that is not there raises
     ranks = ranks_on(on) if sync else None
+    progress = progress and (ranks_on(on) is None or not dist.get_rank())
     if ranks is not None:
         meet()
     try:
@@ -293,9 +293,8 @@ class Collector:
             computed = metric.compute()
             if layer in self.projected:
                 computed = {**computed, **self.projected[layer].compute()}
-            values |= {
-                make_key(name, layer, stage, loader): float(computed[name]) for name in self.names if name in computed
-            }
+            kept = [name for name in computed if name.removesuffix(ERROR) in self.names]
+            values |= {make_key(name, layer, stage, loader): float(computed[name]) for name in kept}
         if not values:
             raise LookupError(
                 f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier"
@@ -332,6 +331,7 @@ class Collector:
                 width,
                 metrics=names,
                 ignore_index=int(self.probe.ignore_index),
+                pairs=self.probe.pairs,
                 sync_on_compute=False,
                 **parts,
             )

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_nc.functional import check_pairs
 from lightning_nc.keys import is_reserved
 from lightning_nc.measuring.batches import (
     POOLS,
@@ -52,6 +53,7 @@ class Probe:
     pool: Pool = "mean"
     strict: bool = False  # raise for a layer that cannot be measured; else warn and leave it out
     ignore_index: int = -100
+    pairs: float | None = None
     head: Classifier | None = field(init=False, repr=False, default=None)
     classes: int = field(init=False, repr=False, default=0)
     widths: dict[str, int] = field(init=False, repr=False, default_factory=dict)
@@ -76,6 +78,7 @@ class Probe:
             if not callable(getattr(self, name)) and getattr(self, name) not in also:
                 words = f" or {NEXT_TOKEN!r}" if NEXT_TOKEN in also else ""
                 raise ValueError(f"{name} must be a callable{words}, got {getattr(self, name)!r}")
+        check_pairs(self.pairs)
         if not isinstance(self.ignore_index, int | numpy.integer):
             raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
 
@@ -280,9 +283,9 @@ class Probe:
                 "name another classifier"
             )
         rows = trial.rows_into(name)
-        if self.classifier is None and rows is not None and self.is_new("found"):
+        if self.classifier is None and rows is not None:
             title = name or type(module).__name__
-            rank_zero_info(
+            _say_once(
                 f"neural collapse: measuring the input of {title!r} ({self.classes} classes, {rows.shape[1]} features)"
             )
         used = {id(call.weight) for call in trial.calls if call.name == name}
@@ -352,6 +355,12 @@ def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             raise LookupError(f"no module of {type(model).__name__} is named {pattern!r}; near: {listed(near)}")
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+@cache
+def _say_once(message: str) -> None:
+    """Say it once in a process: ``measure`` may be called in every epoch."""
+    rank_zero_info(message)
 
 
 def _warn(message: str) -> None:
