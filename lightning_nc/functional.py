@@ -355,7 +355,7 @@ def _nc4(s: Summary) -> Tensor:
     means, weight = s.means.detach(), s.weight.detach()
     bias = s.bias.detach() if s.bias.dim() else torch.zeros_like(weight[:, 0])
     disagree = torch.zeros_like(means[0, 0])
-    rows = max(1, _BLOCK // len(means))
+    rows = max(1, 4 * _BLOCK // len(means))
     for deviations, target in zip(s.moments.deviations.split(rows), s.moments.target.split(rows), strict=True):
         features = deviations.detach() + means[target]
         distances = torch.cdist(features, means, compute_mode="donot_use_mm_for_euclid_dist")
