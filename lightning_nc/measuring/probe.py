@@ -61,6 +61,7 @@ class Probe:
     _axes: dict[str, int] = field(init=False, repr=False, default_factory=dict)
     _labels: Labels | None = field(init=False, repr=False, default=None)
     _target: Tensor | None = field(init=False, repr=False, default=None)
+    _model: nn.Module | None = field(init=False, repr=False, default=None)  # until a batch tells how it shifts labels
     _said: set[str] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class Probe:
         """
         self.detach()
         raw = self.targets(copy_batch(batch))
-        check_shift(batch, self.target_fn, self.ignore_index)
+        self._model = None if check_shift(batch, self.target_fn, self.ignore_index, model) else model
         names = self._match(model)
         with forward_context():
             trial = Trial(model, batch, len(raw), self.forward, self.targets, self.pool)
@@ -118,7 +119,7 @@ class Probe:
         for hooks in (self._recorder, self.head):
             if hooks is not None:
                 hooks.remove()
-        self._recorder = self.head = None
+        self._recorder = self.head = self._model = None
 
     def reset(self) -> None:
         """Prepare for another run."""
@@ -168,6 +169,8 @@ class Probe:
         assert self._recorder is not None
         assert self._labels is not None
         raw = self.targets(batch)
+        if self._model is not None and check_shift(batch, self.target_fn, self.ignore_index, self._model):
+            self._model = None
         self._target = self._labels.indices(raw)
         if raw.device.type == "cpu":
             self._labels.check(raw, self._target)
@@ -221,9 +224,19 @@ class Probe:
         if self._target.dim() > 1:
             rows = rows_at_positions(tensor, tuple(self._target.shape), self.pool, axis)
             return tensor if rows is None else rows
+        if name == INPUT and isinstance(mask, Tensor) and axis is not None and tensor.dim() == 3:
+            self._check_mask(mask, tensor.shape[3 - axis])
         # A function may turn another layout, that of a sequence-first layer for example, into one row per sample.
         pooled = tensor.dim() and (tensor.size(0) == len(self._target) or (callable(self.pool) and tensor.dim() > 2))
         return pool_features(tensor, self.pool, axis, mask) if pooled else tensor
+
+    def _check_mask(self, mask: Tensor, positions: int) -> None:
+        if self.pool != "flatten" and not callable(self.pool) and mask.shape[1:] != (positions,):
+            self.warn_once(
+                "mask",
+                f"attention_mask has the shape {tuple(mask.shape)}, but the classifier {self._title(INPUT)} receives {positions} "
+                "positions, so padding is not left out; pass pool=, a function from (B, T, d) to (B, d)",
+            )
 
     def targets(self, batch: Any) -> Tensor:
         """The labels of a batch, as it holds them."""
