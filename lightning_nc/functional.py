@@ -209,11 +209,12 @@ def _frame_distance(rows: Tensor, frame: str, other: Tensor | None = None) -> Te
     if classes > features + 1:
         # The K x K matrix may be too large, and is not needed. AB' has rank d at most, so its cosine c with the frame, of
         # rank K - 1 at least, is at most sqrt(d / (K - 1)): 2 - 2c cancels no more than log10(2d) digits.
-        grams = [part.T @ part / length.square() for part, length in zip((rows, other), lengths, strict=True)]
+        gram = rows.T @ rows / lengths[0].square()
+        size = (gram * (gram if other is rows else other.T @ other / lengths[1].square())).sum().sqrt()
         paired = torch.dot(rows.flatten(), other.flatten())
         if frame == "etf":
             paired = paired - rows.mean(dim=0) @ other.mean(dim=0) * classes
-        cosine = paired / (lengths[0] * lengths[1]) / (grams[0] * grams[1]).sum().sqrt()
+        cosine = paired / (lengths[0] * lengths[1]) / size
         return (2 - 2 * cosine / math.sqrt(classes if frame == "of" else classes - 1)).sqrt()
     gram = (rows / lengths[0]) @ (other / lengths[1]).T
     identity = torch.eye(classes, dtype=gram.dtype, device=gram.device)
@@ -354,7 +355,7 @@ def _nc4(s: Summary) -> Tensor:
     means, weight = s.means.detach(), s.weight.detach()
     bias = s.bias.detach() if s.bias.dim() else torch.zeros_like(weight[:, 0])
     disagree = torch.zeros_like(means[0, 0])
-    rows = max(1, _BLOCK // len(means))
+    rows = max(1, 4 * _BLOCK // len(means))
     for deviations, target in zip(s.moments.deviations.split(rows), s.moments.target.split(rows), strict=True):
         features = deviations.detach() + means[target]
         distances = torch.cdist(features, means, compute_mode="donot_use_mm_for_euclid_dist")
@@ -494,7 +495,8 @@ def evaluate(
         )
         moments, parts = moments.select(seen), {name: part[seen] for name, part in parts.items()}
 
-    parts = {name: part.to(moments.means) for name, part in parts.items()}
+    needs = {need for name in names for need in _FORMULAS[name].needs}
+    parts = {name: part.to(moments.means) for name, part in parts.items() if name in needs}
     broken = {name for name, part in parts.items() if not torch.stack(part.aminmax()).isfinite().all()}
     summary = Summary(moments, parts.get("weight", nan), parts.get("bias", nan), check_pairs(pairs))
     values = {}

@@ -36,8 +36,11 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, tor
 _BLOCK = 128
 """Rows of the scatter matrix that are multiplied at a time: the matrix is symmetric, and its lower blocks are skipped."""
 
-_UPDATE_BLOCK = 2**19, 2**23
-"""Values of a batch that are processed together: 4 MB in float64 on the CPU, for its cache, and 64 MB on other devices."""
+_UPDATE_BLOCK = 2**23
+"""Values of a batch that are processed together: 64 MB in float64."""
+
+_CACHE_BLOCK = 2**19
+"""The same on the CPU, for its cache, if these are at least 256 rows: 4 MB."""
 
 _MERGE_BLOCK = 2**16, 2**19
 """Values of the class means that are merged together, a sixteenth of all but between these: 0.5 and 4 MB in float64."""
@@ -218,8 +221,10 @@ class ClassMoments(ClassStatistics):
             ignore_index: samples with this label are counted nowhere, whatever their features hold.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            block = _UPDATE_BLOCK[features.device.type != "cpu"]
-            for rows in _row_blocks(len(features), features.shape[1], block):
+            width, block = features.shape[1], _UPDATE_BLOCK
+            if features.device.type == "cpu":
+                block = min(block, max(_CACHE_BLOCK, 256 * width))
+            for rows in _row_blocks(len(features), width, block):
                 self._update(features[rows], target[rows].long(), ignore_index)
 
     def _update(self, features: Tensor, target: Tensor, ignore_index: int | None) -> None:
