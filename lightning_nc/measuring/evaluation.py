@@ -79,12 +79,11 @@ def measure(  # noqa: D417
         The metrics by key, each a float without unit; nan where a metric is not defined.
 
     Raises:
-        LookupError: if the classifier, layers, features or labels cannot be found.
-        ValueError: for names, features or labels that do not fit.
+        LookupError, ValueError: for a classifier, layers, features or labels that cannot be found or do not fit.
+        RuntimeError: if other ranks do not call ``measure`` within ten minutes.
 
     Example:
         >>> import torch
-        >>> from lightning_nc import measure
         >>> data = [(torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4))]
         >>> values = measure(torch.nn.Linear(3, 3), data, metrics=("nc1", "nc2_of"), progress=False)
         >>> {name: round(value, 6) for name, value in values.items()}

@@ -134,7 +134,7 @@ def find_labels(
         num_classes: K.
         outputs: number of outputs of the classifier, if it is known.
         ignore_index: the label of what is left out.
-        classifier: its name.
+        classifier: its name, for messages.
         received: the shapes of its inputs, for a message.
 
     Raises:
@@ -151,27 +151,31 @@ def find_labels(
     floats = raw.is_floating_point() and outputs != 1
     indices = not floats and fits(tail)
     if clear and len(clear) + indices > 1:
+        other = "or a class index per position" if indices else "along more than one axis"
         raise ValueError(
-            f"labels of shape {tuple(raw.shape)} may be one-hot rows "
-            + ("or a class index per position" if indices else "along more than one axis")
-            + "; pass target_fn, a function from a batch to class indices"
+            f"labels of shape {tuple(raw.shape)} may be one-hot rows {other}; pass target_fn, a function from a batch to class "
+            "indices"
         )
     if clear or (hot and floats):
         return found((clear or hot)[0])
-    if floats:
-        raise ValueError(
-            f"labels are floats of shape {tuple(raw.shape)}, which are no class indices"
-            + (f" and no rows of {num_classes} classes" if tail else "")
-            + "; if they are whole numbers, pass target_fn, such as lambda batch: batch[1].long()"
-        )
-    if columns or indices or hot:
+    if not floats and (columns or indices or hot):
         return found(columns[0] if columns else None if indices else hot[0])
-    whose = f"the classifier {classifier!r}" if classifier else "the classifier"
     raise ValueError(
-        f"labels of shape {tuple(raw.shape)} do not fit what {whose} receives, {received}; labels are class indices (B,), "
-        f"one-hot rows (B, {num_classes}), or one label for each position at which the classifier is called. Pass target_fn, "
-        "a function from a batch to such labels; or forward_fn, such as lambda model, batch: model(*batch), if training calls "
-        "the classifier at more positions; or name another layer with classifier="
+        _misfit(tuple(raw.shape), floats, num_classes, f"the classifier {classifier!r} receives, {received}")
+    )
+
+
+def _misfit(shape: tuple[int, ...], floats: bool, num_classes: int, inputs: str) -> str:
+    if floats:
+        return (
+            f"labels are floats of shape {shape}, which are no class indices and no rows of {num_classes} classes; if they are "
+            "whole numbers, pass target_fn, such as lambda batch: batch[1].long()"
+        )
+    return (
+        f"labels of shape {shape} do not fit what {inputs}; labels are class indices (B,), one-hot rows (B, {num_classes}), or "
+        "one label for each position at which the classifier is called. Pass target_fn, a function from a batch to such labels; "
+        "or forward_fn, such as lambda model, batch: model(*batch), if training calls the classifier at more positions; or name "
+        "another layer with classifier="
     )
 
 
