@@ -89,13 +89,16 @@ class NeuralCollapseCallback(Callback):
         every_n_epochs: an int, or a callable from epoch to bool such as :func:`log_spaced`. The first and the last epoch are
             always measured; with an int n also epochs n - 1, 2n - 1 and so on, when ``ModelCheckpoint(every_n_epochs=n)`` acts.
         dataloader: what the exact pass runs over instead of the training data, such as the images without augmentation.
-        target_fn: batch -> (B,) class indices; by default the second item of a pair, or ``label``, ``labels``, ``target``,
-            ``targets`` or ``y`` of a mapping.
+        target_fn: batch -> labels; by default the second item of a pair, or ``label``, ``labels``, ``target``, ``targets`` or
+            ``y`` of a mapping. Labels are class indices (B,), one-hot rows (B, K), or one per position, (B, T) or (B, H, W), of
+            a classifier that is called on these positions. ``"next_token"``: the next entry of ``labels``, else ``input_ids``.
         forward_fn: (module, batch) -> anything; by default the module is called on the first item of the batch, or with the
             entries of a mapping that match its argument names.
         pool: how features of more than two dimensions become (B, d): ``"mean"`` over positions (the layers around show the axis
-            of the features), ``"mean_channels_first"``, ``"mean_channels_last"``, ``"flatten"``, or a callable.
+            of the features), ``"mean_channels_first"``, ``"mean_channels_last"``, ``"first"`` or ``"last"`` position that is not
+            padding, ``"flatten"``, or a callable. Features at positions that have labels of their own are not pooled.
         strict: raise when a measurement fails; by default it warns once, says why, and training goes on.
+        ignore_index: samples and positions with this label are left out.
 
     Raises:
         MisconfigurationException: for arguments that do not fit.
@@ -115,19 +118,20 @@ class NeuralCollapseCallback(Callback):
         mode: str = "exact",
         every_n_epochs: int | Callable[[int], bool] = 1,
         dataloader: Iterable[Any] | None = None,
-        target_fn: Callable[[Any], Tensor] | None = None,
+        target_fn: Callable[[Any], Tensor] | str | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         pool: Pool = "mean",
         strict: bool = False,
+        ignore_index: int = -100,
     ) -> None:
         try:
             self.metrics = check_metrics(metrics)
             check_loader(dataloader)
-            self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict)
+            probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         _check_choices(every_n_epochs, stages, mode, dataloader)
-        self.stages, self.mode = tuple(stages), mode
+        self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history: list[dict[str, Any]] = []
         self.previous_histories: list[list[dict[str, Any]]] = []
@@ -312,7 +316,8 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._loops.finish("validate", dataloader_idx, own_samples_of(trainer, trainer.val_dataloaders, dataloader_idx))
+        own = own_samples_of(trainer, trainer.val_dataloaders, dataloader_idx, batch_idx)
+        self._loops.finish("validate", dataloader_idx, own)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -338,7 +343,8 @@ class NeuralCollapseCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._loops.finish("test", dataloader_idx, own_samples_of(trainer, trainer.test_dataloaders, dataloader_idx))
+        own = own_samples_of(trainer, trainer.test_dataloaders, dataloader_idx, batch_idx)
+        self._loops.finish("test", dataloader_idx, own)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -433,7 +439,7 @@ def _say_swapped(probe: Probe, what: str) -> None:
 def _check_others(trainer: Trainer, callback: NeuralCollapseCallback) -> None:
     def settings(of: NeuralCollapseCallback) -> tuple[Any, ...]:
         p = of._probe
-        return of.mode, of.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool
+        return of.mode, of.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool, p.ignore_index
 
     others = [other for other in _callbacks_of(trainer) if set(other.stages) & set(callback.stages)]
     if any(settings(other) != settings(callback) for other in others):

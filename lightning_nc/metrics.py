@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -32,13 +33,21 @@ class _ClassifierMetric(Metric):
     plot_lower_bound = 0.0
 
     def __init__(
-        self, num_classes: int, num_features: int, weight: Weight | None, bias: Weight | None, **kwargs: Any
+        self,
+        num_classes: int,
+        num_features: int,
+        weight: Weight | None,
+        bias: Weight | None,
+        ignore_index: int | None = -100,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         for name, size, least in (("num_classes", num_classes, 2), ("num_features", num_features, 1)):
             if not isinstance(size, int | numpy.integer) or size < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
-        self.num_classes, self.num_features = num_classes, num_features
+        if ignore_index is not None and not isinstance(ignore_index, int | numpy.integer):
+            raise ValueError(f"ignore_index must be an integer or None, got {ignore_index!r}")
+        self.num_classes, self.num_features, self.ignore_index = num_classes, num_features, ignore_index
         self._should_unsync = self.sync_on_compute  # who calls sync() also decides when the rank's own state returns
         self.compute_with_cache = False  # a cached value would outlive a change of the weight
         self._weight = _Reference("weight", weight, (num_classes, num_features))
@@ -49,9 +58,13 @@ class _ClassifierMetric(Metric):
         return self._plot(val, ax)
 
     def _check(self, features: Tensor, target: Tensor) -> None:
+        if self._is_synced:
+            raise RuntimeError(
+                "the state holds the samples of all ranks; call reset() or unsync() before the next update"
+            )
         check_batch(features, target, self.num_features)
         if target.device.type == "cpu":
-            check_labels(target, self.num_classes)
+            check_labels(target, self.num_classes, self.ignore_index)
 
 
 class _Reference:
@@ -111,6 +124,7 @@ class NeuralCollapse(_ClassifierMetric):
             that need it are left out.
         bias: the classifier's bias, (K,), likewise. A layer without a bias counts as not given.
         metrics: ``"paper"``, one name, or several names in :data:`lightning_nc.functional.METRICS`.
+        ignore_index: samples with this label are left out, whatever their features hold; None: there are none.
         kwargs: see :class:`torchmetrics.Metric`. Values are not cached, since the weight can change between two calls.
 
     Raises:
@@ -138,9 +152,10 @@ class NeuralCollapse(_ClassifierMetric):
         weight: Weight | None = None,
         bias: Weight | None = None,
         metrics: str | Sequence[str] = "paper",
+        ignore_index: int | None = -100,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, num_features, weight, bias, **kwargs)
+        super().__init__(num_classes, num_features, weight, bias, ignore_index, **kwargs)
         names = check_metrics(metrics)
         given = {part.name for part in (self._weight, self._bias) if part.given}
         self.metrics = tuple(name for name in names if given.issuperset(METRICS[name].needs))
@@ -150,13 +165,14 @@ class NeuralCollapse(_ClassifierMetric):
         empty = ClassMoments.zeros(num_classes, num_features, scatter=scatter)
         for field in fields(ClassMoments):
             self.add_state(field.name, getattr(empty, field.name))
-        # torchmetrics keeps a copy of each state for reset(): one number stands for the d^2 zeros of the scatter matrix.
-        self._defaults["scatter"] = empty.scatter.new_zeros(()).expand(empty.scatter.shape)
+        # torchmetrics keeps a copy of each state for reset(): one number stands for the zeros of the matrices.
+        for name in ("means", "scatter"):
+            self._defaults[name] = empty.counts.new_zeros(()).expand(getattr(empty, name).shape)
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch: ``features`` (B, d), ``target`` (B,)."""
         self._check(features, target)
-        self._moments().update(features, target)
+        self._moments().update(features, target, self.ignore_index)
 
     def compute(self) -> Any:
         """The metrics by name, each a tensor of shape ()."""
@@ -185,22 +201,50 @@ class NeuralCollapse(_ClassifierMetric):
                     setattr(self, name, state.clone())
         return ClassMoments(**{name: getattr(self, name) for name in self._defaults})
 
-    def _store(self, moments: ClassMoments) -> None:
-        for name in self._defaults:
-            setattr(self, name, getattr(moments, name))
+    def merge_over_ranks(self, group: ProcessGroup | None = None) -> None:
+        """Add the samples of all other ranks to the state, in place. All ranks must call it.
+
+        It cannot be undone: :meth:`compute` then returns the values of all ranks, and the metric takes no further batch
+        before ``reset()``. ``compute()`` and ``sync()`` of a metric with ``sync_on_compute=True`` give the same values, but keep
+        a copy of the rank's own state, so that it can return: they take twice the memory of the state.
+
+        Args:
+            group: by default the ``process_group`` of the metric, else all ranks.
+
+        Raises:
+            RuntimeError: if the ranks are merged already, or if ``compute`` would merge them again.
+        """
+        if self._is_synced or self._to_sync:
+            raise RuntimeError(
+                "merge_over_ranks needs a metric with sync_on_compute=False, because compute() would merge the ranks again"
+                if self._to_sync
+                else "the state holds the samples of all ranks already; call reset() or unsync() first"
+            )
+        self._moments().merge_over_ranks(group or self.process_group)
+        self._is_synced, self._should_unsync = True, False
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        self._store(ClassMoments(**incoming_state).merge(self._moments()))
+        self._moments().merge(ClassMoments(**incoming_state))
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        self._store(self._moments().merge_over_ranks(process_group or self.process_group))
+        # Other metrics of a collection may share the rank's own state, so the copy that sync() has just made is merged.
+        own, copies = self.metric_state, self._cache
+        assert copies is not None
+        for name, state in copies.items():
+            setattr(self, name, state)
+        self._cache = own
+        self._moments().merge_over_ranks(process_group or self.process_group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         """Move with the module, but keep the precision: bfloat16 moments would be worthless."""
 
         def move(state: Tensor) -> Tensor:
             device = fn(state.new_empty(0, dtype=torch.float32)).device
-            return state.to(device, state_dtype(device) if state.is_floating_point() else state.dtype)
+            one_number = state.numel() > 1 and not any(state.stride())
+            moved = state[(0,) * state.dim()] if one_number else state
+            return moved.to(device, state_dtype(device) if state.is_floating_point() else state.dtype).expand(
+                state.shape
+            )
 
         return super()._apply(move, *args, **kwargs)
 
@@ -331,4 +375,6 @@ class NC4(_ClassifierMetric):
             return torch.full((), math.nan, dtype=state_dtype(self.device), device=self.device)
         with torch.no_grad():
             features, target = dim_zero_cat(self.features), dim_zero_cat(self.target)
+            if self.ignore_index is not None:
+                features, target = features[target != self.ignore_index], target[target != self.ignore_index]
             return nc4(features, target, weight, self._bias.read(), self.num_classes)

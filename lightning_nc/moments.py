@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.linalg import vector_norm
 
-__all__ = ["ClassDeviations", "ClassMoments", "check_batch", "check_labels", "check_target", "state_dtype"]
+__all__ = [
+    "ClassDeviations",
+    "ClassMoments",
+    "check_batch",
+    "check_dense",
+    "check_labels",
+    "check_target",
+    "state_dtype",
+]
 
 _DIGITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
 """The types of features, coarsest first, and the binary digits that they store of each number."""
@@ -27,6 +35,15 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, tor
 
 _BLOCK = 128
 """Rows of the scatter matrix that are multiplied at a time: the matrix is symmetric, and its lower blocks are skipped."""
+
+_UPDATE_BLOCK = 2**23
+"""Values of a batch that are processed together: 64 MB in float64."""
+
+_MERGE_BLOCK = 2**16, 2**19
+"""Values of the class means that are merged together, a sixteenth of all but between these: 0.5 and 4 MB in float64."""
+
+_SUMS = ("spread", "columns", "nonfinite", "inexact", "mislabeled")
+"""Parts of the moments that are added up when moments are merged around the same class means."""
 
 Self = TypeVar("Self", bound="ClassStatistics")
 
@@ -182,78 +199,106 @@ class ClassMoments(ClassStatistics):
                 mislabeled=count.clone(),
             )
 
-    def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch, in place, without waiting for the device.
+    def update(self, features: Tensor, target: Tensor, ignore_index: int | None = None) -> None:
+        """Add a batch, in place, without waiting for the device, in blocks of rows that bound the memory it takes.
 
         Args:
             features: (B, d), floating, on the device of the moments.
-            target: class indices, (B,). A label outside [0, K) is counted in ``mislabeled``.
+            target: class indices, (B,). A label outside [0, K) is counted in ``mislabeled`` and its sample nowhere else.
+            ignore_index: samples with this label are counted nowhere, whatever their features hold.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            target = target.long()
-            valid = (target >= 0) & (target < self.counts.numel())
-            target = target.clamp(0, self.counts.numel() - 1)
-            self.mislabeled += (~valid).sum()
-            self.inexact += _inexact(features)
-            features = features.to(self.means.dtype)
-            self.nonfinite += (~features.sum(dim=1).isfinite()).sum()
+            for rows in _row_blocks(len(features), features.shape[1], _UPDATE_BLOCK):
+                self._update(features[rows], target[rows].long(), ignore_index)
 
-            # The first sample of each class in the batch stands for its class: other classes are not touched.
-            order = torch.arange(len(target), device=target.device)
-            leader = order.new_full(self.counts.shape, len(target)).scatter_reduce_(0, target, order, "amin")[target]
-            known = self.counts[target] > 0
-            self.counts.index_add_(0, target, self.counts.new_ones(()).expand(len(target)))
+    def _update(self, features: Tensor, target: Tensor, ignore_index: int | None) -> None:
+        valid = (target >= 0) & (target < self.counts.numel())
+        ignored = torch.zeros_like(valid) if ignore_index is None else target == ignore_index
+        used = valid & ~ignored
+        self.mislabeled += (~(valid | ignored)).sum()
+        # A row that is not used is zero as far as it is looked at, and its deviation is zero, so that it changes nothing.
+        target = target.clamp(0, self.counts.numel() - 1)
+        features = features.masked_fill(~used.unsqueeze(1), 0)
+        self.inexact += _inexact(features)
+        features = features.to(self.means.dtype)
+        self.nonfinite += (~features.sum(dim=1).isfinite()).sum()
 
-            before = features - self.means[target]
-            shift = torch.zeros_like(before).index_add_(0, leader, before).div_(self.counts[target].unsqueeze(1))
-            self.means.index_add_(0, target, shift)
-            after = before - shift[leader]
-            # Any center is exact for a class without earlier samples; the new mean cancels least.
-            before = torch.where(known.unsqueeze(1), before, after)
+        # The first sample of each class in the batch stands for its class: other classes are not touched.
+        order = torch.arange(len(target), device=target.device)
+        leader = order.new_full(self.counts.shape, len(target)).scatter_reduce_(0, target, order, "amin")[target]
+        known = (self.counts[target] > 0) | ~used
+        self.counts.index_add_(0, target, used.to(self.counts))
 
-            squares = before * after
-            self.spread.index_add_(0, target, squares.sum(dim=1))
-            self.columns += squares.sum(dim=0)
-            for rows, right in _upper_blocks(len(self.scatter)):
-                self.scatter[rows, right].addmm_(before[:, rows].T, after[:, right])
+        before = (features - self.means[target]).masked_fill_(~used.unsqueeze(1), 0)
+        size = self.counts[target].clamp(min=1).unsqueeze(1)
+        shift = torch.zeros_like(before).index_add_(0, leader, before).div_(size)
+        self.means.index_add_(0, target, shift)
+        after = before - shift[leader]
+        # Any center is exact for a class without earlier samples; the new mean cancels least.
+        self._add_products(target, torch.where(known.unsqueeze(1), before, after), after)
 
-    def merge(self, other: ClassMoments) -> ClassMoments:
-        """The moments of both sets of samples together; exact."""
-        return self._pool(lambda part: part(self) + part(other))
+    def _add_products(self, target: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the outer products of the rows of ``left`` and ``right``, which belong to the classes ``target``."""
+        squares = left * right
+        self.spread.index_add_(0, target, squares.sum(dim=1))
+        self.columns += squares.sum(dim=0)
+        for rows, columns in _upper_blocks(len(self.scatter)):
+            self.scatter[rows, columns].addmm_(left[:, rows].T, right[:, columns])
 
-    def merge_over_ranks(self, group: ProcessGroup | None = None) -> ClassMoments:
-        """The moments of the samples of all ranks, on every rank. All ranks must call it, with the same K and d.
+    def merge(self, other: ClassMoments) -> None:
+        """Add the samples of ``other``, in place; exact. ``other`` stays as it is and may be on another device.
 
-        The memory it takes does not grow with the number of ranks.
+        Raises:
+            ValueError: unless both have the same K and d, and both a scatter matrix or none.
+        """
+        shapes = [(*moments.means.shape, len(moments.scatter) > 0) for moments in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "moments can be merged if their number of classes and of features is the same, and both keep a scatter matrix "
+                f"or none; got {shapes[0]} and {shapes[1]}: give both the same num_classes, num_features and metrics"
+            )
+        with torch.no_grad():
+            counts = other.counts.to(self.counts)
+            share = counts / (self.counts + counts).clamp(min=1)
+            for rows in self._class_blocks():
+                delta = other.means[rows].to(self.means) - self.means[rows]
+                classes = torch.arange(rows.start, rows.stop, device=delta.device)
+                self._add_products(classes, delta * (self.counts * share)[rows].unsqueeze(1), delta)
+                self.means[rows] += delta * share[rows].unsqueeze(1)
+            for name in ("counts", *_SUMS):
+                getattr(self, name).add_(getattr(other, name).to(self.counts.device))
+            for rows, columns in _upper_blocks(len(self.scatter)):
+                self.scatter[rows, columns] += other.scatter[rows, columns].to(self.scatter)
+
+    def merge_over_ranks(self, group: ProcessGroup | None = None) -> None:
+        """Add the samples of all other ranks, in place. All ranks must call it, with the same K and d.
+
+        Works in blocks of rows: the memory that it takes is small compared to the moments, for any number of ranks.
         """
 
-        def total(part: Callable[[ClassMoments], Tensor]) -> Tensor:
-            summed = part(self).clone()
-            if summed.numel():
-                torch.distributed.all_reduce(summed, group=group)
-            return summed
+        def reduce(part: Tensor) -> Tensor:
+            torch.distributed.all_reduce(part, group=group)
+            return part
 
-        return self._pool(total)
+        with torch.no_grad():
+            own = self.counts.clone()
+            reduce(self.counts)
+            for rows in self._class_blocks():
+                size = own[rows].unsqueeze(1)
+                merged = reduce(self.means[rows] * size).div_(self.counts[rows].clamp(min=1).unsqueeze(1))
+                delta = self.means[rows] - merged
+                self.means[rows] = merged
+                classes = torch.arange(rows.start, rows.stop, device=delta.device)
+                self._add_products(classes, torch.mul(delta, size, out=merged), delta)
+            for name in _SUMS:
+                reduce(getattr(self, name))
+            for rows, columns in _upper_blocks(len(self.scatter)):
+                self.scatter[rows, columns] = reduce(self.scatter[rows, columns].contiguous())
 
-    def _pool(self, total: Callable[[Callable[[ClassMoments], Tensor]], Tensor]) -> ClassMoments:
-        """The moments that ``total`` pools: ``total(part)`` is the sum of ``part(m)`` over all of them."""
-        counts = total(lambda m: m.counts)
-        means = total(lambda m: m.means * m.counts.unsqueeze(1)) / counts.clamp(min=1).unsqueeze(1)
-
-        def scatter(m: ClassMoments) -> Tensor:
-            delta = m.means - means
-            return m.scatter + (delta * m.counts.unsqueeze(1)).T @ delta if len(m.scatter) else m.scatter
-
-        return ClassMoments(
-            counts=counts,
-            means=means,
-            spread=total(lambda m: m.spread + m.counts * (m.means - means).square().sum(dim=1)),
-            columns=total(lambda m: m.columns + m.counts @ (m.means - means).square()),
-            nonfinite=total(lambda m: m.nonfinite),
-            inexact=total(lambda m: m.inexact),
-            scatter=total(scatter),
-            mislabeled=total(lambda m: m.mislabeled),
-        )
+    def _class_blocks(self) -> Iterator[slice]:
+        """Blocks of classes whose means are small compared to all of them."""
+        (classes, features), (least, most) = self.means.shape, _MERGE_BLOCK
+        return _row_blocks(classes, features, max(least, min(classes * features // 16, most)))
 
     @property
     def drift(self) -> float:
@@ -332,6 +377,13 @@ def _upper_blocks(side: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, min(start + _BLOCK, side)), slice(start, side)
 
 
+def _row_blocks(rows: int, width: int, values: int) -> Iterator[slice]:
+    """Blocks of rows of a (rows, width) matrix, each of at most that many ``values``, but of one row at least."""
+    size = max(1, values // width)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
 def _inexact(features: Tensor) -> Tensor:
     """How many of the values have more digits than bfloat16, float16 and float32 hold, (3,)."""
     bits = features.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
@@ -343,7 +395,7 @@ def check_batch(features: Tensor, target: Tensor, num_features: int | None = Non
     """Raise ``ValueError`` unless features are dense, floating and (B, d), and labels integers (B,). Reads no value."""
     if not isinstance(features, Tensor):
         raise ValueError(f"features must be a tensor of shape (B, d), got {type(features).__name__}")
-    _check_dense("features", features)
+    check_dense("features", features)
     if features.dim() != 2 or features.dtype not in _DIGITS:
         remedy = "dequantize" if features.is_quantized else "call .float()"
         remedy = remedy if features.dim() == 2 else "pool or flatten them"
@@ -362,7 +414,7 @@ def check_target(target: Any) -> None:
     """Raise ``ValueError`` unless labels are a dense integer tensor (B,). Reads no value."""
     if not isinstance(target, Tensor):
         raise ValueError(f"targets must be a tensor of class indices of shape (B,), got {type(target).__name__}")
-    _check_dense("targets", target)
+    check_dense("targets", target)
     if target.dtype not in _INTEGERS or target.dim() != 1:
         column = target.dim() == 2 and target.shape[1] == 1
         remedy = "squeeze(1) them" if column else "call .long()" if target.dim() == 1 else "take the arg max"
@@ -372,17 +424,22 @@ def check_target(target: Any) -> None:
         )
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` unless a tensor has its values in one piece of memory."""
     layout = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
     if layout != "strided":
         remedy = {"nested": "concatenate its parts", "meta": "give it values"}.get(layout, "call .to_dense()")
         raise ValueError(f"{name} must be a dense tensor, got a {layout} tensor; {remedy} first")
 
 
-def check_labels(target: Tensor, num_classes: int) -> None:
-    """Raise ``ValueError`` for labels outside [0, num_classes). Reads the values, so it waits for the device."""
+def check_labels(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Raise ``ValueError`` for labels outside [0, num_classes), other than ``ignore_index``.
+
+    Reads the values, so it waits for the device.
+    """
     target = target.long()  # a comparison would cast the number of classes to uint8
     outside = target[(target < 0) | (target >= num_classes)]
+    outside = outside if ignore_index is None else outside[outside != ignore_index]
     if len(outside):
         raise ValueError(
             f"targets must lie in [0, {num_classes}), got {len(outside)} outside, for example {int(outside[0])}; "

@@ -121,12 +121,12 @@ def tensors_of(values: dict[str, float], device: torch.device) -> dict[str, Tens
     return {key: torch.tensor(value, dtype=state_dtype(device)) for key, value in values.items()}
 
 
-def own_samples_of(trainer: Trainer, loaders: Any, index: int) -> int | None:
-    """How many samples of a stage's dataloader belong to this rank, if its sampler pads; None if all do."""
+def own_samples_of(trainer: Trainer, loaders: Any, index: int, batch: int) -> int | None:
+    """How many samples of a stage's dataloader belong to this rank, see :func:`own_samples`; None if all do."""
     if trainer.world_size == 1:
         return None
     flat = loaders.values() if isinstance(loaders, Mapping) else loaders if isinstance(loaders, Sequence) else [loaders]
-    return own_samples(next((loader for i, loader in enumerate(flat) if i == index), None))
+    return own_samples(next((loader for i, loader in enumerate(flat) if i == index), None), batch)
 
 
 def is_last_epoch(trainer: Trainer) -> bool:

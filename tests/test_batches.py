@@ -164,5 +164,21 @@ def test_sequences_of_different_lengths_are_averaged_one_by_one_or_refused():
     nested = torch.nested.nested_tensor(sequences)
     expected = torch.stack([sequence.mean(dim=0) for sequence in sequences])
     torch.testing.assert_close(pool_features(nested, "mean"), expected)
-    with pytest.raises(ValueError, match="only pool='mean' can pool; got pool='flatten'"):
+    torch.testing.assert_close(pool_features(nested, "last"), torch.stack([sequence[-1] for sequence in sequences]))
+    torch.testing.assert_close(pool_features(nested, "first"), torch.stack([sequence[0] for sequence in sequences]))
+    with pytest.raises(ValueError, match="which only pool='mean', 'first' and 'last' can pool; got pool='flatten'"):
         pool_features(nested, "flatten")
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_first_and_last_take_the_positions_at_the_ends_that_are_not_padding(axis):
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    features = torch.randn(4, 5, 3)
+    given = features.movedim(-1, axis)
+    at = torch.arange(4)
+    assert torch.equal(pool_features(given, "first", axis, mask), features[at, torch.tensor([0, 2, 0, 0])])
+    last = pool_features(given, "last", axis, mask)
+    assert torch.equal(last[:3], features[at[:3], torch.tensor([2, 4, 0])])
+    assert torch.equal(pool_features(given, "last", axis), features[:, -1])
+    with pytest.raises(ValueError, match="takes a position of a sequence"):
+        pool_features(torch.randn(4, 5, 3, 3), "first", 1)

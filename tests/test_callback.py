@@ -370,7 +370,7 @@ def test_several_callbacks_work_together_unless_they_would_log_under_the_same_ke
         ({"layers": "layer1"}, r"write \['layer1'\]"),
         ({"every_n_epochs": 0}, "positive integer or a callable"),
         ({"num_classes": 1}, "at least 2"),
-        ({"pool": "max"}, "'flatten', or a callable"),
+        ({"pool": "max"}, "'last', or a callable"),
         ({"target_fn": 3}, "target_fn must be a callable"),
         ({"stages": ("train", "val")}, "any of 'train', 'validate', 'test', got"),
         ({"stages": "train"}, "must be a sequence"),

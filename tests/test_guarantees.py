@@ -234,7 +234,7 @@ class Sorting(nn.Module):
 
 
 def test_rows_in_another_order_than_the_labels_are_refused():
-    with pytest.raises(LookupError, match="rows of the last call of 'head' are in another order than the samples"):
+    with pytest.raises(LookupError, match="rows of the last call of 'head' are in another order than the labels"):
         measure(Sorting(), [(ROWS, TARGET)], progress=False)
 
     class Beside(Sorting):
@@ -584,7 +584,7 @@ def test_one_rank_measures_alone_without_waiting_for_the_others():
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        ("one_fails", "ValueError: targets must lie in"),
+        ("one_fails", "ValueError: labels must lie in"),
         ("one_has_no_batch", "LookupError: the dataloader gave no batch"),
     ],
 )

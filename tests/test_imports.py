@@ -16,6 +16,7 @@ FLOORS = [
     {"metrics"},
     {"measuring.hooks", "measuring.loaders", "measuring.distributed"},
     {"measuring.layout", "measuring.batches", "measuring.snapshot"},
+    {"measuring.labels"},
     {"measuring.classifier", "measuring.trial"},
     {"measuring.probe"},
     {"measuring.evaluation"},

@@ -157,13 +157,16 @@ def test_a_data_set_is_no_loader():
 def test_a_sampler_for_several_ranks_says_which_rank_this_is_and_how_many_samples_are_its_own():
     plain = DataLoader(DATA, 8)
     assert not is_distributed(plain)
-    assert (rank_of(plain), own_samples(plain)) == ((0, 1), None)
+    assert (rank_of(plain), own_samples(plain, 0)) == ((0, 1), None)
     loaders = [DataLoader(DATA, 8, sampler=DistributedSampler(DATA, 4, rank)) for rank in range(4)]
     assert all(map(is_distributed, loaders))
     assert [rank_of(loader) for loader in loaders] == [(rank, 4) for rank in range(4)]
-    assert [own_samples(loader) for loader in loaders] == [13, 13, 13, 12]  # of 51, without the one that pads
+    assert [own_samples(loader, 0) for loader in loaders] == [13, 13, 13, 12]  # of 51, without the one that pads
     dropping = DataLoader(DATA, 8, sampler=DistributedSampler(DATA, 4, 0, drop_last=True))
-    assert own_samples(dropping) is None
+    assert own_samples(dropping, 0) is None
+    batches = list(DATA.tensors[0].split(17))  # the second of two ranks repeats a batch of the first
+    whole = [DataLoader(batches, batch_size=None, sampler=DistributedSampler(batches, 2, rank)) for rank in range(2)]
+    assert [[own_samples(loader, batch) for batch in range(2)] for loader in whole] == [[None, None], [None, 0]]
 
 
 def test_a_cursor_of_the_data_set_that_moves_is_pointed_out():

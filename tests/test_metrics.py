@@ -136,6 +136,11 @@ def test_the_state_keeps_its_precision_when_the_model_changes_its_own():
     assert metric.means.device.type == "meta"
 
 
+def test_a_pickle_holds_the_state_once_and_not_the_zeros_of_a_reset():
+    metric = NeuralCollapse(100, 400)
+    assert len(pickle.dumps(metric)) < 1.1 * bytes_of(metric)
+
+
 COPIES = {
     "itself": lambda metric: metric,
     "clone": lambda metric: metric.clone(),
@@ -323,6 +328,38 @@ def test_bad_batches_are_refused_before_they_reach_the_state():
     assert metric.counts.sum() == 0
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 255, 2])
+def test_samples_with_the_ignored_label_are_left_out_of_every_metric(ignore_index):
+    features, target = data()
+    weight = torch.randn(CLASSES, FEATURES)
+    kept = target != 2
+    padded = torch.where(kept, target, ignore_index)
+    for make in (
+        lambda **kwargs: NC1(CLASSES, FEATURES, **kwargs),
+        lambda **kwargs: NC2(CLASSES, FEATURES, center=True, **kwargs),
+        lambda **kwargs: NC3(CLASSES, FEATURES, weight, **kwargs),
+        lambda **kwargs: NC4(CLASSES, FEATURES, weight, **kwargs),
+    ):
+        expected = fill(make(), features[kept], target[kept])
+        metric = fill(make(ignore_index=ignore_index), features.masked_fill(~kept.unsqueeze(1), torch.nan), padded)
+        with pytest.warns(UserWarning, match=r"no sample of 1 class \(2\)"):
+            assert metric.compute().item() == pytest.approx(expected.compute().item(), rel=1e-12)
+
+
+def test_without_an_ignored_label_every_label_must_be_a_class():
+    for metric in (NC1(3, 4, ignore_index=None), NC4(3, 4, torch.ones(3, 4), ignore_index=-1)):
+        with pytest.raises(ValueError, match=r"lie in \[0, 3\), got 1 outside, for example -100"):
+            metric.update(torch.ones(2, 4), torch.tensor([0, -100]))
+    with pytest.raises(ValueError, match=r"ignore_index must be an integer or None, got 'pad'"):
+        NC1(3, 4, ignore_index="pad")
+
+
+@pytest.mark.parametrize("metric", [NC1(3, 4), NC4(3, 4, torch.ones(3, 4))])
+def test_nothing_but_ignored_samples_is_nan(metric):
+    metric.update(torch.full((2, 4), torch.nan), torch.full((2,), -100))
+    assert metric.compute().isnan()
+
+
 def test_a_feature_that_is_not_finite_gives_nan_and_a_warning_with_its_number():
     features, target = data()
     features[3, 1], features[40, 2] = torch.inf, torch.nan
@@ -400,8 +437,30 @@ def _one_rank(rank, world_size, port, queue):
     manual.sync()
     values["synchronized by hand"] = manual.compute().item()
     assert manual.counts.sum() == len(target)  # until unsync()
+    with pytest.raises(RuntimeError, match="before the next update"):
+        manual.update(features, target)
     manual.unsync()
     assert manual.counts.sum() == len(target[shares[rank]])
+    manual.merge_over_ranks()
+    values["merged in place"] = manual.compute().item()
+    assert manual.counts.sum() == len(target)
+    with pytest.raises(RuntimeError, match="all ranks already"):
+        manual.merge_over_ranks()
+    with pytest.raises(RuntimeError, match="sync_on_compute=False"):
+        NC1(CLASSES, FEATURES).merge_over_ranks()
+    manual.reset()
+    padding = torch.full((3, FEATURES), torch.nan), torch.full((3,), -100)
+    manual.update(*(padding if rank else (features, target)))  # the other ranks have nothing but padding
+    manual.merge_over_ranks()
+    values["padding"] = manual.compute().item()
+    rows, labels = clusters(300, 2, 300, 0.3)  # several blocks of classes and of the scatter matrix
+    large = fill(NC1(300, 300, sync_on_compute=False), rows[rank::world_size], labels[rank::world_size])
+    large.merge_over_ranks()
+    values["in blocks"] = large.compute().item()
+    collection = MetricCollection(every_metric())  # its metrics share states
+    for _ in range(2):
+        fill(collection, features[rank::world_size], target[rank::world_size], 7)
+        values |= {f"{name} of a collection": value.item() for name, value in collection.compute().items()}
     low, labels, _ = bottleneck(CLASSES, 100, 64, torch.bfloat16)
     narrow = NC1(CLASSES, 64)
     if rank < 2:
@@ -428,7 +487,9 @@ def test_real_processes_agree_with_one(world_size):
         name: fill(m, *data()).compute().item() for name, m in {**every_metric(), "nc4": with_list_state()}.items()
     }
     low, labels, _ = bottleneck(CLASSES, 100, 64, torch.bfloat16)
-    single["synchronized by hand"] = single["nc1"]
+    single["in blocks"] = F.nc1(*clusters(300, 2, 300, 0.3)).item()
+    single |= {f"{name} of a collection": single[name] for name in every_metric()}
+    single |= dict.fromkeys(("synchronized by hand", "merged in place", "padding"), single["nc1"])
     single["low rank"] = F.nc1(low, labels).item()
     for values in results.values():
         assert values == pytest.approx(single, rel=1e-6)

@@ -1,6 +1,8 @@
 import contextlib
 import copy
+import math
 import threading
+from dataclasses import fields
 
 import pytest
 import reference
@@ -8,6 +10,8 @@ import torch
 from conftest import clusters
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nc.functional import METRICS, evaluate
 from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, state_dtype
@@ -23,6 +27,18 @@ def gather(features, target, classes, sizes=(64,)):
         moments.update(features[start : start + size], target[start : start + size])
         start, step = start + size, step + 1
     return moments
+
+
+def merged(first, *others):
+    """The moments of all samples together; the parts stay as they are."""
+    total = copy.deepcopy(first)
+    for other in others:
+        total.merge(other)
+    return total
+
+
+def states_of(moments):
+    return {field.name: getattr(moments, field.name) for field in fields(moments)}
 
 
 @pytest.mark.parametrize(("level", "tolerance"), [(1e-2, 1e-9), (1e-6, 1e-8), (1e-10, 1e-5)])
@@ -85,7 +101,7 @@ def test_any_split_and_order_and_merge_gives_the_same_values(case):
         gather(features[:cut], target[:cut], case["classes"]),
         gather(features[cut:], target[cut:], case["classes"]),
     )
-    for other in (batched, first.merge(second), second.merge(first)):
+    for other in (batched, merged(first, second), merged(second, first)):
         assert values_of(other) == pytest.approx(whole, rel=1e-7, abs=1e-9, nan_ok=True)
 
 
@@ -179,8 +195,103 @@ def test_an_update_with_no_sample_and_a_merge_with_nothing_change_nothing():
     expected = values_of(moments)
     moments.update(features[:0], target[:0])
     assert values_of(moments) == expected
-    merged = ClassMoments.zeros(3, 4).merge(moments)
-    assert values_of(merged) == pytest.approx(expected, rel=1e-12)
+    assert values_of(merged(ClassMoments.zeros(3, 4), moments)) == pytest.approx(expected, rel=1e-12)
+    assert values_of(merged(moments, ClassMoments.zeros(3, 4))) == expected
+
+
+def test_a_merge_is_exact_whatever_the_split_and_leaves_the_other_as_it_is():
+    features, target = clusters(30, 40, 150, 0.5)  # several blocks of classes and of the scatter matrix
+    features = features + 5
+    whole = gather(features, target, 30, (10**6,))
+    order = torch.randperm(len(target))
+    for cuts in ([600], [1, 2, 3], [100, 101, 900], [0, 1200]):
+        parts = [gather(features[i], target[i], 30) for i in order.tensor_split(cuts)]
+        before = copy.deepcopy(states_of(parts[-1]))
+        total = merged(*parts)
+        assert all(torch.equal(state, before[name]) for name, state in states_of(parts[-1]).items())
+        assert values_of(total) == pytest.approx(values_of(whole), rel=1e-12)
+        for name, state in states_of(total).items():
+            expected = getattr(whole, name)
+            state, expected = (state.triu(), expected.triu()) if name == "scatter" else (state, expected)
+            assert torch.allclose(state, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max())), name
+
+
+def test_a_merge_with_itself_counts_every_sample_twice():
+    features, target = clusters(4, 30, 10, 0.5)
+    moments = gather(features, target, 4)
+    expected = values_of(moments)
+    moments.merge(moments)
+    assert moments.counts.tolist() == [60] * 4
+    assert values_of(moments) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("other", [(5, 10, True), (4, 11, True), (4, 10, False)])
+def test_moments_of_other_sizes_are_not_merged(other):
+    classes, width, scatter = other
+    with pytest.raises(ValueError, match="give both the same num_classes, num_features and metrics"):
+        ClassMoments.zeros(4, 10).merge(ClassMoments.zeros(classes, width, scatter=scatter))
+
+
+IGNORED = [-100, 255, 0, 3]  # two of them are classes as well
+
+
+@pytest.mark.parametrize("ignore_index", IGNORED)
+def test_ignored_samples_are_counted_nowhere_whatever_their_features_hold(ignore_index):
+    features, target = clusters(5, 30, 12, 0.3)
+    features, target = torch.cat([features, features[:60]]), torch.cat([target, torch.full((60,), ignore_index)])
+    order = torch.cat([torch.arange(150, 155), torch.randperm(210)])  # the first ones of the batch are ignored
+    features, target = features[order], target[order]
+    kept = target != ignore_index
+    features[~kept] = torch.tensor([torch.nan, torch.inf, 1e30, math.pi] * 3)
+    moments = ClassMoments.zeros(5, 12)
+    for rows, labels in zip(features.split(50), target.split(50), strict=True):
+        moments.update(rows, labels, ignore_index)
+    expected = gather(features[kept].contiguous(), target[kept], 5)
+    for name, state in states_of(moments).items():
+        assert torch.allclose(state, getattr(expected, name), rtol=1e-12, atol=1e-12), name
+    assert moments.mislabeled == moments.nonfinite == 0
+
+
+def test_a_batch_of_nothing_but_ignored_samples_changes_no_bit_and_other_labels_out_of_range_are_still_counted():
+    features, target = clusters(3, 5, 4, 0.3)
+    moments = gather(features, target, 3)
+    before = copy.deepcopy(states_of(moments))
+    moments.update(torch.full((7, 4), torch.nan), torch.full((7,), -100), -100)
+    assert all(torch.equal(state, before[name]) for name, state in states_of(moments).items())
+    moments.update(torch.ones(4, 4), torch.tensor([-100, -1, 3, 300]), -100)
+    assert moments.mislabeled == 3
+    assert moments.counts.sum() == len(target)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation returned, in bytes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and 0 not in result.stride():
+            self.nbytes = max(self.nbytes, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.parametrize(("batch", "width"), [(3_000_000, 64), (20_000, 4096), (1000, 512)])
+def test_an_update_needs_no_value_on_the_host_and_no_tensor_above_64_mb_whatever_the_batch(batch, width):
+    with FakeTensorMode(), LargestTensor() as largest:  # its tensors have no values, so reading one raises
+        moments = ClassMoments.zeros(10, width)
+        features, target = torch.zeros(1, width).expand(batch, width), torch.zeros(1, dtype=int).expand(batch)
+        moments.update(features, target, -100)
+    assert largest.nbytes <= max(2**26, 8 * width**2)
+
+
+def test_a_batch_of_several_blocks_gives_the_same_values():
+    features, target = clusters(2, 6, 2**20, 0.5, dtype=torch.float16)  # 8 rows are a block
+    whole, parts = (ClassMoments.zeros(2, 2**20, scatter=False) for _ in range(2))
+    whole.update(features, target)
+    for row, label in zip(features.split(5), target.split(5), strict=True):
+        parts.update(row, label)
+    for name, state in states_of(whole).items():
+        assert torch.allclose(state, getattr(parts, name), rtol=1e-10, atol=1e-10), name
 
 
 def test_moments_without_the_scatter_matrix_merge_too_and_know_all_but_nc1():
@@ -190,7 +301,7 @@ def test_moments_without_the_scatter_matrix_merge_too_and_know_all_but_nc1():
     second.update(features[50:], target[50:])
     names = [name for name in WEIGHTLESS if not METRICS[name].scatter]
     expected = evaluate(names, gather(features, target, 4))
-    values = evaluate(names, first.merge(second))
+    values = evaluate(names, merged(first, second))
     assert {n: v.item() for n, v in values.items()} == pytest.approx({n: v.item() for n, v in expected.items()})
 
 
@@ -227,7 +338,7 @@ def test_the_precision_of_the_features_is_the_coarsest_type_that_holds_them_all(
     target = torch.arange(len(features)) % 2
     assert ClassDeviations.of(features, target, 2).precision == precision
     one, other = gather(features[:1], target[:1], 2), gather(features[1:], target[1:], 2)
-    for moments in (gather(features, target, 2), one.merge(other), other.merge(one), copy.deepcopy(one).merge(other)):
+    for moments in (gather(features, target, 2), merged(one, other), merged(other, one)):
         assert moments.precision == precision
 
 

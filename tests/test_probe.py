@@ -39,8 +39,8 @@ def attached(model, batch=DATA.tensors, **arguments):
         ({"layers": "fc"}, r"sequence of names, got the string 'fc'; write \['fc'\]"),
         ({"num_classes": 1}, "integer of at least 2, got 1"),
         ({"num_classes": 2.5}, "integer of at least 2, got 2.5"),
-        ({"pool": "max"}, "pool must be one of 'mean', .*'flatten', or a callable, got 'max'"),
-        ({"target_fn": 3}, "target_fn must be a callable, got 3"),
+        ({"pool": "max"}, "pool must be one of 'mean', .*'last', or a callable, got 'max'"),
+        ({"target_fn": 3}, "target_fn must be a callable or 'next_token', got 3"),
         ({"forward_fn": "forward"}, "forward_fn must be a callable, got 'forward'"),
     ],
 )
@@ -176,11 +176,6 @@ def test_an_encoder_that_drops_the_padding_is_measured():
 def test_a_call_that_fails_names_the_way_out(batch, reason):
     with pytest.raises(TypeError, match=rf"{reason}.*; pass forward_fn"):
         measure(nn.Linear(6, 4), [batch], progress=False)
-
-
-def test_a_column_of_labels_gets_its_own_remedy():
-    with pytest.raises(ValueError, match=r"got int64 \(4, 1\); squeeze\(1\)"):
-        measure(nn.Linear(6, 4), [(torch.randn(4, 6), torch.arange(4)[:, None])], progress=False)
 
 
 @pytest.mark.parametrize(

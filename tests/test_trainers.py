@@ -138,9 +138,9 @@ def test_the_samples_of_a_rank_are_counted_for_a_distributed_sampler_alone():
     shared = DataLoader(DATA, 8, sampler=DistributedSampler(DATA, 2, 1))
     one, two = SimpleNamespace(world_size=1), SimpleNamespace(world_size=2)
     for loaders in ([loader(), shared], {"a": loader(), "b": shared}):
-        assert [own_samples_of(two, loaders, index) for index in range(3)] == [None, 22, None]
-        assert own_samples_of(one, loaders, 1) is None
-    assert own_samples_of(two, shared, 0) == 22
+        assert [own_samples_of(two, loaders, index, 0) for index in range(3)] == [None, 22, None]
+        assert own_samples_of(one, loaders, 1, 0) is None
+    assert own_samples_of(two, shared, 0, 0) == 22
 
 
 def test_a_single_process_has_no_ranks(tmp_path):

@@ -1,8 +1,9 @@
-"""What a batch holds: inputs and labels; and how features of more than two dimensions become one row per sample."""
+"""What a batch holds: inputs and labels; and how features become one row per label."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -11,10 +12,21 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-__all__ = ["POOLS", "Pool", "copy_batch", "first_rows", "listed", "pool_features", "run_forward", "targets_of"]
+__all__ = [
+    "POOLS",
+    "Pool",
+    "copy_batch",
+    "feature_axes",
+    "first_rows",
+    "listed",
+    "pool_features",
+    "rows_at_positions",
+    "run_forward",
+    "targets_of",
+]
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
-POOLS = ("mean", "mean_channels_first", "mean_channels_last", "flatten")
+POOLS = ("mean", "mean_channels_first", "mean_channels_last", "flatten", "first", "last")
 
 Pool = str | Callable[[Tensor], Tensor]
 
@@ -64,19 +76,24 @@ def pool_features(features: Tensor, pool: Pool = "mean", axis: int | None = None
 
     Args:
         features: the output of a layer.
-        pool: ``"mean"`` over all axes but the first and ``axis``, ``"flatten"``, or a function that is called on features of
-            more than two dimensions.
-        axis: the axis of the features, for ``"mean"``.
-        mask: (B, T); the mean of (B, T, d) is over the positions where it is not zero.
+        pool: ``"mean"`` over all axes but the first and ``axis``, ``"flatten"``, ``"first"`` or ``"last"`` position that is not
+            padding, or a function that is called on features of more than two dimensions.
+        axis: the axis of the features; not needed for ``"flatten"`` and a function.
+        mask: (B, T); zero where the positions of (B, T, d) are padding.
+
+    Raises:
+        LookupError: if the axis is needed and not known.
+        ValueError: if the features have no such position.
     """
     features = features.detach()
     if features.is_nested:  # torch's own encoder drops the padding in eval mode
-        if pool not in ("mean", "mean_channels_last"):
+        picks = {"first": lambda x: x[0], "last": lambda x: x[-1]}
+        if callable(pool) or pool not in ("mean", "mean_channels_last", *picks):
             raise ValueError(
-                "sequences of different lengths come as a nested tensor, which only pool='mean' can pool; got "
-                f"pool={pool!r}"
+                "sequences of different lengths come as a nested tensor, which only pool='mean', 'first' and 'last' can pool; "
+                f"got pool={pool!r}"
             )
-        return torch.stack([sequence.mean(dim=0) for sequence in features.unbind()])
+        return torch.stack([picks.get(pool, lambda x: x.mean(dim=0))(sequence) for sequence in features.unbind()])
     if features.dim() <= 2:
         return (features if features.dim() == 2 else features[:, None]).clone()
     if callable(pool):
@@ -88,11 +105,54 @@ def pool_features(features: Tensor, pool: Pool = "mean", axis: int | None = None
             f"which axis of {tuple(features.shape)} holds the features is not known; pass pool=, a function from it to (B, d)"
         )
     rows = features.movedim(axis, -1)
-    if mask is not None and mask.shape == rows.shape[:-1]:
+    mask = mask if mask is not None and mask.shape == rows.shape[:-1] else None
+    if pool in ("first", "last"):
+        if rows.dim() != 3:
+            raise ValueError(f"pool={pool!r} takes a position of a sequence (B, T, d), got {tuple(features.shape)}")
+        real = torch.ones_like(rows[..., 0], dtype=torch.bool) if mask is None else mask.bool()
+        order = torch.arange(real.shape[1], device=rows.device)
+        at = (real * (order if pool == "last" else order.flip(0) + 1)).argmax(dim=1)
+        return rows[torch.arange(len(rows), device=rows.device), at]
+    if mask is not None:
         wide = torch.promote_types(features.dtype, torch.float32)  # a sum may leave float16
         weights = mask.to(wide).unsqueeze(-1)
         return (rows * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
     return rows.flatten(1, -2).mean(dim=1)
+
+
+def feature_axes(features: Tensor, positions: tuple[int, ...]) -> list[int]:
+    """The axes of features (B, ...) that may hold the features, so that the others are the ``positions``."""
+    shape = tuple(features.shape)
+    return [axis for axis in range(1, len(shape)) if shape[1:axis] + shape[axis + 1 :] == positions]
+
+
+def rows_at_positions(
+    features: Tensor, labels: tuple[int, ...], pool: Pool = "mean", axis: int | None = None
+) -> Tensor | None:
+    """Features of labels (B, *positions) as (N, d), one row per label, in memory of its own; None if they do not fit.
+
+    Args:
+        features: the output of a layer: (B, ...) with the positions of the labels, or (N, d). A callable ``pool`` is called on
+            other features of more than two dimensions, and returns (B, *positions, d) or (N, d).
+        labels: the shape of the labels.
+        pool: see above.
+        axis: the axis of the features.
+    """
+    features = features.detach()
+    if features.is_nested:
+        sequences = len(labels) == 2 and len(features.unbind()) == labels[0]
+        if not sequences or max(len(sequence) for sequence in features.unbind()) > labels[1]:
+            return None
+        features = torch.nested.to_padded_tensor(features, 0.0, (*labels, features.unbind()[0].shape[-1]))
+    fits = axis is not None and axis in feature_axes(features, labels[1:]) and len(features) == labels[0]
+    if not fits and callable(pool) and features.dim() > 2:
+        features, axis = pool(features).detach(), len(labels)
+        fits = features.shape[:-1] == labels
+    if fits:
+        assert axis is not None
+        rows = features.movedim(axis, -1).flatten(end_dim=-2)
+        return rows.clone() if rows.data_ptr() == features.data_ptr() else rows
+    return features.clone() if features.dim() == 2 and len(features) == math.prod(labels) else None
 
 
 def run_forward(model: nn.Module, batch: Any) -> Any:

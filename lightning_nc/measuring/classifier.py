@@ -22,7 +22,7 @@ class Classifier:
     Args:
         name: its name.
         module: the layer.
-        num_classes: K; the first K outputs are used.
+        num_classes: K; the first K outputs are used. One output is two classes with the rows -w and w, the biases -b and b.
         rows: a few of its inputs, (n, d) or (n, d, 1, ...), on which its weight is checked.
         sharded: whether its parameters are unsharded only during forward; they are then kept from the last call.
         replaced: whether its weight is another one during forward, as in ``torch.func.functional_call``; it is then unknown.
@@ -87,6 +87,8 @@ class Classifier:
         return self._first(weight, bias) if _fits(self._rows, weight, bias, applied) else (None, None)
 
     def _first(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if weight is not None and len(weight) == 1 and self.num_classes == 2:  # one output decides by its sign
+            weight, bias = torch.cat([-weight, weight]), None if bias is None else torch.cat([-bias, bias])
         if weight is None or len(weight) < self.num_classes:
             return None, None
         return weight.detach()[: self.num_classes], None if bias is None else bias.detach()[: self.num_classes]
@@ -213,6 +215,8 @@ def find_classifier(
         )
     candidates = [name for name in asked if name in heads] or asked or heads
     fitting = [name for name in candidates or names if outputs_of(layers[name]) == num_classes]
+    if num_classes == 2 and not fitting:  # one output decides by its sign
+        fitting = [name for name in candidates or names if outputs_of(layers[name]) == 1]
     if len(candidates) > 1 and len(fitting) != 1:
         by = "names" if asked else "returns the outputs of"
         raise LookupError(f"the model {by} several linear layers, {listed(candidates)}; name one with classifier=...")

@@ -38,11 +38,12 @@ def measure(  # noqa: D417
     classifier: str | None = None,
     num_classes: int | None = None,
     metrics: str | Sequence[str] = "paper",
-    target_fn: Callable[[Any], Tensor] | None = None,
+    target_fn: Callable[[Any], Tensor] | str | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     pool: Pool = "mean",
     device: torch.device | str | None = None,
     progress: bool = True,
+    ignore_index: int = -100,
     sync: bool = True,
 ) -> dict[str, float]:
     """Measure a model on all samples of a dataloader, in eval mode, and leave the model and the random streams unchanged.
@@ -55,7 +56,8 @@ def measure(  # noqa: D417
         dataloader: gives batches.
         layers: names (shell patterns allowed) of modules whose outputs are measured too, under ``"<layer>/<metric>"``. A
             layer that cannot be measured is left out with a warning that says why.
-        classifier, num_classes, metrics, target_fn, forward_fn, pool: see :class:`lightning_nc.NeuralCollapseCallback`.
+        classifier, num_classes, metrics, target_fn, forward_fn, pool, ignore_index: see
+            :class:`lightning_nc.NeuralCollapseCallback`.
         device: where batches are moved to; by default the device of the model's first parameter.
         progress: show a progress bar.
         sync: in a process group, return the values of all ranks together, on all ranks; False measures each rank's own data.
@@ -76,7 +78,7 @@ def measure(  # noqa: D417
         {'nc1': 0.0, 'nc2_of': 0.0}
     """
     check_loader(dataloader)
-    probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool)
+    probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, ignore_index=ignore_index)
     collector = Collector(probe, check_metrics(metrics))
     on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
     return _measure(collector, model, dataloader, on, progress, sync)
@@ -161,21 +163,20 @@ class Collector:
         features, target = self.probe.features()
         for layer in [layer for layer in self.metrics if layer not in features]:  # left out since this batch
             self.metrics.pop(layer), self.spans.pop(layer, None), self.projected.pop(layer, None)
-        rows = slice(None if own is None else max(own - self.samples, 0))
-        self.samples += len(target[rows])
+        own = None if own is None else max(own - self.samples, 0)
+        target = target[:own]
+        rows, self.samples, target = slice(target.numel()), self.samples + len(target), target.flatten()
         for layer, values in features.items():
             if self.spans:
                 if layer in self.spans:
-                    self.projected[layer].update(
-                        values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target[rows]
-                    )
+                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target)
             elif (metric := self._metric(layer, values.shape[1], values.device)) is not None:
                 if metric.num_features != values.shape[1]:
                     raise ValueError(
                         f"features must have {metric.num_features} columns as in the first batch, got {values.shape[1]}; inputs "
                         "of varying size need pool='mean' or a callable"
                     )
-                metric.update(values[rows], target[rows])
+                metric.update(values[rows], target)
 
     def prepare(self, device: torch.device) -> None:
         """Create the metrics, so that a rank without samples has them too."""
@@ -190,7 +191,7 @@ class Collector:
             metrics = self.projected or self.metrics
             check_same_shapes({layer: metric.num_features for layer, metric in metrics.items()}, ranks)
             for metric in metrics.values():
-                metric.sync()
+                metric.merge_over_ranks()
         return True
 
     def project(self, ranks: torch.device | None) -> bool:
@@ -271,7 +272,14 @@ class Collector:
 
     def _create(self, width: int, names: Sequence[str], device: torch.device, **parts: Any) -> NeuralCollapse:
         with torch.device(device):
-            return NeuralCollapse(self.probe.classes, width, metrics=names, sync_on_compute=False, **parts)
+            return NeuralCollapse(
+                self.probe.classes,
+                width,
+                metrics=names,
+                ignore_index=int(self.probe.ignore_index),
+                sync_on_compute=False,
+                **parts,
+            )
 
     def _source(self, part: int, tensor: Tensor | None) -> Any:
         """Where a metric reads the classifier's weight (0) or bias (1), ``tensor`` now."""

@@ -102,12 +102,18 @@ def rank_of(loader: Any) -> tuple[int, int]:
     return (sampler.rank, sampler.num_replicas) if isinstance(sampler, DistributedSampler) else (0, 1)
 
 
-def own_samples(loader: Any) -> int | None:
-    """How many samples of a loader belong to this rank, if its sampler pads with samples of other ranks."""
+def own_samples(loader: Any, batch: int) -> int | None:
+    """How many samples of a loader belong to this rank, if its sampler pads with samples of other ranks; None if all do.
+
+    A sampler of whole batches (``batch_size=None``) pads with batches: 0 if the one with the number ``batch`` is padding.
+    """
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return None
-    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    if loader.batch_sampler is None:
+        return None if batch < own else 0
+    return own
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What to measure of a model, checked; and the labels and features of one batch, by layer."""
+"""What to measure of a model, checked; and the features of one batch, by layer, with their labels."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from lightning_nc.measuring.batches import (
     copy_batch,
     listed,
     pool_features,
+    rows_at_positions,
     run_forward,
     targets_of,
 )
 from lightning_nc.measuring.classifier import Classifier, find_classifier, outputs_of
 from lightning_nc.measuring.hooks import Recorder, named_modules
+from lightning_nc.measuring.labels import NEXT_TOKEN, Labels, check_shift, check_type, find_labels, next_token
 from lightning_nc.measuring.trial import INPUT, NotCalledError, Trial, uncalled
-from lightning_nc.moments import check_batch, check_labels, check_target
+from lightning_nc.moments import check_batch
 
 __all__ = ["INPUT", "NotCalledError", "Probe", "match_layers"]
 
@@ -45,16 +47,17 @@ class Probe:
     layers: Sequence[str] | None = None
     classifier: str | None = None
     num_classes: int | None = None
-    target_fn: Callable[[Any], Tensor] | None = None
+    target_fn: Callable[[Any], Tensor] | str | None = None
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     pool: Pool = "mean"
     strict: bool = False  # raise for a layer that cannot be measured; else warn and leave it out
+    ignore_index: int = -100
     head: Classifier | None = field(init=False, repr=False, default=None)
     classes: int = field(init=False, repr=False, default=0)
     widths: dict[str, int] = field(init=False, repr=False, default_factory=dict)
     _recorder: Recorder | None = field(init=False, repr=False, default=None)
     _axes: dict[str, int] = field(init=False, repr=False, default_factory=dict)
-    _size: int = field(init=False, repr=False, default=0)
+    _labels: Labels | None = field(init=False, repr=False, default=None)
     _target: Tensor | None = field(init=False, repr=False, default=None)
     _said: set[str] = field(init=False, repr=False, default_factory=set)
 
@@ -69,9 +72,12 @@ class Probe:
             raise ValueError(f"num_classes must be an integer of at least 2, got {self.num_classes!r}")
         if not callable(self.pool) and self.pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))}, or a callable, got {self.pool!r}")
-        for name in ("target_fn", "forward_fn"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise ValueError(f"{name} must be a callable, got {getattr(self, name)!r}")
+        for name, also in (("target_fn", (None, NEXT_TOKEN)), ("forward_fn", (None,))):
+            if not callable(getattr(self, name)) and getattr(self, name) not in also:
+                words = f" or {NEXT_TOKEN!r}" if NEXT_TOKEN in also else ""
+                raise ValueError(f"{name} must be a callable{words}, got {getattr(self, name)!r}")
+        if not isinstance(self.ignore_index, int | numpy.integer):
+            raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
 
     @property
     def attached(self) -> bool:
@@ -86,17 +92,20 @@ class Probe:
             ValueError: for labels that do not fit.
         """
         self.detach()
-        target = self.targets(copy_batch(batch))
+        raw = self.targets(copy_batch(batch))
+        check_shift(batch, self.target_fn, self.ignore_index)
         names = self._match(model)
         with forward_context():
-            trial = Trial(model, batch, len(target), self.forward, self.targets, self.pool)
+            trial = Trial(model, batch, len(raw), self.forward, self.targets, self.pool)
         self.head = self._find_head(model, trial)
         if trial.sharded:  # its weight is seen in a forward only
             with forward_context():
                 trial.run()
-        # Reading labels makes the host wait for the device, so only those of the first batch are checked here.
-        check_labels(target, self.classes)
-        self._check_layers(names, trial)
+        self._labels = self._find_labels(raw, trial)
+        target = self._labels.indices(raw)
+        # Reading labels makes the host wait for the device, so there only those of the first batch are checked.
+        self._labels.check(raw, target)
+        self._check_layers(names, trial, tuple(target.shape[1:]))
         modules = named_modules(model)
         inputs = {} if self.head is None else {INPUT: self.head.module}
         self._recorder = Recorder({name: modules[name] for name in self.widths if name != INPUT}, inputs)
@@ -154,8 +163,11 @@ class Probe:
     def start(self, batch: Any) -> None:
         """Record the features of the calls to come, which are on ``batch``."""
         assert self._recorder is not None
-        self._target = self.targets(batch)
-        self._size = len(self._target)
+        assert self._labels is not None
+        raw = self.targets(batch)
+        self._target = self._labels.indices(raw)
+        if raw.device.type == "cpu":
+            self._labels.check(raw, self._target)
         self._recorder.start(partial(self._pool, batch.get("attention_mask") if hasattr(batch, "get") else None))
 
     def pause(self) -> None:
@@ -164,7 +176,9 @@ class Probe:
             self._recorder.pause()
 
     def features(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Features (B, d) by layer, ``""`` for the classifier's input, and labels (B,) of the batch since :meth:`start`.
+        """Features (N, d) by layer, ``""`` for the classifier's input, and labels of the batch since :meth:`start`.
+
+        The labels are (B,), with N = B, or (B, *positions), with a row for each position of the first sample, then the second.
 
         Raises:
             NotCalledError: if the classifier or a layer was not called.
@@ -172,12 +186,12 @@ class Probe:
         """
         assert self._recorder is not None
         assert self._target is not None
-        calls = self._recorder.stop()
+        calls, target = self._recorder.stop(), self._target.flatten()
         found = {}
         for name in list(self.widths):
             try:
-                rows = _last_fitting(self._title(name), name, calls, self._size)
-                check_batch(rows, self._target)
+                rows = _last_fitting(self._title(name), name, calls, len(target))
+                check_batch(rows, target)
                 found[name] = rows
             except (LookupError, ValueError) as error:
                 if name == INPUT or not calls:
@@ -186,12 +200,12 @@ class Probe:
                     raise type(error)(f"the layer {name!r} cannot be measured: {error}") from error
                 del self.widths[name]
                 self.warn_once(f"left out {name}", f"the layer {name!r} is left out from here on: {error}")
-        own = [rows for name, rows in calls if name == INPUT and rows is not None and len(rows) == self._size]
+        own = [rows for name, rows in calls if name == INPUT and rows is not None and len(rows) == len(target)]
         if len(own) > 1:
             self.warn_once(
                 "several calls",
-                f"the classifier {self._title(INPUT)} is called several times with {self._size} rows; the last call is measured. "
-                "If its features do not belong to the labels, use mode='exact' with dataloader= and forward_fn=",
+                f"the classifier {self._title(INPUT)} is called several times with {len(target)} rows; the last call is "
+                "measured. If its features do not belong to the labels, use mode='exact' with dataloader= and forward_fn=",
             )
         return found, self._target
 
@@ -199,20 +213,33 @@ class Probe:
         return repr(name or (self.head.name if self.head is not None else "classifier"))
 
     def _pool(self, mask: Tensor | None, name: str, tensor: Tensor) -> Tensor:
+        assert self._target is not None
+        axis = self._axes.get(name)
+        if self._target.dim() > 1:
+            rows = rows_at_positions(tensor, tuple(self._target.shape), self.pool, axis)
+            return tensor if rows is None else rows
         # A function may turn another layout, that of a sequence-first layer for example, into one row per sample.
-        pooled = tensor.dim() and (tensor.size(0) == self._size or (callable(self.pool) and tensor.dim() > 2))
-        return pool_features(tensor, self.pool, self._axes.get(name), mask) if pooled else tensor
+        pooled = tensor.dim() and (tensor.size(0) == len(self._target) or (callable(self.pool) and tensor.dim() > 2))
+        return pool_features(tensor, self.pool, axis, mask) if pooled else tensor
 
     def targets(self, batch: Any) -> Tensor:
-        """The labels of a batch."""
+        """The labels of a batch, as it holds them."""
+        if self.target_fn == NEXT_TOKEN:
+            return next_token(batch, self.ignore_index)
         try:
-            target: Tensor = (self.target_fn or targets_of)(batch)
+            target: Tensor = self.target_fn(batch) if callable(self.target_fn) else targets_of(batch)
         except Exception as error:
             if self.target_fn is None:
                 raise
             raise LookupError(f"target_fn failed on a batch: {type(error).__name__}: {error}") from error
-        check_target(target)
+        check_type(target)
         return target
+
+    def _find_labels(self, raw: Tensor, trial: Trial) -> Labels:
+        if self.head is None:
+            return find_labels(raw, lambda positions: True, self.classes, None, self.ignore_index)
+        fits = partial(trial.has_positions, self.head.name)
+        return find_labels(raw, fits, self.classes, outputs_of(self.head.module), self.ignore_index, self.head.name)
 
     def _match(self, model: nn.Module) -> list[str]:
         patterns = list(self.layers or ())
@@ -245,14 +272,8 @@ class Probe:
             )
         if self.num_classes is None and outputs is None:
             raise LookupError(f"{name!r} is no linear layer, so the number of classes is unknown; pass num_classes=...")
-        if self.num_classes is None and outputs == 1:
-            raise LookupError(
-                f"the classifier {name!r} has one output, a binary head: neural collapse compares one row of weights per "
-                "class; use two outputs with cross-entropy, or pass num_classes=2 and metrics that need no weight, such "
-                "as metrics=('nc1', 'nc1_cdnv') (two centered means are always an ETF)"
-            )
-        self.classes = self.num_classes or int(outputs or 0)
-        if outputs is not None and 1 < outputs < self.classes:
+        self.classes = self.num_classes or max(int(outputs or 0), 2)  # one output decides between two classes
+        if outputs is not None and max(outputs, 2) < self.classes:
             raise ValueError(
                 f"num_classes is {self.classes}, but the classifier {name!r} has {outputs} outputs; leave num_classes out, or "
                 "name another classifier"
@@ -267,23 +288,28 @@ class Probe:
         replaced = bool(used) and not trial.sharded and used != {id(module._parameters.get("weight"))}
         return Classifier(name, module, self.classes, rows, trial.sharded, replaced)
 
-    def _check_layers(self, names: list[str], trial: Trial) -> None:
+    def _check_layers(self, names: list[str], trial: Trial, positions: tuple[int, ...]) -> None:
         """Set the widths of what can be measured, and the axes of features with more than two dimensions."""
         self.widths, self._axes = {}, {}
         left_out: dict[str, list[str]] = {}
         if self.head is not None:
             try:
-                self.widths[INPUT] = trial.width(self.head.name, INPUT, self._axes)
+                self.widths[INPUT] = trial.width(self.head.name, INPUT, self._axes, positions)
             except NotCalledError:
                 if self.classifier is None:
                     raise
                 self.widths[INPUT] = 0  # not known yet: the training step may call it
-            if self.pool == "mean" and INPUT in self._axes and isinstance(self.head.module, nn.Linear):
+            if (
+                self.pool == "mean"
+                and INPUT in self._axes
+                and not positions
+                and isinstance(self.head.module, nn.Linear)
+            ):
                 self.warn_once(
                     "sequence",
                     f"the classifier {self.head.name!r} is called on every position of a sequence; the mean over the positions "
-                    "is measured. If the model uses one of them, such as the last token, pass pool=, a function from "
-                    "(B, T, d) to (B, d)",
+                    "is measured. If the model uses one of them, pass pool='first' (a CLS token), pool='last' (the last position "
+                    "that is not padding), or a function from (B, T, d) to (B, d)",
                 )
         for name in names:
             try:
@@ -291,7 +317,7 @@ class Probe:
                     raise ValueError(
                         "its keys would read as those of a stage; rename the module, or measure a module inside it"
                     )
-                self.widths[name] = trial.width(name, name, self._axes)
+                self.widths[name] = trial.width(name, name, self._axes, positions)
             except (LookupError, ValueError) as error:
                 if self.strict:
                     raise type(error)(f"the layer {name!r} cannot be measured: {error}") from error

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nc.measuring.batches import Pool, copy_batch, first_rows, pool_features
+from lightning_nc.measuring.batches import (
+    Pool,
+    copy_batch,
+    feature_axes,
+    first_rows,
+    pool_features,
+    rows_at_positions,
+)
 from lightning_nc.measuring.distributed import is_sharded
 from lightning_nc.measuring.hooks import Call, trace
 from lightning_nc.measuring.layout import Layout
@@ -31,7 +38,7 @@ class Trial:
     Args:
         model: in eval mode.
         batch: a batch of ``size`` samples; it is not changed.
-        size: the number of its labels.
+        size: its number of samples.
         forward: runs the model on a batch.
         targets: gives the labels of a batch.
         pool: see :class:`lightning_nc.NeuralCollapseCallback`.
@@ -70,12 +77,25 @@ class Trial:
             self.fewer, self.rows, self.reverse = self.calls, (size, size), False
         self.layout = Layout(self.calls)
 
-    def width(self, layer: str, name: str, axes: dict[str, int]) -> int:
+    def has_positions(self, layer: str, positions: tuple[int, ...]) -> bool:
+        """Whether a layer receives features at ``positions``, ``()`` for one vector per sample; True if it was not called."""
+        calls = [
+            (call.input, other.input) for call, other in zip(self.calls, self.fewer, strict=False) if call.name == layer
+        ]
+        return not calls or any(self._has_rows(tensor, other, positions) for tensor, other in calls)
+
+    def width(self, layer: str, name: str, axes: dict[str, int], positions: tuple[int, ...] = ()) -> int:
         """The number of features of a layer; their axis is added to ``axes`` under ``name``.
+
+        Args:
+            layer: name of the module.
+            name: its name among the layers.
+            axes: the axes of the features by name.
+            positions: the positions of the labels, ``()`` for labels per sample.
 
         Raises:
             NotCalledError: if the layer was not called.
-            LookupError: if no call has a row for each sample, or has them in another order, or if the axis is not known.
+            LookupError: if no call has a row for each label, or has them in another order, or if the axis is not known.
             ValueError: if the features cannot be pooled.
         """
         calls = [position for position, call in enumerate(self.calls) if call.name == layer]
@@ -84,31 +104,28 @@ class Trial:
         tensors = [_tensor(self.calls[position], name) for position in calls]
         fewer = [_tensor(call, name) for call in self.fewer if call.name == layer]
         others = fewer if len(fewer) == len(tensors) else tensors
-        fitting = [p for p, tensor, other in zip(calls, tensors, others, strict=True) if self._has_rows(tensor, other)]
+        fitting = [
+            p
+            for p, tensor, other in zip(calls, tensors, others, strict=True)
+            if self._has_rows(tensor, other, positions)
+        ]
         if not fitting:
-            shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
-            raise LookupError(
-                f"no call of {layer!r} has a row for each of the {self.rows[0]} labels, got {shapes}; pass target_fn or "
-                "forward_fn so that features and labels fit, or pool=, a function from the output to (B, d)"
-            )
+            raise LookupError(self._misfit(layer, tensors, positions))
         tensor, other = _tensor(self.calls[fitting[-1]], name), others[calls.index(fitting[-1])]
         assert tensor is not None
         assert other is not None
-        if tensor.dim() > 2 and not callable(self.pool) and self.pool != "flatten":
-            if self.pool == "mean" and not tensor.is_nested:
-                axes[name] = self.layout.feature_axis(fitting[-1], outputs=name != INPUT)
-            else:
-                axes[name] = 1 if self.pool == "mean_channels_first" else tensor.dim() - 1
-        rows = pool_features(tensor, self.pool, axes.get(name))
+        axis = self._axis(fitting[-1], tensor, name, positions)
+        if axis is not None:
+            axes[name] = axis
+        rows, fewer_rows = (
+            self._rows(t, n, axis, positions) for t, n in ((tensor, self.rows[0]), (other, self.rows[1]))
+        )
         check_batch(rows, torch.zeros(len(rows), dtype=torch.long))
-        if (
-            self.reverse
-            and self.rows == (3, 2)
-            and not _in_order(rows, pool_features(other, self.pool, axes.get(name)))
-        ):
+        if self.reverse and self.rows == (3, 2) and not _in_order(rows, fewer_rows):
             raise LookupError(
-                f"the rows of the last call of {layer!r} are in another order than the samples of the batch (the model sorts "
-                "them, for example), so features and labels do not fit; sort them in the dataloader instead"
+                f"the rows of the last call of {layer!r} are in another order than the labels of the batch (the model sorts or "
+                "transposes samples, for example), so features and labels do not fit; sort them in the dataloader instead, or "
+                "pass target_fn, which gives the labels in the order of the rows"
             )
         return rows.shape[1]
 
@@ -123,10 +140,57 @@ class Trial:
             return last[(slice(8), slice(None), *[slice(1)] * (last.dim() - 2))].clone()
         return last.flatten(end_dim=-2)[:8].clone()
 
-    def _has_rows(self, tensor: Tensor | None, other: Tensor | None) -> bool:
-        """Whether the first axis counts the samples, in the outputs of one call for two numbers of samples."""
+    def _is_square(self, positions: tuple[int, ...]) -> bool:
+        """Whether the batch could not be shortened, and has as many samples as positions along an axis."""
+        return self.rows[0] == self.rows[1] > 1 and self.rows[0] in positions
+
+    def _axis(self, call: int, tensor: Tensor, name: str, positions: tuple[int, ...]) -> int | None:
+        """The axis of the features of more than two dimensions, None where it is not needed."""
+        if tensor.is_nested:
+            return tensor.dim() - 1
+        own = feature_axes(tensor, positions) if positions else list(range(1, tensor.dim()))
+        if tensor.dim() < 3 or not own or (not positions and (callable(self.pool) or self.pool == "flatten")):
+            return None
+        if len(own) == 1:
+            return own[0]
+        if self.pool in ("mean_channels_first", "mean_channels_last"):
+            return 1 if self.pool == "mean_channels_first" else tensor.dim() - 1
+        return self.layout.feature_axis(call, outputs=name != INPUT)
+
+    def _rows(self, tensor: Tensor, samples: int, axis: int | None, positions: tuple[int, ...]) -> Tensor:
+        if not positions:
+            return pool_features(tensor, self.pool, axis)
+        rows = rows_at_positions(tensor, (samples, *positions), self.pool, axis)
+        assert rows is not None
+        return rows
+
+    def _misfit(self, layer: str, tensors: list[Tensor | None], positions: tuple[int, ...]) -> str:
+        shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
+        if self._is_square(positions):
+            shapes += " (as many samples as positions, so which axis is which is not clear: choose another batch size)"
+        if positions:
+            return (
+                f"no call of {layer!r} has a feature vector for each label, got {shapes} for labels "
+                f"{(self.rows[0], *positions)}; pass pool=, a function that resamples the output to (B, *positions, d) of the "
+                "labels, or target_fn, which gives the labels at the positions of the layer"
+            )
+        return (
+            f"no call of {layer!r} has a row for each of the {self.rows[0]} labels, got {shapes}; pass target_fn or "
+            "forward_fn so that features and labels fit, or pool=, a function from the output to (B, d)"
+        )
+
+    def _has_rows(self, tensor: Tensor | None, other: Tensor | None, positions: tuple[int, ...] = ()) -> bool:
+        """Whether the outputs of one call for two numbers of samples have a row for each label."""
         if tensor is None or other is None:
             return False
+        if positions:
+            return not self._is_square(positions) and all(
+                any(
+                    rows_at_positions(part, (samples, *positions), self.pool, axis) is not None
+                    for axis in (*feature_axes(part, positions), None)
+                )
+                for part, samples in ((tensor, self.rows[0]), (other, self.rows[1]))
+            )
         if callable(self.pool) and tensor.dim() > 2:
             tensor, other = self.pool(tensor), self.pool(other)
         if not tensor.dim() or not other.dim() or (tensor.size(0), other.size(0)) != self.rows:
@@ -137,12 +201,20 @@ class Trial:
 
 
 def _in_order(three: Tensor, two: Tensor) -> bool:
-    """False if a row of ``two``, of samples 1 and 0, is not the row of its sample in ``three`` but that of another."""
-    if three.shape[1] != two.shape[1]:
+    """False if the rows of ``two``, of samples 1 and 0, are not those of the samples in ``three`` but of others.
+
+    With labels per position each sample has several rows, one after the other.
+    """
+    if three.shape[1] != two.shape[1] or len(three) * 2 != len(two) * 3:
         return True
-    distances = torch.cdist(two.float(), three.float(), compute_mode="donot_use_mm_for_euclid_dist")
-    own, size = distances[[0, 1], [1, 0]], torch.linalg.vector_norm(three.float())
-    return not ((own > 1e-3 * size) & (distances.min(dim=1).values < 1e-3 * own)).any()
+    long, short = three.float().view(3, -1), two.float().view(2, -1)
+    distances = torch.cdist(short, long, compute_mode="donot_use_mm_for_euclid_dist")
+    own, size = distances[[0, 1], [1, 0]], torch.linalg.vector_norm(long)
+    others = distances.min(dim=1).values
+    if len(three) > 3:  # one position after the other, each with all samples
+        crossed, shorter = (t.float().view(-1, n, t.shape[1]).transpose(0, 1) for t, n in ((three, 3), (two, 2)))
+        others = torch.linalg.vector_norm((crossed[[1, 0]] - shorter).flatten(1), dim=1).minimum(others)
+    return not ((own > 1e-3 * size) & (others < 1e-3 * own)).any()
 
 
 def _tensor(call: Call, name: str) -> Tensor | None:
