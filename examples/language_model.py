@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nc import NeuralCollapseCallback, log_spaced
+from lightning_nc import NeuralCollapseCallback, log_spaced, measure
 
 METRICS = (
     "nc1",
@@ -184,7 +184,7 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--epochs", type=int, default=25, help="passes over the text")
     parser.add_argument("--batch-size", type=int, default=16, help="blocks of --context tokens in a step")
     parser.add_argument("--lr", type=float, default=4e-3, help="largest learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW")
+    parser.add_argument("--weight-decay", type=float, default=1.0, help="of AdamW")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the blocks")
     parser.add_argument("--out", type=Path, default=Path("results/language_model"), help="directory of the files")
     args = parser.parse_args(arguments)
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seed_everything(args.seed, verbose=False)
     model = GPT(len(vocabulary), args)
     collapse = NeuralCollapseCallback(metrics=METRICS, stages=("train", "validate"), every_n_epochs=log_spaced(6))
-    statistics = TokenStatistics(vocabulary, DataLoader(train, args.batch_size), collapse.should_measure)
+    statistics = TokenStatistics(vocabulary, train, validation, collapse.should_measure)
     trainer = Trainer(
         max_epochs=args.epochs,
         gradient_clip_val=1.0,
@@ -216,9 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         enable_checkpointing=False,
     )
     warnings.filterwarnings("ignore", "no sample of")  # rare tokens are missing from one of the two texts
+    untrained = {"epoch": -1}
+    for stage, data in (("", train), ("val/", validation)):
+        values = measure(model, DataLoader(data, 64), metrics=METRICS)
+        untrained |= {f"nc/{stage}{name}": value for name, value in values.items()}
     trainer.fit(model, DataLoader(train, args.batch_size, shuffle=True), DataLoader(validation, args.batch_size))
     args.out.mkdir(parents=True, exist_ok=True)
-    report(statistics, collapse.history, args.width, args.out)
+    report(statistics, [untrained, *collapse.history], args.width, args.out)
 
 
 if __name__ == "__main__":

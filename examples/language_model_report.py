@@ -3,27 +3,25 @@
 import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nc import NeuralCollapse
-from lightning_nc.plotting import draw
 
 LEAST = 10  # the scatter of tokens with fewer samples is too uncertain
 GROUPS = 5  # groups of tokens by frequency
-KINDS = {"space": "starts a word (space before)", "letters": "no space before", "other": "no letter"}
-STYLES = {"space": ("#D55E00", "^"), "letters": ("#0072B2", "o"), "other": ("#000000", "x")}
+COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 Rows = list[dict[str, Any]]
 
@@ -32,49 +30,66 @@ Rows = list[dict[str, Any]]
 
 
 class TokenStatistics(Callback):
-    """Measures each token at the end of the epochs that are due.
+    """Measures each token before the training and at the end of the epochs that are due.
 
     Args:
         vocabulary: the token of each class.
-        loader: the training data, in order; iterating over it draws no random number.
-        due: whether the epoch is measured.
+        train: inputs and labels, both (B, T).
+        validation: the same of the held-out text.
+        due: whether an epoch is measured.
     """
 
-    def __init__(self, vocabulary: Sequence[str], loader: Iterable, due: Callable[[Trainer], bool]) -> None:
-        self.vocabulary, self.loader, self.due = vocabulary, loader, due
+    def __init__(
+        self, vocabulary: Sequence[str], train: TensorDataset, validation: TensorDataset, due: Callable[[Trainer], bool]
+    ) -> None:
+        self.vocabulary, self.due = vocabulary, due
+        self.train, self.validation = (
+            DataLoader(train, 64),
+            DataLoader(validation, 64),
+        )  # in order: no random number is drawn
+        self.preceding = preceding(*train.tensors, len(vocabulary))
         self.tokens: dict[int, Rows] = {}  # a row per token, by the number of epochs trained
         self.epochs: Rows = []  # a row per measurement
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The untrained network."""
+        self.measure(pl_module, 0)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One more pass over the training data. Validation has been before."""
-        if not self.due(trainer):
-            return
-        pl_module.eval()
-        metric, loss, correct = per_token(pl_module, self.loader)
-        pl_module.train()
-        counts, epoch = metric.counts, trainer.current_epoch + 1
+        """The network after this epoch."""
+        if self.due(trainer):
+            self.measure(pl_module, trainer.current_epoch + 1)
+
+    def measure(self, model: LightningModule, epoch: int) -> None:
+        """One more pass over both texts."""
+        model.eval()
+        metric, loss, correct = per_token(model, self.train)
+        held_out, held_out_loss, held_out_correct = per_token(model, self.validation)
+        model.train()
+        counts, seen = metric.counts, metric.counts > 0
         kept = (counts >= LEAST).nonzero().flatten()
-        values = (
-            counts[kept],
-            variability(*(s[kept] for s in (counts, metric.means, metric.spread))),
-            (correct / counts)[kept],
-        )
+        tight = variability(*(part[kept] for part in (counts, metric.means, metric.spread)))
+        columns = (kept, counts[kept], self.preceding[kept.cpu()], tight, (correct / counts)[kept])
         self.tokens[epoch] = [
-            {"epoch": epoch, "token": self.vocabulary[k], "count": int(n), "variability": v, "accuracy": a}
-            for k, n, v, a in zip(kept.tolist(), *(value.tolist() for value in values), strict=True)
-        ]
-        seen = counts > 0
-        self.epochs.append(
             {
                 "epoch": epoch,
-                "train_loss": float(loss.sum() / counts.sum()),
-                "val_loss": float(trainer.callback_metrics["val_loss"]),
-                "train_accuracy": float(correct.sum() / counts.sum()),
-                "val_accuracy": float(trainer.callback_metrics["val_accuracy"]),
-                **uniformity(metric.means[seen], pl_module.head.weight.detach()[seen].to(metric.means)),
-                "rank_correlation": float(spearmanr(*(value.tolist() for value in values[:2])).statistic),
+                "token": self.vocabulary[k],
+                "count": int(n),
+                "preceding": p,
+                "variability": v,
+                "accuracy": a,
             }
-        )
+            for k, n, p, v, a in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+        row = {
+            "epoch": epoch,
+            "loss": loss.sum() / counts.sum(),
+            "val_loss": held_out_loss.sum() / held_out.counts.sum(),
+            "accuracy": correct.sum() / counts.sum(),
+            "val_accuracy": held_out_correct.sum() / held_out.counts.sum(),
+            **uniformity(metric.means[seen], model.head.weight.detach()[seen].to(metric.means)),
+        }
+        self.epochs.append({key: value if key == "epoch" else float(value) for key, value in row.items()})
 
 
 @torch.no_grad()
@@ -109,7 +124,7 @@ def variability(counts: Tensor, means: Tensor, spread: Tensor) -> Tensor:
     return variance * (len(counts) - 1) / distances.fill_diagonal_(0).sum(dim=1)
 
 
-def uniformity(means: Tensor, weight: Tensor) -> dict[str, float]:
+def uniformity(means: Tensor, weight: Tensor) -> dict[str, Tensor]:
     r"""GNC2 and UNC3 of arXiv 2405.17767, from class means and weight, both (K, d).
 
     ``gnc2_log`` is the mean over pairs of :math:`-\log \|\hat m_i - \hat m_j\|` with the centered means scaled to length 1, at
@@ -118,28 +133,44 @@ def uniformity(means: Tensor, weight: Tensor) -> dict[str, float]:
     """
     unit = F.normalize(means - means.mean(dim=0))
     cosines = (unit * F.normalize(weight)).sum(dim=1)
-    return {"gnc2_log": float(-F.pdist(unit).log().mean()), "nc3_uniform": float(cosines.std(correction=0))}
+    return {"gnc2_log": -F.pdist(unit).log().mean(), "nc3_uniform": cosines.std(correction=0)}
+
+
+def preceding(inputs: Tensor, labels: Tensor, classes: int) -> Tensor:
+    r"""By how many different tokens each token is preceded, (K,): the perplexity :math:`\exp(-\sum_j p_j \log p_j)`, where
+    :math:`p_j` is the share of its samples that come right after token j.
+    """
+    pairs = torch.bincount((labels * classes + inputs).flatten(), minlength=classes**2).view(classes, classes).double()
+    share = pairs / pairs.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share).sum(dim=1).exp()
 
 
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def report(statistics: TokenStatistics, history: Sequence[Mapping[str, Any]], width: int, out: Path) -> None:
-    """Write metrics.csv, tokens.csv and both figures to ``out``, and print what they show."""
+def report(statistics: TokenStatistics, history: Iterable[Mapping[str, Any]], width: int, out: Path) -> None:
+    """Write metrics.csv, tokens.csv and both figures to ``out``, and print what they show.
+
+    Args:
+        statistics: what was measured of each token.
+        history: the rows of ``NeuralCollapseCallback``; the untrained network has epoch -1.
+        width: d, the number of features.
+        out: an existing directory.
+    """
     rows = [dict(row) for row in statistics.epochs]
     for row in rows:
         for measured in history:
             if measured["epoch"] + 1 == row["epoch"]:
                 row |= {key: value for key, value in measured.items() if key.startswith("nc/")}
-    write_rows(out / "metrics.csv", rows)
-    write_rows(out / "tokens.csv", [row for table in statistics.tokens.values() for row in table])
-    draw_metrics(rows, len(statistics.vocabulary), width).savefig(out / "metrics.png", dpi=110)
-    draw_tokens(statistics.tokens).savefig(out / "tokens.png", dpi=110)
+    files = [out / name for name in ("metrics.csv", "tokens.csv", "metrics.png", "tokens.png")]
+    write_rows(files[0], rows)
+    write_rows(files[1], [row for table in statistics.tokens.values() for row in table])
+    draw_metrics(rows, len(statistics.vocabulary), width).savefig(files[2], dpi=110)
+    draw_tokens(statistics.tokens).savefig(files[3], dpi=110)
     print_table(rows)
+    print_table([{"epoch": epoch} | correlations(statistics.tokens, epoch) for epoch in statistics.tokens])
     print_tokens(statistics.tokens)
-    print(
-        f"\nfiles: {', '.join(str(out / name) for name in ('metrics.csv', 'metrics.png', 'tokens.csv', 'tokens.png'))}"
-    )
+    print("files: " + ", ".join(map(str, files)))
 
 
 def write_rows(path: Path, rows: Rows) -> None:
@@ -151,49 +182,55 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def print_table(rows: Rows) -> None:
-    """Every value by epoch."""
-    print(f"\n{'epochs':24}" + "".join(f"{row['epoch']:>9}" for row in rows))
+    """A line per quantity, a column per measurement."""
+    print(f"{'epochs':24}" + "".join(f"{row['epoch']:>8}" for row in rows))
     for key in list(rows[0])[1:]:
-        print(f"{key:24}" + "".join(f"{row.get(key, math.nan):9.3f}" for row in rows))
+        print(f"{key:24}" + "".join(f"{row[key]:8.3f}" for row in rows))
+    print()
+
+
+def correlations(tables: Mapping[int, Rows], epoch: int) -> dict[str, float]:
+    """The median variability, and Spearman's rank correlations over the tokens.
+
+    Of the variability with the count, with ``preceding``, and with the count at equal ``preceding`` (partial correlation); last,
+    of the count with what is left of the variability of the untrained network.
+    """
+    names = ("variability", "count", "preceding")
+    (_, vc, vp), (_, _, cp), _ = spearmanr([[row[name] for name in names] for row in tables[epoch]]).statistic
+    counts = [row["count"] for row in tables[epoch]]
+    return {
+        "median variability": median(row["variability"] for row in tables[epoch]),
+        "with count": vc,
+        "with preceding": vp,
+        "count | preceding": (vc - vp * cp) / math.sqrt((1 - vp**2) * (1 - cp**2)),
+        "left, with count": float(spearmanr(left(tables, epoch), counts).statistic) if epoch else math.nan,
+    }
+
+
+def left(tables: Mapping[int, Rows], epoch: int) -> list[float]:
+    """What is left of the variability that each token has in the untrained network."""
+    return [row["variability"] / before["variability"] for row, before in zip(tables[epoch], tables[0], strict=True)]
+
+
+def median(values: Iterable[float]) -> float:
+    """The median, a float."""
+    return float(numpy.median(list(values)))
 
 
 def print_tokens(tables: Mapping[int, Rows]) -> None:
-    """Medians by frequency and by kind, and the tokens at both ends, at the first, middle and last measurement."""
+    """The tokens with the smallest and largest variability at the first, middle and last measurement."""
     for epoch in three(tables):
-        table = tables[epoch]
-        groups = {f"{name} times": rows for name, rows in by_frequency(table).items()}
-        groups |= {KINDS[kind]: [row for row in table if kind_of(row["token"]) == kind] for kind in KINDS}
-        ordered = sorted(table, key=lambda row: row["variability"])
-        print(f"\nafter epoch {epoch}: median variability of tokens")
-        print("  " + "; ".join(f"{name} {median(rows):.2f}" for name, rows in groups.items() if rows))
-        for name, some in (("lowest", ordered[:10]), ("highest", ordered[:-11:-1])):
-            print(f"  {name}: " + ", ".join(f"{visible(row['token'])} {row['variability']:.2f}" for row in some))
+        ordered = sorted(tables[epoch], key=lambda row: row["variability"])
+        print(f"after epoch {epoch}" if epoch else "untrained")
+        for name, some in (("smallest", ordered[:10]), ("largest", ordered[:-11:-1])):
+            print(f"  {name:10}" + ", ".join(f"{visible(row['token'])} {row['variability']:.2f}" for row in some))
+    print()
 
 
 def three(tables: Mapping[int, Rows]) -> list[int]:
     """The first, middle and last measurement."""
     epochs = list(tables)
     return list(dict.fromkeys((epochs[0], epochs[len(epochs) // 2], epochs[-1])))
-
-
-def by_frequency(table: Rows) -> dict[str, Rows]:
-    """Groups with the same number of tokens, the rarest first, by the range of their counts."""
-    ordered = sorted(table, key=lambda row: row["count"])
-    edges = [len(ordered) * part // GROUPS for part in range(GROUPS + 1)]
-    groups = [ordered[low:high] for low, high in pairwise(edges) if high > low]
-    return {f"{group[0]['count']}-{group[-1]['count']}": group for group in groups}
-
-
-def median(rows: Rows) -> float:
-    """The median variability."""
-    return float(torch.tensor([row["variability"] for row in rows]).quantile(0.5))
-
-
-def kind_of(token: str) -> str:
-    """A key of ``KINDS``."""
-    if not token.strip()[:1].isalpha():
-        return "other"
-    return "space" if token[0] == " " else "letters"
 
 
 def visible(token: str) -> str:
@@ -207,86 +244,97 @@ def visible(token: str) -> str:
 def draw_metrics(rows: Rows, classes: int, width: int) -> Figure:
     """Loss, accuracy, NC1, NC2, GNC2 and NC3 over the epochs; training text solid, held-out text dashed."""
     lowest = -math.log(2 * classes / (classes - 1)) / 2
-    rows = [{"gnc2_gap": row["gnc2_log"] - lowest} | row for row in rows]
+    rows = [{"gnc2_log minus its minimum": row["gnc2_log"] - lowest} | row for row in rows]
     panels = {
-        "cross-entropy": {"loss": ("train_loss", "val_loss")},
-        "accuracy": {"accuracy": ("train_accuracy", "val_accuracy")},
-        "NC1, within-class variability": both("nc1", "nc1_cdnv"),
-        "NC2, frame of the class means": both("nc2_etf_centered", "nc2_equinorm", "nc2_equiangular"),
-        "GNC2, uniformity of the class means": {"gnc2_log above its minimum": ("gnc2_gap",)},
-        "NC3, weight and class means": both("nc3_centered", "nc3_cosine") | {"nc3_uniform": ("nc3_uniform",)},
+        "cross-entropy": {"loss": "val_loss"},
+        "accuracy": {"accuracy": "val_accuracy"},
+        "NC1, within-class variability": {f"nc/{name}": f"nc/val/{name}" for name in ("nc1", "nc1_cdnv")},
+        "NC2, frame of the class means": {
+            f"nc/{name}": f"nc/val/{name}" for name in ("nc2_etf_centered", "nc2_equinorm", "nc2_equiangular")
+        },
+        "GNC2, uniformity of the class means": {"gnc2_log minus its minimum": None},
+        "NC3, weight and class means": {
+            **{f"nc/{name}": f"nc/val/{name}" for name in ("nc3_centered", "nc3_cosine")},
+            "nc3_uniform": None,
+        },
     }
     figure = Figure(figsize=(11, 6.6), layout="constrained")
     axes = dict(zip(panels, figure.subplots(2, 3).ravel(), strict=True))
     for (title, curves), axis in zip(panels.items(), axes.values(), strict=True):
-        for stage, style in enumerate(("-", "--")):
-            shown = {name: [row[keys[stage]] for row in rows] for name, keys in curves.items() if stage < len(keys)}
-            curve = {name: ([row["epoch"] for row in rows], values) for name, values in shown.items()}
-            draw(axis, title, "epochs", curve, style=style, legend=False)
-        axis.set_xscale("log")
-        axis.legend(fontsize=8, framealpha=0.8)
-    axes["accuracy"].set_yscale("linear")
+        for color, (solid, dashed) in zip(COLORS, curves.items(), strict=False):
+            for key, style in ((solid, "-"), (dashed, "--")):
+                if key is not None:
+                    label = key.removeprefix("nc/") if key == solid else None
+                    axis.plot(
+                        [row["epoch"] for row in rows], [row[key] for row in rows], style, color=color, label=label
+                    )
+        finish(axis, title, rows)
+        axis.set_ylim(bottom=0)
     # Behind a LayerNorm the class means span d - 1 dimensions; the cosine with E is at most sqrt(rank / (K - 1)).
     smallest = math.sqrt(2 - 2 * math.sqrt(min((width - 1) / (classes - 1), 1)))
-    axes["NC2, frame of the class means"].axhline(smallest, color="#0072B2", linestyle=":")
+    axes["NC2, frame of the class means"].axhline(smallest, color=COLORS[0], linestyle=":")
     figure.suptitle(
         "solid: training text; dashed: held-out text; dotted: smallest nc2_etf_centered for this K and d", fontsize=10
     )
     return figure
 
 
-def both(*metrics: str) -> dict[str, tuple[str, str]]:
-    """The keys of training and validation by the name of the metric."""
-    return {metric: (f"nc/{metric}", f"nc/val/{metric}") for metric in metrics}
+def finish(axis: Axes, title: str, rows: Rows) -> None:
+    """Title, legend, and an axis of epochs that is logarithmic from 1 on."""
+    last = rows[-1]["epoch"]
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("epochs")
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xticks(
+        ticks := sorted({tick for tick in (0, 1, 2, 5, 10, 20, 50, 100) if tick < 0.8 * last} | {last}), map(str, ticks)
+    )
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, framealpha=0.8)
 
 
 def draw_tokens(tables: Mapping[int, Rows]) -> Figure:
-    """Variability against frequency at three measurements, and its median by frequency at all of them."""
+    """Variability against frequency at three measurements, and what is left of it by frequency at all of them."""
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     *scatters, curves = figure.subplots(2, 2).ravel()
-    named = tokens_to_name(tables)
+    named = tokens_to_name(tables[three(tables)[-1]])
     for axis, epoch in zip(scatters, three(tables), strict=False):
-        draw_scatter(axis, tables[epoch], named)
-        axis.set_title(f"after epoch {epoch}", fontsize=10)
         axis.sharey(scatters[0])
-    scatters[0].legend(fontsize=8, loc="lower right", framealpha=0.8)
-    draw_groups(curves, tables)
+        points = draw_scatter(axis, tables[epoch], named)
+        axis.set_title(f"after epoch {epoch}" if epoch else "untrained", fontsize=10)
+    figure.colorbar(points, ax=scatters[1], label="different tokens right before it (perplexity)")
+    order = numpy.argsort([row["count"] for row in tables[0]], kind="stable")
+    for place, group in enumerate(numpy.array_split(order, GROUPS)):
+        values = [median(numpy.array(left(tables, epoch))[group]) for epoch in tables]
+        label = f"{tables[0][group[0]]['count']} to {tables[0][group[-1]]['count']} samples"
+        curves.plot(list(tables), values, color=f"{0.75 - 0.75 * place / (GROUPS - 1):.2f}", label=label)
+    curves.set_yscale("log")
+    curves.set_ylabel("median of variability / that of the untrained network")
+    finish(curves, "what is left, by frequency", [{"epoch": epoch} for epoch in tables])
     return figure
 
 
-def draw_scatter(axis: Axes, table: Rows, named: Sequence[str]) -> None:
-    """A point per token, with the names of some."""
-    for kind, (color, marker) in STYLES.items():
-        points = [(row["count"], row["variability"]) for row in table if kind_of(row["token"]) == kind]
-        axis.scatter(
-            *zip(*points, strict=True), s=14, color=color, marker=marker, alpha=0.5, linewidth=0.8, label=KINDS[kind]
-        )
+def draw_scatter(axis: Axes, table: Rows, named: Sequence[str]) -> Any:
+    """A point per token, with the names of some; returns the points."""
+    counts, values, colors = ([row[name] for row in table] for name in ("count", "variability", "preceding"))
+    points = axis.scatter(counts, values, c=colors, s=14, cmap="viridis", norm=LogNorm(1, max(colors)), alpha=0.8)
     for row in (row for row in table if row["token"] in named):
-        text = visible(row["token"]).replace("$", r"\$")
+        text, at = visible(row["token"]).replace("$", r"\$"), (row["count"], row["variability"])
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "0.5", "alpha": 0.85, "linewidth": 0.5}
-        at = (row["count"], row["variability"])
+        axis.plot(*at, "o", markersize=7, markerfacecolor="none", markeredgecolor="black")
         axis.annotate(text, at, (6, 6), textcoords="offset points", fontsize=9, bbox=box)
-        axis.plot(*at, "o", markersize=6, markerfacecolor="none", markeredgecolor="black")
     axis.axhline(1, color="0.5", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("samples of the token in the training text")
     axis.set_ylabel("within-class variability")
+    return points
 
 
-def draw_groups(axis: Axes, tables: Mapping[int, Rows]) -> None:
-    """The median of each group of tokens over the epochs; the lighter, the more frequent."""
-    groups = [by_frequency(table) for table in tables.values()]
-    colors = ScalarMappable(Normalize(0, GROUPS), "viridis").to_rgba(range(GROUPS))
-    curves = {f"{name} samples": (list(tables), [median(group[name]) for group in groups]) for name in groups[0]}
-    draw(axis, "median by frequency", "epochs", curves, colors=colors)
-    axis.set_xscale("log")
-    axis.set_ylabel("within-class variability")
-
-
-def tokens_to_name(tables: Mapping[int, Rows]) -> list[str]:
-    """The lowest and the highest token of three ranges of frequency at the first measurement."""
-    table = sorted(next(iter(tables.values())), key=lambda row: row["count"])
-    ranges = [table[len(table) * part // 3 : len(table) * (part + 1) // 3] for part in range(3)]
-    ordered = [sorted(rows, key=lambda row: row["variability"]) for rows in ranges if rows]
-    return [row["token"] for rows in ordered for row in (rows[0], rows[-1])]
+def tokens_to_name(table: Rows) -> list[str]:
+    """The tokens with the smallest and the largest variability in each of three ranges of frequency."""
+    logs = numpy.log([row["count"] for row in table])
+    ranges = numpy.digitize(logs, numpy.linspace(logs.min(), logs.max(), 4)[1:-1])
+    ordered = sorted(zip(ranges, table, strict=True), key=lambda pair: pair[1]["variability"])
+    groups = ([row["token"] for at, row in ordered if at == place] for place in range(3))
+    return [token for group in groups for token in group[:1] + group[-1:]]
