@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         enable_checkpointing=False,
     )
     warnings.filterwarnings("ignore", "no sample of")  # rare tokens are missing from one of the two texts
-    untrained = {"epoch": -1}
+    untrained = {"step": 0}
     for stage, data in (("", train), ("val/", validation)):
         values = measure(model, DataLoader(data, 64), metrics=METRICS)
         untrained |= {f"nc/{stage}{name}": value for name, value in values.items()}

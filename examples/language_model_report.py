@@ -21,6 +21,7 @@ from lightning_nc import NeuralCollapse
 
 LEAST = 10  # the scatter of tokens with fewer samples is too uncertain
 GROUPS = 5  # groups of tokens by frequency
+EARLY = (10, 20, 50)  # most happens in the first epoch: optimizer steps that are measured too
 COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 Rows = list[dict[str, Any]]
@@ -30,7 +31,7 @@ Rows = list[dict[str, Any]]
 
 
 class TokenStatistics(Callback):
-    """Measures each token before the training and at the end of the epochs that are due.
+    """Measures each token before the training, after the steps ``EARLY``, and at the end of the epochs that are due.
 
     Args:
         vocabulary: the token of each class.
@@ -43,25 +44,30 @@ class TokenStatistics(Callback):
         self, vocabulary: Sequence[str], train: TensorDataset, validation: TensorDataset, due: Callable[[Trainer], bool]
     ) -> None:
         self.vocabulary, self.due = vocabulary, due
-        self.train, self.validation = (
-            DataLoader(train, 64),
-            DataLoader(validation, 64),
-        )  # in order: no random number is drawn
+        # With a generator of its own a DataLoader draws no random number of the training's.
+        loaders = (DataLoader(data, 64, generator=torch.Generator()) for data in (train, validation))
+        self.train, self.validation = loaders
         self.preceding = preceding(*train.tensors, len(vocabulary))
-        self.tokens: dict[int, Rows] = {}  # a row per token, by the number of epochs trained
-        self.epochs: Rows = []  # a row per measurement
+        self.tokens: dict[int, Rows] = {}  # a row per token, by the number of optimizer steps
+        self.rows: Rows = []  # a row per measurement
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The untrained network."""
-        self.measure(pl_module, 0)
+        self.measure(pl_module, trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """The network after the first steps."""
+        if trainer.global_step in EARLY:
+            self.measure(pl_module, trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The network after this epoch."""
-        if self.due(trainer):
-            self.measure(pl_module, trainer.current_epoch + 1)
+        if self.due(trainer) and trainer.global_step not in self.tokens:
+            self.measure(pl_module, trainer)
 
-    def measure(self, model: LightningModule, epoch: int) -> None:
+    def measure(self, model: LightningModule, trainer: Trainer) -> None:
         """One more pass over both texts."""
+        step = trainer.global_step
         model.eval()
         metric, loss, correct = per_token(model, self.train)
         held_out, held_out_loss, held_out_correct = per_token(model, self.validation)
@@ -70,9 +76,9 @@ class TokenStatistics(Callback):
         kept = (counts >= LEAST).nonzero().flatten()
         tight = variability(*(part[kept] for part in (counts, metric.means, metric.spread)))
         columns = (kept, counts[kept], self.preceding[kept.cpu()], tight, (correct / counts)[kept])
-        self.tokens[epoch] = [
+        self.tokens[step] = [
             {
-                "epoch": epoch,
+                "step": step,
                 "token": self.vocabulary[k],
                 "count": int(n),
                 "preceding": p,
@@ -82,14 +88,14 @@ class TokenStatistics(Callback):
             for k, n, p, v, a in zip(*(column.tolist() for column in columns), strict=True)
         ]
         row = {
-            "epoch": epoch,
+            "step": step,
             "loss": loss.sum() / counts.sum(),
             "val_loss": held_out_loss.sum() / held_out.counts.sum(),
             "accuracy": correct.sum() / counts.sum(),
             "val_accuracy": held_out_correct.sum() / held_out.counts.sum(),
             **uniformity(metric.means[seen], model.head.weight.detach()[seen].to(metric.means)),
         }
-        self.epochs.append({key: value if key == "epoch" else float(value) for key, value in row.items()})
+        self.rows.append({key: value if key == "step" else float(value) for key, value in row.items()})
 
 
 @torch.no_grad()
@@ -148,27 +154,27 @@ def preceding(inputs: Tensor, labels: Tensor, classes: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def report(statistics: TokenStatistics, history: Iterable[Mapping[str, Any]], width: int, out: Path) -> None:
+def report(statistics: TokenStatistics, history: Sequence[Mapping[str, Any]], width: int, out: Path) -> None:
     """Write metrics.csv, tokens.csv and both figures to ``out``, and print what they show.
 
     Args:
         statistics: what was measured of each token.
-        history: the rows of ``NeuralCollapseCallback``; the untrained network has epoch -1.
+        history: the rows of ``NeuralCollapseCallback``.
         width: d, the number of features.
         out: an existing directory.
     """
-    rows = [dict(row) for row in statistics.epochs]
+    rows = [dict(row) for row in statistics.rows]
+    keys = dict.fromkeys(key for row in history for key in row if key.startswith("nc/"))
     for row in rows:
-        for measured in history:
-            if measured["epoch"] + 1 == row["epoch"]:
-                row |= {key: value for key, value in measured.items() if key.startswith("nc/")}
+        measured = {key: value for other in history if other["step"] == row["step"] for key, value in other.items()}
+        row |= {key: measured.get(key, math.nan) for key in keys}
     files = [out / name for name in ("metrics.csv", "tokens.csv", "metrics.png", "tokens.png")]
     write_rows(files[0], rows)
     write_rows(files[1], [row for table in statistics.tokens.values() for row in table])
     draw_metrics(rows, len(statistics.vocabulary), width).savefig(files[2], dpi=110)
     draw_tokens(statistics.tokens).savefig(files[3], dpi=110)
     print_table(rows)
-    print_table([{"epoch": epoch} | correlations(statistics.tokens, epoch) for epoch in statistics.tokens])
+    print_table([{"step": step} | correlations(statistics.tokens, step) for step in statistics.tokens])
     print_tokens(statistics.tokens)
     print("files: " + ", ".join(map(str, files)))
 
@@ -183,33 +189,33 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 def print_table(rows: Rows) -> None:
     """A line per quantity, a column per measurement."""
-    print(f"{'epochs':24}" + "".join(f"{row['epoch']:>8}" for row in rows))
+    print(f"{'steps':22}" + "".join(f"{row['step']:>7}" for row in rows))
     for key in list(rows[0])[1:]:
-        print(f"{key:24}" + "".join(f"{row[key]:8.3f}" for row in rows))
+        print(f"{key:22}" + "".join(f"{row[key]:7.3f}" for row in rows))
     print()
 
 
-def correlations(tables: Mapping[int, Rows], epoch: int) -> dict[str, float]:
+def correlations(tables: Mapping[int, Rows], step: int) -> dict[str, float]:
     """The median variability, and Spearman's rank correlations over the tokens.
 
     Of the variability with the count, with ``preceding``, and with the count at equal ``preceding`` (partial correlation); last,
     of the count with what is left of the variability of the untrained network.
     """
     names = ("variability", "count", "preceding")
-    (_, vc, vp), (_, _, cp), _ = spearmanr([[row[name] for name in names] for row in tables[epoch]]).statistic
-    counts = [row["count"] for row in tables[epoch]]
+    (_, vc, vp), (_, _, cp), _ = spearmanr([[row[name] for name in names] for row in tables[step]]).statistic
+    counts = [row["count"] for row in tables[step]]
     return {
-        "median variability": median(row["variability"] for row in tables[epoch]),
+        "median variability": median(row["variability"] for row in tables[step]),
         "with count": vc,
         "with preceding": vp,
         "count | preceding": (vc - vp * cp) / math.sqrt((1 - vp**2) * (1 - cp**2)),
-        "left, with count": float(spearmanr(left(tables, epoch), counts).statistic) if epoch else math.nan,
+        "left, with count": float(spearmanr(left(tables, step), counts).statistic) if step else math.nan,
     }
 
 
-def left(tables: Mapping[int, Rows], epoch: int) -> list[float]:
+def left(tables: Mapping[int, Rows], step: int) -> list[float]:
     """What is left of the variability that each token has in the untrained network."""
-    return [row["variability"] / before["variability"] for row, before in zip(tables[epoch], tables[0], strict=True)]
+    return [row["variability"] / before["variability"] for row, before in zip(tables[step], tables[0], strict=True)]
 
 
 def median(values: Iterable[float]) -> float:
@@ -219,9 +225,9 @@ def median(values: Iterable[float]) -> float:
 
 def print_tokens(tables: Mapping[int, Rows]) -> None:
     """The tokens with the smallest and largest variability at the first, middle and last measurement."""
-    for epoch in three(tables):
-        ordered = sorted(tables[epoch], key=lambda row: row["variability"])
-        print(f"after epoch {epoch}" if epoch else "untrained")
+    for step in three(tables):
+        ordered = sorted(tables[step], key=lambda row: row["variability"])
+        print(f"after step {step}" if step else "untrained")
         for name, some in (("smallest", ordered[:10]), ("largest", ordered[:-11:-1])):
             print(f"  {name:10}" + ", ".join(f"{visible(row['token'])} {row['variability']:.2f}" for row in some))
     print()
@@ -229,8 +235,8 @@ def print_tokens(tables: Mapping[int, Rows]) -> None:
 
 def three(tables: Mapping[int, Rows]) -> list[int]:
     """The first, middle and last measurement."""
-    epochs = list(tables)
-    return list(dict.fromkeys((epochs[0], epochs[len(epochs) // 2], epochs[-1])))
+    steps = list(tables)
+    return list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
 
 
 def visible(token: str) -> str:
@@ -242,7 +248,7 @@ def visible(token: str) -> str:
 
 
 def draw_metrics(rows: Rows, classes: int, width: int) -> Figure:
-    """Loss, accuracy, NC1, NC2, GNC2 and NC3 over the epochs; training text solid, held-out text dashed."""
+    """Loss, accuracy, NC1, NC2, GNC2 and NC3 over the steps; training text solid, held-out text dashed."""
     lowest = -math.log(2 * classes / (classes - 1)) / 2
     rows = [{"gnc2_log minus its minimum": row["gnc2_log"] - lowest} | row for row in rows]
     panels = {
@@ -261,14 +267,8 @@ def draw_metrics(rows: Rows, classes: int, width: int) -> Figure:
     figure = Figure(figsize=(11, 6.6), layout="constrained")
     axes = dict(zip(panels, figure.subplots(2, 3).ravel(), strict=True))
     for (title, curves), axis in zip(panels.items(), axes.values(), strict=True):
-        for color, (solid, dashed) in zip(COLORS, curves.items(), strict=False):
-            for key, style in ((solid, "-"), (dashed, "--")):
-                if key is not None:
-                    label = key.removeprefix("nc/") if key == solid else None
-                    axis.plot(
-                        [row["epoch"] for row in rows], [row[key] for row in rows], style, color=color, label=label
-                    )
-        finish(axis, title, rows)
+        draw_curves(axis, curves, rows)
+        finish(axis, title, rows[-1]["step"])
         axis.set_ylim(bottom=0)
     # Behind a LayerNorm the class means span d - 1 dimensions; the cosine with E is at most sqrt(rank / (K - 1)).
     smallest = math.sqrt(2 - 2 * math.sqrt(min((width - 1) / (classes - 1), 1)))
@@ -279,15 +279,23 @@ def draw_metrics(rows: Rows, classes: int, width: int) -> Figure:
     return figure
 
 
-def finish(axis: Axes, title: str, rows: Rows) -> None:
-    """Title, legend, and an axis of epochs that is logarithmic from 1 on."""
-    last = rows[-1]["epoch"]
+def draw_curves(axis: Axes, curves: Mapping[str, str | None], rows: Rows) -> None:
+    """A solid curve for each key, and a dashed one of the same color for the key of the held-out text."""
+    for color, (solid, dashed) in zip(COLORS, curves.items(), strict=False):
+        for key, style in ((solid, "-"), (dashed, "--")):
+            points = [(row["step"], row[key]) for row in rows if key and not math.isnan(row[key])]
+            label = solid.removeprefix("nc/") if key == solid else None
+            axis.plot(*numpy.reshape(points, (-1, 2)).T, style, color=color, label=label)
+
+
+def finish(axis: Axes, title: str, last: int) -> None:
+    """Title, legend, and an axis of steps that is logarithmic from ``EARLY`` on."""
+    ticks = sorted({0, *(tick for tick in (10, 100, 1000, 10_000) if tick < last / 1.5), last})
     axis.set_title(title, fontsize=10)
-    axis.set_xlabel("epochs")
-    axis.set_xscale("symlog", linthresh=1)
-    axis.set_xticks(
-        ticks := sorted({tick for tick in (0, 1, 2, 5, 10, 20, 50, 100) if tick < 0.8 * last} | {last}), map(str, ticks)
-    )
+    axis.set_xlabel("optimizer steps")
+    axis.set_xscale("symlog", linthresh=EARLY[0])
+    axis.set_xlim(0, last)
+    axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, framealpha=0.8)
@@ -298,19 +306,19 @@ def draw_tokens(tables: Mapping[int, Rows]) -> Figure:
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     *scatters, curves = figure.subplots(2, 2).ravel()
     named = tokens_to_name(tables[three(tables)[-1]])
-    for axis, epoch in zip(scatters, three(tables), strict=False):
+    for axis, step in zip(scatters, three(tables), strict=False):
         axis.sharey(scatters[0])
-        points = draw_scatter(axis, tables[epoch], named)
-        axis.set_title(f"after epoch {epoch}" if epoch else "untrained", fontsize=10)
+        points = draw_scatter(axis, tables[step], named)
+        axis.set_title(f"after step {step}" if step else "untrained", fontsize=10)
     figure.colorbar(points, ax=scatters[1], label="different tokens right before it (perplexity)")
     order = numpy.argsort([row["count"] for row in tables[0]], kind="stable")
     for place, group in enumerate(numpy.array_split(order, GROUPS)):
-        values = [median(numpy.array(left(tables, epoch))[group]) for epoch in tables]
+        values = [median(numpy.array(left(tables, step))[group]) for step in tables]
         label = f"{tables[0][group[0]]['count']} to {tables[0][group[-1]]['count']} samples"
         curves.plot(list(tables), values, color=f"{0.75 - 0.75 * place / (GROUPS - 1):.2f}", label=label)
     curves.set_yscale("log")
-    curves.set_ylabel("median of variability / that of the untrained network")
-    finish(curves, "what is left, by frequency", [{"epoch": epoch} for epoch in tables])
+    curves.set_ylabel("variability / that of the untrained network")
+    finish(curves, "median of what is left, by frequency", list(tables)[-1])
     return figure
 
 

@@ -29,6 +29,11 @@ def tiny(classes, **options):
     return language_model.GPT(classes, Namespace(**settings | options)).eval()
 
 
+def fit(model, loader, callbacks, max_epochs):
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    Trainer(max_epochs=max_epochs, enable_model_summary=False, callbacks=callbacks, **options).fit(model, loader)
+
+
 def rows_of(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -111,6 +116,19 @@ def test_statistics_of_each_token_are_those_of_all_its_positions():
         assert correct[k] == (logits.argmax(axis=1) == target)[target == k].sum()
 
 
+def test_training_is_bit_for_bit_the_same_with_and_without_the_statistics_of_tokens():
+    train, validation = (language_model.blocks(torch.arange(size) ** 2 % 5, 6) for size in (400, 60))
+    statistics = language_model_report.TokenStatistics("abcde", train, validation, lambda trainer: True)
+    weights = []
+    for callbacks in ([], [statistics]):
+        torch.manual_seed(0)
+        model = tiny(5).train()
+        fit(model, DataLoader(train, 8, shuffle=True), callbacks, max_epochs=3)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert list(statistics.tokens) == [0, 9, 10, 18, 20, 27]
+    assert torch.equal(*weights)
+
+
 def test_variability_does_not_depend_on_how_often_a_token_occurs():
     """Gaussian classes of known scatter and distance, with 3 to 300 samples each: the truth on average, at every size."""
     generator = numpy.random.default_rng(0)
@@ -156,7 +174,27 @@ def test_uniformity_is_that_of_all_pairs_one_by_one():
     assert values == pytest.approx({"gnc2_log": numpy.mean(pairs), "nc3_uniform": numpy.std(cosines)})
 
 
+def test_the_partial_correlation_is_that_of_the_ranks_after_regression_on_the_control():
+    generator = numpy.random.default_rng(2)
+    control = generator.normal(size=60)
+    columns = {"variability": control + generator.normal(size=60), "count": control + generator.normal(size=60)}
+    columns["preceding"] = control
+    table = [{name: float(column[k]) for name, column in columns.items()} for k in range(60)]
+    ranks = {name: numpy.argsort(numpy.argsort(column)) for name, column in columns.items()}
+    design = numpy.stack([numpy.ones(60), ranks["preceding"]], axis=1)
+    rests = [ranks[name] - design @ numpy.linalg.lstsq(design, ranks[name])[0] for name in ("variability", "count")]
+    values = language_model_report.correlations({0: table}, 0)
+    assert values["with count"] == pytest.approx(numpy.corrcoef(ranks["variability"], ranks["count"])[0, 1])
+    assert values["count | preceding"] == pytest.approx(numpy.corrcoef(*rests)[0, 1])
+
+
 # ----------------------------------------------------------------------------------------------------------- the command
+
+
+def help_tokens():
+    """The tokens of the run below, and the different ones."""
+    tokens = language_model.tokenize(language_model.read_text(None), 150)[:4000]
+    return tokens, set(tokens)
 
 
 @pytest.fixture(scope="module")
@@ -170,29 +208,38 @@ def run(tmp_path_factory):
 
 def test_the_command_writes_its_tables_and_figures(run):
     measured = rows_of(run / "metrics.csv")
-    assert [row["epoch"] for row in measured] == ["1", "2", "3"]
-    assert all(math.isfinite(float(value)) for row in measured for value in row.values())
-    assert float(measured[-1]["train_loss"]) < float(measured[0]["train_loss"])
+    assert [row["step"] for row in measured] == ["0", "7", "10", "14", "20", "21"]
+    between = [row for row in measured if row["step"] in ("10", "20")]  # the callback measures at the end of an epoch
+    for row in measured:
+        assert all(math.isfinite(float(value)) for key, value in row.items() if not key.startswith("nc/"))
+        assert all(math.isnan(float(row[key])) == (row in between) for key in row if key.startswith("nc/"))
+    # An untrained network guesses: the loss is that of equal probabilities.
+    assert float(measured[0]["loss"]) == pytest.approx(math.log(len(help_tokens()[1])), rel=0.02)
+    assert float(measured[-1]["loss"]) < float(measured[0]["loss"]) - 0.2
     for name in ("metrics.png", "tokens.png"):
         assert (run / name).stat().st_size > 20_000
 
 
 def test_the_table_of_tokens_has_every_token_that_is_frequent_enough(run):
-    tokens = language_model.tokenize(language_model.read_text(None), 150)[:4000]
-    cut = (4000 - 400 - 1) // 32 * 32
-    counts = Counter(tokens[1 : cut + 1])
-    table = [row for row in rows_of(run / "tokens.csv") if row["epoch"] == "3"]
+    tokens = help_tokens()[0]
+    positions = (4000 - 400 - 1) // 32 * 32
+    counts = Counter(tokens[1 : positions + 1])
     frequent = {token: n for token, n in counts.items() if n >= language_model_report.LEAST}
-    assert {row["token"]: int(row["count"]) for row in table} == frequent
-    assert all(float(row["variability"]) > 0 and 0 <= float(row["accuracy"]) <= 1 for row in table)
+    for step in ("0", "7", "10", "14", "20", "21"):
+        table = [row for row in rows_of(run / "tokens.csv") if row["step"] == step]
+        assert {row["token"]: int(row["count"]) for row in table} == frequent
+        assert all(float(row["variability"]) > 0 and 0 <= float(row["accuracy"]) <= 1 for row in table)
+    for row in table:
+        before = Counter(tokens[at] for at in range(positions) if tokens[at + 1] == row["token"])
+        shares = numpy.array(list(before.values())) / before.total()
+        assert float(row["preceding"]) == pytest.approx(numpy.prod(shares**-shares))
 
 
 def test_the_callback_measures_every_position_of_the_training_text():
     torch.manual_seed(0)
     model, data = tiny(5), language_model.blocks(torch.randint(5, (400,)), 6)
     callback = NeuralCollapseCallback(metrics=language_model.METRICS)
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    Trainer(max_epochs=1, enable_model_summary=False, callbacks=[callback], **options).fit(model.train(), DataLoader(data, 8))
+    fit(model.train(), DataLoader(data, 8), [callback], max_epochs=1)
     with torch.no_grad():
         features = model.double().features(data.tensors[0]).flatten(0, 1).numpy()
     expected = all_metrics(features, data.tensors[1].flatten().numpy(), model.head.weight.detach().numpy(), 0)
