@@ -21,7 +21,7 @@ from lightning_nc import NeuralCollapse
 
 LEAST = 10  # the scatter of tokens with fewer samples is too uncertain
 GROUPS = 5  # groups of tokens by frequency
-EARLY = (10, 20, 50)  # most happens in the first epoch: optimizer steps that are measured too
+EARLY = (10, 20, 30, 40, 50, 70)  # most happens in the first epoch: optimizer steps that are measured too
 COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 Rows = list[dict[str, Any]]
@@ -174,8 +174,13 @@ def report(statistics: TokenStatistics, history: Sequence[Mapping[str, Any]], wi
     draw_metrics(rows, len(statistics.vocabulary), width).savefig(files[2], dpi=110)
     draw_tokens(statistics.tokens).savefig(files[3], dpi=110)
     print_table(rows)
-    print_table([{"step": step} | correlations(statistics.tokens, step) for step in statistics.tokens])
-    print_tokens(statistics.tokens)
+    tables = statistics.tokens
+    print("variability of the tokens: median, and rank correlation with")
+    variabilities = {step: [row["variability"] for row in table] for step, table in tables.items()}
+    print_table([{"step": step} | correlations(variabilities[step], tables[step]) for step in tables])
+    print("what is left of it: median, and rank correlation with")
+    print_table([{"step": step} | correlations(left(tables, step), tables[step]) for step in list(tables)[1:]])
+    print_tokens(tables)
     print("files: " + ", ".join(map(str, files)))
 
 
@@ -188,29 +193,22 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def print_table(rows: Rows) -> None:
-    """A line per quantity, a column per measurement."""
-    print(f"{'steps':22}" + "".join(f"{row['step']:>7}" for row in rows))
+    """A line per quantity, a column per measurement; empty where the callback has not measured."""
+    print(f"{'steps':23}" + "".join(f"{row['step']:>7}" for row in rows))
     for key in list(rows[0])[1:]:
-        print(f"{key:22}" + "".join(f"{row[key]:7.3f}" for row in rows))
+        print(f"{key:23}" + "".join(" " * 7 if math.isnan(row[key]) else f"{row[key]:7.3f}" for row in rows))
     print()
 
 
-def correlations(tables: Mapping[int, Rows], step: int) -> dict[str, float]:
-    """The median variability, and Spearman's rank correlations over the tokens.
+def correlations(values: Sequence[float], table: Rows) -> dict[str, float]:
+    """The median of a value of each token, and its rank correlations over the tokens.
 
-    Of the variability with the count, with ``preceding``, and with the count at equal ``preceding`` (partial correlation); last,
-    of the count with what is left of the variability of the untrained network.
+    With the count, with ``preceding``, and with the count at equal ``preceding`` (partial correlation).
     """
-    names = ("variability", "count", "preceding")
-    (_, vc, vp), (_, _, cp), _ = spearmanr([[row[name] for name in names] for row in tables[step]]).statistic
-    counts = [row["count"] for row in tables[step]]
-    return {
-        "median variability": median(row["variability"] for row in tables[step]),
-        "with count": vc,
-        "with preceding": vp,
-        "count | preceding": (vc - vp * cp) / math.sqrt((1 - vp**2) * (1 - cp**2)),
-        "left, with count": float(spearmanr(left(tables, step), counts).statistic) if step else math.nan,
-    }
+    columns = [(value, row["count"], row["preceding"]) for value, row in zip(values, table, strict=True)]
+    (_, count, before), (_, _, both), _ = spearmanr(columns).statistic
+    partial = (count - before * both) / math.sqrt((1 - before**2) * (1 - both**2))
+    return {"median": median(values), "count": count, "preceding": before, "count | preceding": partial}
 
 
 def left(tables: Mapping[int, Rows], step: int) -> list[float]:
@@ -224,19 +222,22 @@ def median(values: Iterable[float]) -> float:
 
 
 def print_tokens(tables: Mapping[int, Rows]) -> None:
-    """The tokens with the smallest and largest variability at the first, middle and last measurement."""
+    """The tokens with the smallest and largest variability, and with the least left of it, at three measurements."""
     for step in three(tables):
-        ordered = sorted(tables[step], key=lambda row: row["variability"])
         print(f"after step {step}" if step else "untrained")
-        for name, some in (("smallest", ordered[:10]), ("largest", ordered[:-11:-1])):
-            print(f"  {name:10}" + ", ".join(f"{visible(row['token'])} {row['variability']:.2f}" for row in some))
+        rows = [row | {"left": share} for row, share in zip(tables[step], left(tables, step), strict=True)]
+        for key in ("variability", "left") if step else ("variability",):
+            ordered = [f"{visible(row['token'])} {row[key]:.2f}" for row in sorted(rows, key=lambda row: row[key])]
+            print(f"  {key + ', smallest:':24}" + ", ".join(ordered[:12]))
+            print(f"  {key + ', largest:':24}" + ", ".join(ordered[:-13:-1]))
     print()
 
 
 def three(tables: Mapping[int, Rows]) -> list[int]:
-    """The first, middle and last measurement."""
-    steps = list(tables)
-    return list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
+    """The first measurement, the first at which the median token has less than half of its variability left, and the last."""
+    first, *later = tables
+    half = next((step for step in later if median(left(tables, step)) < 0.5), later[len(later) // 2])
+    return list(dict.fromkeys((first, half, later[-1])))
 
 
 def visible(token: str) -> str:
@@ -285,12 +286,12 @@ def draw_curves(axis: Axes, curves: Mapping[str, str | None], rows: Rows) -> Non
         for key, style in ((solid, "-"), (dashed, "--")):
             points = [(row["step"], row[key]) for row in rows if key and not math.isnan(row[key])]
             label = solid.removeprefix("nc/") if key == solid else None
-            axis.plot(*numpy.reshape(points, (-1, 2)).T, style, color=color, label=label)
+            axis.plot(*numpy.reshape(points, (-1, 2)).T, style, marker=".", color=color, label=label)
 
 
 def finish(axis: Axes, title: str, last: int) -> None:
     """Title, legend, and an axis of steps that is logarithmic from ``EARLY`` on."""
-    ticks = sorted({0, *(tick for tick in (10, 100, 1000, 10_000) if tick < last / 1.5), last})
+    ticks = sorted({0, *(tick for tick in (10, 100, 1000, 10_000) if tick < last / 3), last})
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("optimizer steps")
     axis.set_xscale("symlog", linthresh=EARLY[0])
@@ -305,7 +306,7 @@ def draw_tokens(tables: Mapping[int, Rows]) -> Figure:
     """Variability against frequency at three measurements, and what is left of it by frequency at all of them."""
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     *scatters, curves = figure.subplots(2, 2).ravel()
-    named = tokens_to_name(tables[three(tables)[-1]])
+    named = tokens_to_name(tables)
     for axis, step in zip(scatters, three(tables), strict=False):
         axis.sharey(scatters[0])
         points = draw_scatter(axis, tables[step], named)
@@ -315,7 +316,7 @@ def draw_tokens(tables: Mapping[int, Rows]) -> Figure:
     for place, group in enumerate(numpy.array_split(order, GROUPS)):
         values = [median(numpy.array(left(tables, step))[group]) for step in tables]
         label = f"{tables[0][group[0]]['count']} to {tables[0][group[-1]]['count']} samples"
-        curves.plot(list(tables), values, color=f"{0.75 - 0.75 * place / (GROUPS - 1):.2f}", label=label)
+        curves.plot(list(tables), values, marker=".", color=f"{0.75 - 0.75 * place / (GROUPS - 1):.2f}", label=label)
     curves.set_yscale("log")
     curves.set_ylabel("variability / that of the untrained network")
     finish(curves, "median of what is left, by frequency", list(tables)[-1])
@@ -339,10 +340,10 @@ def draw_scatter(axis: Axes, table: Rows, named: Sequence[str]) -> Any:
     return points
 
 
-def tokens_to_name(table: Rows) -> list[str]:
-    """The tokens with the smallest and the largest variability in each of three ranges of frequency."""
-    logs = numpy.log([row["count"] for row in table])
+def tokens_to_name(tables: Mapping[int, Rows]) -> list[str]:
+    """The tokens that have lost most and least of their variability half way, in each of three ranges of frequency."""
+    shares = left(tables, three(tables)[1])
+    logs = numpy.log([row["count"] for row in tables[0]])
     ranges = numpy.digitize(logs, numpy.linspace(logs.min(), logs.max(), 4)[1:-1])
-    ordered = sorted(zip(ranges, table, strict=True), key=lambda pair: pair[1]["variability"])
-    groups = ([row["token"] for at, row in ordered if at == place] for place in range(3))
-    return [token for group in groups for token in group[:1] + group[-1:]]
+    groups = ([k for k in numpy.argsort(shares) if ranges[k] == place] for place in range(3))
+    return [tables[0][k]["token"] for group in groups for k in group[:1] + group[-1:]]

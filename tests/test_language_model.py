@@ -179,12 +179,12 @@ def test_the_partial_correlation_is_that_of_the_ranks_after_regression_on_the_co
     control = generator.normal(size=60)
     columns = {"variability": control + generator.normal(size=60), "count": control + generator.normal(size=60)}
     columns["preceding"] = control
-    table = [{name: float(column[k]) for name, column in columns.items()} for k in range(60)]
+    table = [{"count": columns["count"][k], "preceding": control[k]} for k in range(60)]
     ranks = {name: numpy.argsort(numpy.argsort(column)) for name, column in columns.items()}
     design = numpy.stack([numpy.ones(60), ranks["preceding"]], axis=1)
     rests = [ranks[name] - design @ numpy.linalg.lstsq(design, ranks[name])[0] for name in ("variability", "count")]
-    values = language_model_report.correlations({0: table}, 0)
-    assert values["with count"] == pytest.approx(numpy.corrcoef(ranks["variability"], ranks["count"])[0, 1])
+    values = language_model_report.correlations(columns["variability"].tolist(), table)
+    assert values["count"] == pytest.approx(numpy.corrcoef(ranks["variability"], ranks["count"])[0, 1])
     assert values["count | preceding"] == pytest.approx(numpy.corrcoef(*rests)[0, 1])
 
 
