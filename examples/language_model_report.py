@@ -43,6 +43,10 @@ class TokenStatistics(Callback):
     def __init__(
         self, vocabulary: Sequence[str], train: TensorDataset, validation: TensorDataset, due: Callable[[Trainer], bool]
     ) -> None:
+        if (enough := int((train.tensors[1].flatten().bincount() >= LEAST).sum())) < GROUPS:
+            raise ValueError(
+                f"only {enough} tokens occur {LEAST} times, at least {GROUPS} must; use more text or a smaller --vocabulary"
+            )
         self.vocabulary, self.due = vocabulary, due
         # With a generator of its own a DataLoader draws no random number of the training's.
         loaders = (DataLoader(data, 64, generator=torch.Generator()) for data in (train, validation))
@@ -251,7 +255,7 @@ def visible(token: str) -> str:
 def draw_metrics(rows: Rows, classes: int, width: int) -> Figure:
     """Loss, accuracy, NC1, NC2, GNC2 and NC3 over the steps; training text solid, held-out text dashed."""
     lowest = -math.log(2 * classes / (classes - 1)) / 2
-    rows = [{"gnc2_log minus its minimum": row["gnc2_log"] - lowest} | row for row in rows]
+    rows = [{"gnc2_gap": row["gnc2_log"] - lowest} | row for row in rows]
     panels = {
         "cross-entropy": {"loss": "val_loss"},
         "accuracy": {"accuracy": "val_accuracy"},
@@ -259,7 +263,7 @@ def draw_metrics(rows: Rows, classes: int, width: int) -> Figure:
         "NC2, frame of the class means": {
             f"nc/{name}": f"nc/val/{name}" for name in ("nc2_etf_centered", "nc2_equinorm", "nc2_equiangular")
         },
-        "GNC2, uniformity of the class means": {"gnc2_log minus its minimum": None},
+        "GNC2, gnc2_log minus its minimum": {"gnc2_gap": None},
         "NC3, weight and class means": {
             **{f"nc/{name}": f"nc/val/{name}" for name in ("nc3_centered", "nc3_cosine")},
             "nc3_uniform": None,
@@ -290,7 +294,7 @@ def draw_curves(axis: Axes, curves: Mapping[str, str | None], rows: Rows) -> Non
 
 
 def finish(axis: Axes, title: str, last: int) -> None:
-    """Title, legend, and an axis of steps that is logarithmic from ``EARLY`` on."""
+    """Title, legend of several curves, and an axis of steps that is logarithmic from ``EARLY`` on."""
     ticks = sorted({0, *(tick for tick in (10, 100, 1000, 10_000) if tick < last / 3), last})
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("optimizer steps")
@@ -299,7 +303,8 @@ def finish(axis: Axes, title: str, last: int) -> None:
     axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, framealpha=0.8)
+    if len(axis.get_legend_handles_labels()[0]) > 1:
+        axis.legend(fontsize=8, framealpha=0.8)
 
 
 def draw_tokens(tables: Mapping[int, Rows]) -> Figure:
@@ -326,12 +331,13 @@ def draw_tokens(tables: Mapping[int, Rows]) -> Figure:
 def draw_scatter(axis: Axes, table: Rows, named: Sequence[str]) -> Any:
     """A point per token, with the names of some; returns the points."""
     counts, values, colors = ([row[name] for row in table] for name in ("count", "variability", "preceding"))
-    points = axis.scatter(counts, values, c=colors, s=14, cmap="viridis", norm=LogNorm(1, max(colors)), alpha=0.8)
+    points = axis.scatter(counts, values, c=colors, s=14, cmap="viridis", norm=LogNorm(1, max(2, *colors)), alpha=0.8)
     for row in (row for row in table if row["token"] in named):
         text, at = visible(row["token"]).replace("$", r"\$"), (row["count"], row["variability"])
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "0.5", "alpha": 0.85, "linewidth": 0.5}
         axis.plot(*at, "o", markersize=7, markerfacecolor="none", markeredgecolor="black")
-        axis.annotate(text, at, (6, 6), textcoords="offset points", fontsize=9, bbox=box)
+        offset = (6, 6 if named.index(row["token"]) % 2 else -15)  # the one that has lost most stands below
+        axis.annotate(text, at, offset, textcoords="offset points", fontsize=9, bbox=box)
     axis.axhline(1, color="0.5", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_yscale("log")

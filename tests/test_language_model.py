@@ -251,3 +251,10 @@ def test_a_width_that_the_heads_do_not_divide_is_an_error(capsys):
     with pytest.raises(SystemExit):
         language_model.main(["--width", "10", "--heads", "4"])
     assert "multiple of --heads" in capsys.readouterr().err
+
+
+def test_a_text_with_too_few_frequent_tokens_is_an_error_before_the_training(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 4, encoding="utf-8")
+    options = f"--text {tmp_path / 'text.txt'} --context 4 --vocabulary 200 --out {tmp_path}"
+    with pytest.raises(ValueError, match="use more text or a smaller --vocabulary"):
+        language_model.main(options.split())
