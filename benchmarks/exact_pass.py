@@ -10,8 +10,10 @@ import time
 
 import torch
 import torchvision
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 from lightning_nc import measure
 
@@ -58,6 +60,34 @@ def cost(layers: list[str] | None = None, count: int = 1024, repeats: int = 5) -
     )
 
 
+def tokens(few: int = 2, many: int = 10, length: int = 1024, repeats: int = 3) -> None:
+    """Time of a pass over the tokens of a GPT-2, every token a sample, and of the bare forward pass, taking turns.
+
+    Two passes of different lengths tell the cost of a token from what is paid once: the trial, ``compute`` and the like.
+    """
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+    batches = [{"input_ids": torch.randint(model.config.vocab_size, (1, length))} for _ in range(many)]
+    times: dict[int, list[tuple[float, float]]] = {few: [], many: []}
+    for count in tqdm([few, *[few, many] * repeats], "passes over GPT-2"):
+        start = time.perf_counter()
+        with torch.no_grad():
+            for batch in batches[:count]:
+                model(**batch)
+        middle = time.perf_counter()
+        measure(model, batches[:count], target_fn="next_token", progress=False)
+        times[count].append((middle - start, time.perf_counter() - middle))
+    pairs = list(zip(times[few][1:], times[many], strict=True))  # the first pass warms up
+    bare = [(long[0] - short[0]) / (many - few) for short, long in pairs]
+    ours = [(long[1] - short[1]) / (many - few) for short, long in pairs]
+    once = sorted(long[1] - many * each for (_, long), each in zip(pairs, ours, strict=True))[repeats // 2]
+    ratios, forward = sorted(mine / each for mine, each in zip(ours, bare, strict=True)), sorted(bare)[repeats // 2]
+    print(
+        f"exact pass of GPT-2 (K = 50,257, d = 768), every token a sample: {ratios[repeats // 2]:.3f} times the bare forward "
+        f"pass ({forward:.2f} s for {length} tokens); between {ratios[0]:.3f} and {ratios[-1]:.3f}; besides {once:.1f} s once, "
+        f"which is {once / forward / 128:.3f} of the forward pass over {128 * length:,} tokens"
+    )
+
+
 def peak(batches: int) -> int:
     """Peak resident memory in MiB of a fresh process that measures a small model over that many generated batches."""
     program = f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import exact_pass; exact_pass.stream({batches})"
@@ -77,3 +107,4 @@ if __name__ == "__main__":
     print(f"peak memory over 5,120 and 512,000 samples: {few} and {many} MiB: {many / few:.2f}")
     cost()
     cost(["layer1", "layer2", "layer3", "layer4"])
+    tokens()

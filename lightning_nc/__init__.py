@@ -1,9 +1,11 @@
 """Measure neural collapse: torchmetrics metrics, plain functions and a Lightning callback."""
 
-from lightning_nc.callback import NeuralCollapseCallback, log_spaced
+from lightning_nc.callback import NeuralCollapseCallback
+from lightning_nc.history import History
 from lightning_nc.measuring.evaluation import measure
 from lightning_nc.metrics import NC1, NC2, NC3, NC4, NeuralCollapse
+from lightning_nc.schedule import log_spaced
 
-__all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse", "NeuralCollapseCallback", "log_spaced", "measure"]
+__all__ = ["NC1", "NC2", "NC3", "NC4", "History", "NeuralCollapse", "NeuralCollapseCallback", "log_spaced", "measure"]
 
 __version__ = "0.1.0"

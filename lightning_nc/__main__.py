@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plot(paths: Sequence[Path], out: Path, num_classes: int | None) -> None:
+    from lightning_nc.history import History
     from lightning_nc.plotting import plot_runs
-    from lightning_nc.runs import find_log, read_run
+    from lightning_nc.runs import find_log
 
     logs: dict[Path, Path] = {}
     for path in paths:
@@ -42,7 +43,7 @@ def _plot(paths: Sequence[Path], out: Path, num_classes: int | None) -> None:
             if log.samefile(known):
                 raise ValueError(f"{other} and {path} are the same run; pass each run once")
         logs[path] = log
-    runs = {str(path): read_run(log) for path, log in logs.items()}
+    runs = {str(path): History.read(log) for path, log in logs.items()}
     if out.is_dir():
         out = out / "neural_collapse.png"
     elif not out.suffix:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nc.functional import check_metrics
-from lightning_nc.keys import STAGES
+from lightning_nc.history import History
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.evaluation import Collector
@@ -24,6 +24,7 @@ from lightning_nc.measuring.loaders import check_loader
 from lightning_nc.measuring.loops import RunningLoops, is_ready
 from lightning_nc.measuring.probe import Probe
 from lightning_nc.measuring.snapshot import fingerprint
+from lightning_nc.schedule import check_schedule, is_due
 from lightning_nc.trainers import (
     attach,
     has_other_weights,
@@ -41,31 +42,12 @@ from lightning_nc.trainers import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NeuralCollapseCallback", "log_spaced"]
+__all__ = ["NeuralCollapseCallback"]
 
-
-def log_spaced(per_decade: int = 10) -> Callable[[int], bool]:
-    """A schedule for ``every_n_epochs``: about ``per_decade`` measurements while the number of epochs grows tenfold.
-
-    Collapse is slow and is drawn on log axes. With 10 per decade it measures after 1, 2, 3, 4, 6, 7, 8, 10, 13, 16, 20, ...
-    epochs.
-
-    Raises:
-        ValueError: if ``per_decade`` is not a positive integer.
-
-    Example:
-        >>> from lightning_nc import log_spaced
-        >>> [epoch + 1 for epoch in range(100) if log_spaced(4)(epoch)]
-        [1, 2, 4, 6, 10, 18, 32, 57, 100]
-    """
-    if not isinstance(per_decade, int) or per_decade < 1:
-        raise ValueError(f"per_decade must be a positive integer, got {per_decade!r}")
-    return partial(_is_log_spaced, per_decade)
-
-
-def _is_log_spaced(per_decade: int, epoch: int) -> bool:
-    power = math.floor(per_decade * math.log10(epoch + 1) + 1e-9)
-    return math.ceil(10 ** (power / per_decade) - 1e-9) == epoch + 1
+_NO_VALIDATION = (
+    "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give the Trainer "
+    "validation data and the module a validation_step"
+)
 
 
 class NeuralCollapseCallback(Callback):
@@ -99,6 +81,7 @@ class NeuralCollapseCallback(Callback):
             padding, ``"flatten"``, or a callable. Features at positions that have labels of their own are not pooled.
         strict: raise when a measurement fails; by default it warns once, says why, and training goes on.
         ignore_index: samples and positions with this label are left out.
+        pairs: estimate metrics over pairs of classes from so many random pairs; see :class:`lightning_nc.NeuralCollapse`.
 
     Raises:
         MisconfigurationException: for arguments that do not fit.
@@ -123,18 +106,19 @@ class NeuralCollapseCallback(Callback):
         pool: Pool = "mean",
         strict: bool = False,
         ignore_index: int = -100,
+        pairs: float | None = None,
     ) -> None:
         try:
             self.metrics = check_metrics(metrics)
             check_loader(dataloader)
-            probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index)
+            check_schedule(every_n_epochs, stages)
+            probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        _check_choices(every_n_epochs, stages, mode, dataloader)
+        _check_mode(mode, dataloader)
         self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
-        self.history: list[dict[str, Any]] = []
-        self.previous_histories: list[list[dict[str, Any]]] = []
+        self.history, self.previous_histories = History(), list[History]()
         self.class_means: Tensor | None = None
         self._classes: list[int] = []  # the classes of these means
         self._loops = RunningLoops(self._probe, self.metrics)
@@ -153,22 +137,17 @@ class NeuralCollapseCallback(Callback):
 
     def plot(self) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
-        from lightning_nc.plotting import plot_history
-
-        return plot_history(self.history, num_classes=len(self._classes) or None)
+        return self.history.plot(num_classes=len(self._classes) or None)
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
-        epoch, every = trainer.current_epoch, self.every_n_epochs
-        scheduled = every(epoch) if callable(every) else (epoch + 1) % every == 0
-        return epoch == 0 or scheduled or is_last_epoch(trainer)
+        return is_due(self.every_n_epochs, trainer.current_epoch, is_last_epoch(trainer))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._probe.reset()
         self._fitting = stage == "fit"
         self._loops = RunningLoops(self._probe, self.metrics)
-        self._epoch_began = None
         _check_others(trainer, self)
         if self._fitting:
             move_to_end(trainer, self)
@@ -181,17 +160,14 @@ class NeuralCollapseCallback(Callback):
             # Resumed: monitors look for the last values, and the last epoch may be measured already.
             known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
             trainer.callback_metrics.update(tensors_of(known, pl_module.device))
-            steps = [(row["epoch"], row["step"]) for row in self.history if row["stage"] == "train"]
-            self._measured = steps[-1] if steps else None
+            steps = ((row["epoch"], row["step"]) for row in reversed(self.history) if row["stage"] == "train")
+            self._measured = next(steps, None)
         elif self._has_fitted and self.history:  # another training, of cross-validation for example
             self.previous_histories.append(self.history)
-            self.history = []
+            self.history = History()
         self._has_fitted = True
         if "validate" in self.stages and not trainer.enable_validation:
-            rank_zero_warn(
-                "stages has 'validate', but this run has no validation loop, so neural collapse is not measured there; give "
-                "the Trainer validation data and the module a validation_step"
-            )
+            rank_zero_warn(_NO_VALIDATION)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,7 +196,7 @@ class NeuralCollapseCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # trainer.test may load an older checkpoint, the best one, whose history is shorter.
         if self._fitting or not self.history:
-            self.history = [dict(row) for row in state_dict["history"]]
+            self.history = History(rows=state_dict["history"])
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -367,8 +343,7 @@ class NeuralCollapseCallback(Callback):
         marks |= {"weights": "swapped"} if stage == "validate" and self._swapped else {}
         for loader, collector in self._loops.end(stage, len(batches) if trainer.world_size > 1 else None).items():
             if self._probe.attempt(partial(collector.synchronize, ranks_of(trainer))):
-                values = self._remember(trainer, collector, epoch, stage, loader, **marks)
-                log_values(trainer, pl_module, values)
+                log_values(trainer, pl_module, self._remember(trainer, collector, epoch, stage, loader, **marks))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, **marks: Any) -> dict[str, float]:
         """Measure the training data; the values by key, also appended to the history."""
@@ -380,8 +355,7 @@ class NeuralCollapseCallback(Callback):
         if not self._uses_loops():
             self._probe.detach()
         if done:
-            epoch_took = math.inf if self._epoch_began is None else began - self._epoch_began
-            _say_if_slow(self._probe, perf_counter() - began, epoch_took)
+            _say_if_slow(self._probe, perf_counter() - began, began - (self._epoch_began or -math.inf))
         return values
 
     def _remember(
@@ -390,23 +364,13 @@ class NeuralCollapseCallback(Callback):
         """Append a row to the history; the values by the keys under which they are logged."""
         values = self._probe.attempt(lambda: collector.values(stage, loader)) or {}
         if values:
-            self.history.append({"stage": stage, "epoch": epoch, "step": trainer.global_step, **marks, **values})
+            self.history.append(values, epoch=epoch, step=trainer.global_step, stage=stage, **marks)
             if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
                 self.class_means, self._classes = means
         return values
 
 
-def _check_choices(every_n_epochs: Any, stages: Any, mode: str, dataloader: Any) -> None:
-    if not callable(every_n_epochs) and (not isinstance(every_n_epochs, numbers.Integral) or every_n_epochs < 1):
-        raise MisconfigurationException(
-            f"every_n_epochs must be a positive integer or a callable from epoch to bool, got {every_n_epochs!r}"
-        )
-    if getattr(every_n_epochs, "__name__", "") == log_spaced.__name__:
-        raise MisconfigurationException("every_n_epochs=log_spaced lacks its parentheses; write log_spaced()")
-    if isinstance(stages, str) or not stages or not set(stages) <= STAGES.keys():
-        raise MisconfigurationException(
-            f"stages must be a sequence of any of {', '.join(map(repr, STAGES))}, got {stages!r}"
-        )
+def _check_mode(mode: str, dataloader: Any) -> None:
     if mode not in ("exact", "online"):
         raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
     if mode == "online" and dataloader is not None:
@@ -438,8 +402,8 @@ def _say_swapped(probe: Probe, what: str) -> None:
 
 def _check_others(trainer: Trainer, callback: NeuralCollapseCallback) -> None:
     def settings(of: NeuralCollapseCallback) -> tuple[Any, ...]:
-        p = of._probe
-        return of.mode, of.dataloader, p.classifier, p.num_classes, p.target_fn, p.forward_fn, p.pool, p.ignore_index
+        names = [field.name for field in fields(Probe) if field.init and field.name not in ("layers", "strict")]
+        return of.mode, of.dataloader, *(getattr(of._probe, name) for name in names)
 
     others = [other for other in _callbacks_of(trainer) if set(other.stages) & set(callback.stages)]
     if any(settings(other) != settings(callback) for other in others):

@@ -24,12 +24,18 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import vector_norm
+from tqdm import tqdm
 
+from lightning_nc.keys import ERROR
 from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = [
@@ -53,26 +59,59 @@ FrameName = Literal["etf", "of"]
 
 _PAPER = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")
 
-_BLOCK = 2**22
+_BLOCK = 2**20
 """Pairs of classes that are processed together: with 50,000 classes a matrix of all pairs would take 20 GB."""
 
 
-class Summary(NamedTuple):
-    """What a formula can read: the statistics of the classes seen, and the classifier's rows for them."""
+@dataclass
+class Summary:
+    """What a formula can read: the statistics of the classes seen, and the classifier's rows for them.
+
+    ``pairs`` is the number of pairs of classes to sample; None for all of them.
+    """
 
     moments: ClassMoments | ClassDeviations
     weight: Tensor
     bias: Tensor
+    pairs: int | None = None
 
     @property
     def means(self) -> Tensor:
         """H, (K, d)."""
         return self.moments.means
 
-    @property
+    @cached_property
     def centered(self) -> Tensor:
         """M, (K, d)."""
         return self.means - self.means.mean(dim=0)
+
+    def mean_over_pairs(self, values: Callable[[Pairs], Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean over the pairs of classes of ``values``, which gives one value a pair, and its standard error.
+
+        The standard error is zero if the mean is over all pairs.
+        """
+        (classes, width), device = self.means.shape, self.means.device
+        total = math.comb(classes, 2)
+        sampled = self.pairs is not None and self.pairs < total
+        count = min(self.pairs or total, total)
+        size = max(1, _BLOCK // width) if sampled else math.isqrt(_BLOCK)
+        blocks = _random_pairs(classes, count, size, device) if sampled else _all_pairs(classes, size)
+        quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+        sums: list[Tensor] = []
+        squares, center = [], self.means.new_zeros(())
+        with tqdm(total=count, desc="Pairs of classes", unit_scale=True, leave=False, delay=5, disable=quiet) as bar:
+            for block in blocks:
+                found = values(block)
+                if sampled:  # around a value near the mean, so that nothing cancels
+                    center = center if sums else found.detach().mean()
+                    squares.append((found.detach() - center).square().sum())
+                sums.append(found.sum())
+                bar.update(found.numel())
+        mean = torch.stack(sums).sum() / count
+        if not sampled:
+            return mean, torch.zeros_like(mean)
+        variance = torch.stack(squares).sum() / count - (mean.detach() - center).square()
+        return mean, (variance.clamp(min=0) / (count - 1)).sqrt()
 
 
 def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
@@ -115,25 +154,24 @@ def nc1_trace(features: Tensor, target: Tensor, num_classes: int | None = None) 
 
 
 def _nc1_trace(s: Summary) -> Tensor:
-    return (s.moments.spread.sum() / s.moments.samples) / (s.centered.square().sum() / len(s.means))
+    between: Tensor = vector_norm(s.centered).square() / len(s.means)
+    return s.moments.spread.sum() / s.moments.samples / between
 
 
-def nc1_cdnv(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+def nc1_cdnv(features: Tensor, target: Tensor, num_classes: int | None = None, pairs: float | None = None) -> Tensor:
     r"""Class-distance normalized variance: the mean over pairs of classes of
     :math:`(s_i^2 + s_j^2) / (2 \|\mu_i - \mu_j\|^2)`, with :math:`s_k^2` the mean squared distance to :math:`\mu_k`.
     Source: arXiv 2112.15121.
+
+    ``pairs`` estimates it from that many random pairs if there are more, always the same ones;
+    :class:`lightning_nc.NeuralCollapse` gives the standard error too.
     """
-    return _compute("nc1_cdnv", features, target, num_classes)
+    return _compute("nc1_cdnv", features, target, num_classes, pairs=pairs)
 
 
-def _nc1_cdnv(s: Summary) -> Tensor:
+def _nc1_cdnv(s: Summary) -> tuple[Tensor, Tensor]:
     variance = s.moments.spread / s.moments.counts
-
-    def ratios(some: slice, i: Tensor, j: Tensor) -> Tensor:
-        distance = torch.cdist(s.means[some], s.means, compute_mode="donot_use_mm_for_euclid_dist")[i, j]
-        return (variance[some][i] + variance[j]) / (2 * distance.square())
-
-    return _mean_over_pairs(ratios, s.means)
+    return s.mean_over_pairs(lambda pairs: pairs.sums(variance) / (2 * pairs.squared_distances(s.centered)))
 
 
 def nc2(
@@ -165,17 +203,20 @@ def nc2_name(frame: str, center: bool) -> str:
 
 def _frame_distance(rows: Tensor, frame: str, other: Tensor | None = None) -> Tensor:
     """Distance of AB' / |AB'| from I or I - 11'/K, normalized; A are the ``rows``, B the ``other`` rows or A."""
-    rows = rows / vector_norm(rows)
-    other = rows if other is None else other / vector_norm(other)
+    other = rows if other is None else other
+    lengths: tuple[Tensor, Tensor] = vector_norm(rows), vector_norm(other)
     classes, features = rows.shape
     if classes > features + 1:
         # The K x K matrix may be too large, and is not needed. AB' has rank d at most, so its cosine c with the frame, of
         # rank K - 1 at least, is at most sqrt(d / (K - 1)): 2 - 2c cancels no more than log10(2d) digits.
-        size = ((rows.T @ rows) * (other.T @ other)).sum().sqrt()
-        paired = rows if frame == "of" else rows - rows.mean(dim=0)
-        cosine = (paired * other).sum() / size / math.sqrt(classes if frame == "of" else classes - 1)
-        return (2 - 2 * cosine).sqrt()
-    gram = rows @ other.T
+        gram = rows.T @ rows / lengths[0].square()
+        size = (gram * (gram if other is rows else other.T @ other / lengths[1].square())).sum().sqrt()
+        paired = torch.dot(rows.flatten(), other.flatten())
+        if frame == "etf":
+            paired = paired - rows.mean(dim=0) @ other.mean(dim=0) * classes
+        cosine = paired / (lengths[0] * lengths[1]) / size
+        return (2 - 2 * cosine / math.sqrt(classes if frame == "of" else classes - 1)).sqrt()
+    gram = (rows / lengths[0]) @ (other / lengths[1]).T
     identity = torch.eye(classes, dtype=gram.dtype, device=gram.device)
     target = identity / math.sqrt(classes) if frame == "of" else (identity - 1 / classes) / math.sqrt(classes - 1)
     distance: Tensor = vector_norm(gram / vector_norm(gram) - target)
@@ -194,27 +235,39 @@ def _nc2_equinorm(s: Summary) -> Tensor:
     return norms.std(correction=0) / norms.mean()
 
 
-def nc2_equiangular(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
-    """Equal angles: the standard deviation of cos(m_i, m_j) over the pairs. Source: Papyan et al. (2020), figure 3."""
-    return _compute("nc2_equiangular", features, target, num_classes)
+def nc2_equiangular(
+    features: Tensor, target: Tensor, num_classes: int | None = None, pairs: float | None = None
+) -> Tensor:
+    """Equal angles: the standard deviation of cos(m_i, m_j) over the pairs. Source: Papyan et al. (2020), figure 3.
+
+    ``pairs`` estimates it from random pairs, see :func:`nc1_cdnv`.
+    """
+    return _compute("nc2_equiangular", features, target, num_classes, pairs=pairs)
 
 
-def _nc2_equiangular(s: Summary) -> Tensor:
-    cosines = _cosines(s.centered)
-    mean = _mean_over_pairs(cosines, s.means)
-    distances = torch.stack([vector_norm(cosines(*block) - mean) for block in _pairs(s.means)])
-    deviation: Tensor = vector_norm(distances) / math.sqrt(math.comb(len(s.means), 2))
-    return deviation
+def _nc2_equiangular(s: Summary) -> tuple[Tensor, Tensor]:
+    unit = _unit(s.centered)
+    mean, _ = s.mean_over_pairs(lambda pairs: pairs.products(unit))
+    variance, error = s.mean_over_pairs(lambda pairs: (pairs.products(unit) - mean).square())
+    # To first order the mean, an estimate too, adds no error; that of the root is d sqrt(v) = dv / (2 sqrt(v)).
+    zero = variance == 0  # where the root has no gradient
+    deviation = variance.where(~zero, 1).sqrt() * ~zero
+    return deviation, (error / (2 * deviation)).where(~zero, 0)
 
 
-def nc2_maxangle(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
-    """Largest angles: the mean over the pairs of abs(cos(m_i, m_j) + 1/(K - 1)). Source: Papyan et al. (2020), figure 4."""
-    return _compute("nc2_maxangle", features, target, num_classes)
+def nc2_maxangle(
+    features: Tensor, target: Tensor, num_classes: int | None = None, pairs: float | None = None
+) -> Tensor:
+    """Largest angles: the mean over the pairs of abs(cos(m_i, m_j) + 1/(K - 1)). Source: Papyan et al. (2020), figure 4.
+
+    ``pairs`` estimates it from random pairs, see :func:`nc1_cdnv`.
+    """
+    return _compute("nc2_maxangle", features, target, num_classes, pairs=pairs)
 
 
-def _nc2_maxangle(s: Summary) -> Tensor:
-    cosines = _cosines(s.centered)
-    return _mean_over_pairs(lambda *block: (cosines(*block) + 1 / (len(s.means) - 1)).abs(), s.means)
+def _nc2_maxangle(s: Summary) -> tuple[Tensor, Tensor]:
+    unit = _unit(s.centered)
+    return s.mean_over_pairs(lambda pairs: (pairs.products(unit) + 1 / (len(unit) - 1)).abs())
 
 
 def nc2_weight(weight: Tensor) -> Tensor:
@@ -242,7 +295,9 @@ def nc3(
 
 
 def _nc3(weight: Tensor, means: Tensor) -> Tensor:
-    distance: Tensor = vector_norm(weight / vector_norm(weight) - means / vector_norm(means))
+    lengths, rows = (vector_norm(weight), vector_norm(means)), max(1, _BLOCK // means.shape[1])
+    parts = zip(weight.split(rows), means.split(rows), strict=True)
+    distance: Tensor = vector_norm(torch.stack([vector_norm(w / lengths[0] - m / lengths[1]) for w, m in parts]))
     return distance
 
 
@@ -254,6 +309,12 @@ def nc3_gram(features: Tensor, target: Tensor, weight: Tensor, num_classes: int 
 def nc3_cosine(features: Tensor, target: Tensor, weight: Tensor, num_classes: int | None = None) -> Tensor:
     """One minus the mean over the classes of cos(w_k, m_k), with ``weight`` (K, d)."""
     return _compute("nc3_cosine", features, target, num_classes, weight)
+
+
+def _nc3_cosine(s: Summary) -> Tensor:
+    lengths = vector_norm(s.weight, dim=1) * vector_norm(s.centered, dim=1)
+    cosines: Tensor = torch.linalg.vecdot(s.weight, s.centered) / lengths
+    return 1 - cosines.mean()
 
 
 def bias_collapse(
@@ -294,7 +355,7 @@ def _nc4(s: Summary) -> Tensor:
     means, weight = s.means.detach(), s.weight.detach()
     bias = s.bias.detach() if s.bias.dim() else torch.zeros_like(weight[:, 0])
     disagree = torch.zeros_like(means[0, 0])
-    rows = max(1, _BLOCK // len(means))
+    rows = max(1, 4 * _BLOCK // len(means))
     for deviations, target in zip(s.moments.deviations.split(rows), s.moments.target.split(rows), strict=True):
         features = deviations.detach() + means[target]
         distances = torch.cdist(features, means, compute_mode="donot_use_mm_for_euclid_dist")
@@ -307,49 +368,92 @@ def _unit(rows: Tensor) -> Tensor:
     return unit
 
 
-def _pairs(rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Each pair of rows once, in blocks: some of the rows, and the pairs (i, j) of the i-th of them and the j-th of all."""
-    size = max(1, _BLOCK // len(rows))
-    for start in range(0, len(rows), size):
-        some = slice(start, min(start + size, len(rows)))
-        yield some, *torch.triu_indices(some.stop - start, len(rows), offset=start + 1, device=rows.device)
+class Pairs(NamedTuple):
+    """Pairs of classes. Of slices: each class of ``left`` with each of ``right``, once; of tensors: one by one."""
+
+    left: slice | Tensor
+    right: slice | Tensor
+
+    def products(self, rows: Tensor) -> Tensor:
+        """Inner products of the two rows of each pair."""
+        left, right = rows[self.left], rows[self.right]
+        return self._once(left @ right.T) if isinstance(self.left, slice) else (left * right).sum(dim=1)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of the two values of each pair."""
+        left, right = values[self.left], values[self.right]
+        return self._once(left.unsqueeze(1) + right) if isinstance(self.left, slice) else left + right
+
+    def squared_distances(self, rows: Tensor) -> Tensor:
+        """Squared distances between the two rows of each pair."""
+        left, right = rows[self.left], rows[self.right]
+        if not isinstance(self.left, slice):
+            return (left - right).square().sum(dim=1)
+        norms = self._once(left.square().sum(dim=1, keepdim=True) + right.square().sum(dim=1))
+        squares = norms - 2 * self.products(rows)
+        # A matrix product is much faster than differences, but cancels where rows are near to each other.
+        near = (squares.detach() <= 0.01 * norms.detach()).nonzero().flatten()
+        if len(near):
+            index = self._once(torch.arange(len(left) * len(right), device=rows.device).view(len(left), -1))
+            for part in near.split(max(1, _BLOCK // rows.shape[1])):
+                difference = left[index[part] // len(right)] - right[index[part] % len(right)]
+                squares[part] = difference.square().sum(dim=1)
+        return squares
+
+    def _once(self, matrix: Tensor) -> Tensor:
+        """The entries of a matrix of all pairs, each pair once."""
+        if self.left != self.right:
+            return matrix.flatten()
+        i, j = torch.triu_indices(len(matrix), len(matrix), 1, device=matrix.device)
+        return matrix[i, j]
 
 
-def _mean_over_pairs(values: Callable[[slice, Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
-    total = torch.stack([values(*block).sum() for block in _pairs(rows)]).sum()
-    return total / math.comb(len(rows), 2)
+def _all_pairs(classes: int, size: int) -> Iterator[Pairs]:
+    blocks = [slice(start, min(start + size, classes)) for start in range(0, classes, size)]
+    return (Pairs(left, right) for i, left in enumerate(blocks) for right in blocks[i:])
 
 
-def _cosines(rows: Tensor) -> Callable[[slice, Tensor, Tensor], Tensor]:
-    """The cosines of a block of pairs."""
-    unit = _unit(rows)
-    return lambda some, i, j: (unit[some] @ unit.T)[i, j]
+def _random_pairs(classes: int, count: int, size: int, device: torch.device) -> Iterator[Pairs]:
+    """Independent pairs of two classes, the same ones on every device and rank; no other random stream moves."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, count, size):
+        drawn = torch.randint(classes * (classes - 1), (min(size, count - start),), generator=generator).to(device)
+        left, right = drawn // (classes - 1), drawn % (classes - 1)
+        yield Pairs(left, right + (right >= left))
 
 
 class MetricSpec(NamedTuple):
-    """A formula, the parts of the classifier it needs (``weight``, ``bias``), and whether it needs the scatter matrix."""
+    """A formula and what it needs.
 
-    formula: Callable[[Summary], Tensor]
+    Args:
+        formula: a function of a :class:`Summary`.
+        needs: the parts of the classifier it reads: ``weight``, ``bias``.
+        scatter: whether it needs the scatter matrix.
+        pairwise: whether it returns what :meth:`Summary.mean_over_pairs` returns: the value and its standard error.
+    """
+
+    formula: Callable[[Summary], Any]
     needs: tuple[str, ...] = ()
     scatter: bool = False
+    pairwise: bool = False
 
 
 METRICS: Mapping[str, MetricSpec] = {
     "nc1": MetricSpec(_nc1, scatter=True),
     "nc1_trace": MetricSpec(_nc1_trace),
-    "nc1_cdnv": MetricSpec(_nc1_cdnv),
+    "nc1_cdnv": MetricSpec(_nc1_cdnv, pairwise=True),
     "nc2_etf": MetricSpec(lambda s: _frame_distance(s.means, "etf")),
     "nc2_etf_centered": MetricSpec(lambda s: _frame_distance(s.centered, "etf")),
     "nc2_of": MetricSpec(lambda s: _frame_distance(s.means, "of")),
     "nc2_of_centered": MetricSpec(lambda s: _frame_distance(s.centered, "of")),
     "nc2_equinorm": MetricSpec(_nc2_equinorm),
-    "nc2_equiangular": MetricSpec(_nc2_equiangular),
-    "nc2_maxangle": MetricSpec(_nc2_maxangle),
+    "nc2_equiangular": MetricSpec(_nc2_equiangular, pairwise=True),
+    "nc2_maxangle": MetricSpec(_nc2_maxangle, pairwise=True),
     "nc2_weight": MetricSpec(lambda s: _frame_distance(s.weight, "etf"), ("weight",)),
     "nc3": MetricSpec(lambda s: _nc3(s.weight, s.means), ("weight",)),
     "nc3_centered": MetricSpec(lambda s: _nc3(s.weight, s.centered), ("weight",)),
     "nc3_gram": MetricSpec(lambda s: _frame_distance(s.weight, "etf", s.centered), ("weight",)),
-    "nc3_cosine": MetricSpec(lambda s: 1 - (_unit(s.weight) * _unit(s.centered)).sum(dim=1).mean(), ("weight",)),
+    "nc3_cosine": MetricSpec(_nc3_cosine, ("weight",)),
     "bias_collapse": MetricSpec(lambda s: vector_norm(s.weight @ s.means.mean(dim=0) + s.bias), ("weight", "bias")),
 }
 """Every metric by its name in the argument ``metrics``. To add one, write its formula of a :class:`Summary` and a row here."""
@@ -362,8 +466,12 @@ def evaluate(
     moments: ClassMoments | ClassDeviations,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    pairs: float | None = None,
 ) -> dict[str, Tensor]:
-    """The named metrics of the classes that have a sample. Raises and warns as the documentation of the module says."""
+    """The named metrics of the classes that have a sample. Raises and warns as the documentation of the module says.
+
+    With ``pairs``, the entry ``"<name>_stderr"`` stands after that of each metric over pairs of classes.
+    """
     seen = moments.counts > 0
     nan = moments.means.new_full((), math.nan)
     parts = {name: part for name, part in (("weight", weight), ("bias", bias)) if part is not None}
@@ -371,11 +479,13 @@ def evaluate(
         shape = moments.means.shape if name == "weight" else seen.shape
         if part.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(part.shape)}; check num_classes")
+    sampled = {name for name in names if pairs is not None and _FORMULAS[name].pairwise}
+    keys = [key for name in names for key in (name, *[name + ERROR] * (name in sampled))]
     if seen.any() and (fault := moments.fault()):
         warnings.warn(f"{fault}; the metrics are nan", stacklevel=2)
-        return dict.fromkeys(names, nan)
+        return dict.fromkeys(keys, nan)
     if seen.sum() < 2:
-        return dict.fromkeys(names, nan)
+        return dict.fromkeys(keys, nan)
     if not seen.all():
         absent = (~seen).nonzero().flatten().tolist()
         listed = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
@@ -383,12 +493,18 @@ def evaluate(
             f"no sample of {len(absent)} class{'es' * (len(absent) > 1)} ({listed}): left out of the metrics",
             stacklevel=2,
         )
+        moments, parts = moments.select(seen), {name: part[seen] for name, part in parts.items()}
 
-    parts = {name: part.to(moments.means)[seen] for name, part in parts.items()}
-    broken = {name for name, part in parts.items() if not part.isfinite().all()}
-    summary = Summary(moments.select(seen), parts.get("weight", nan), parts.get("bias", nan))
-    values = {n: nan if broken & {*_FORMULAS[n].needs} else _FORMULAS[n].formula(summary) for n in names}
-    undefined = [name for name, value in values.items() if name != "nc1" and value.isnan()]
+    needs = {need for name in names for need in _FORMULAS[name].needs}
+    parts = {name: part.to(moments.means) for name, part in parts.items() if name in needs}
+    broken = {name for name, part in parts.items() if not torch.stack(part.aminmax()).isfinite().all()}
+    summary = Summary(moments, parts.get("weight", nan), parts.get("bias", nan), check_pairs(pairs))
+    values = {}
+    for name in names:
+        result = nan if broken & {*_FORMULAS[name].needs} else _FORMULAS[name].formula(summary)
+        values[name], error = result if isinstance(result, tuple) else (result, nan)
+        values |= {name + ERROR: error} if name in sampled else {}
+    undefined = [name for name in names if name != "nc1" and values[name].isnan()]
     if undefined:
         warnings.warn(f"{', '.join(undefined)}: nan, because {_reason(summary, broken)}", stacklevel=2)
     return values
@@ -419,6 +535,17 @@ def check_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def check_pairs(pairs: float | None) -> int | None:
+    """The number of pairs of classes to sample as an integer: 1e7 is accepted."""
+    if pairs is None:
+        return None
+    if not isinstance(pairs, Real) or pairs < 2 or not float(pairs).is_integer():
+        raise ValueError(
+            f"pairs must be a whole number of at least 2, such as 1e7, or None for all pairs of classes; got {pairs!r}"
+        )
+    return int(pairs)
+
+
 def _compute(
     name: str,
     features: Tensor,
@@ -426,9 +553,10 @@ def _compute(
     num_classes: int | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    pairs: float | None = None,
 ) -> Tensor:
     check_batch(features, target)
     if num_classes is None:
         num_classes = len(weight) if weight is not None else int(target.max()) + 1 if len(target) else 0
     check_labels(target, num_classes)
-    return evaluate((name,), ClassDeviations.of(features, target, num_classes), weight, bias)[name]
+    return evaluate((name,), ClassDeviations.of(features, target, num_classes), weight, bias, pairs)[name]

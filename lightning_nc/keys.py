@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["STAGES", "Key", "is_reserved", "make_key", "natural_order", "parse_key"]
+__all__ = ["ERROR", "STAGES", "Key", "is_reserved", "make_key", "natural_order", "parse_key"]
 
 STAGES = {"train": "nc", "validate": "nc/val", "test": "nc/test"}
 """How the keys of each stage begin."""
+
+ERROR = "_stderr"
+"""How the key of the standard error of a metric ends, after the key of the metric."""
 
 _STAGE_PART = re.compile(r"(val|test)(?:_(\d+))?")
 
@@ -51,8 +54,9 @@ def parse_key(key: str) -> Key:
 
 
 def is_reserved(layer: str) -> bool:
-    """Whether a layer's keys would read as those of a stage: a layer named ``val``, ``test`` or ``val_1``."""
-    return _STAGE_PART.fullmatch(layer.split("/")[0]) is not None
+    """Whether a layer's keys would read as those of a stage: a layer named ``nc``, ``val``, ``test`` or ``val_1``."""
+    first = layer.split("/")[0]
+    return first == "nc" or _STAGE_PART.fullmatch(first) is not None
 
 
 def natural_order(name: str) -> list[int | str]:

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_nc.functional import METRICS, FrameName, check_metrics, evaluate, nc2_name, nc4
+from lightning_nc.functional import METRICS, FrameName, check_metrics, check_pairs, evaluate, nc2_name, nc4
 from lightning_nc.moments import ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse"]
@@ -125,6 +125,9 @@ class NeuralCollapse(_ClassifierMetric):
         bias: the classifier's bias, (K,), likewise. A layer without a bias counts as not given.
         metrics: ``"paper"``, one name, or several names in :data:`lightning_nc.functional.METRICS`.
         ignore_index: samples with this label are left out, whatever their features hold; None: there are none.
+        pairs: estimate the metrics over pairs of classes (``nc1_cdnv``, ``nc2_equiangular``, ``nc2_maxangle``) from that many
+            random pairs if there are more, such as ``1e7``. The pairs are always the same, and the global random streams do
+            not move. ``compute`` then gives the standard error too, ``nc1_cdnv_stderr``; it is 0 for all pairs.
         kwargs: see :class:`torchmetrics.Metric`. Values are not cached, since the weight can change between two calls.
 
     Raises:
@@ -153,9 +156,11 @@ class NeuralCollapse(_ClassifierMetric):
         bias: Weight | None = None,
         metrics: str | Sequence[str] = "paper",
         ignore_index: int | None = -100,
+        pairs: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, num_features, weight, bias, ignore_index, **kwargs)
+        self.pairs = check_pairs(pairs)
         names = check_metrics(metrics)
         given = {part.name for part in (self._weight, self._bias) if part.given}
         self.metrics = tuple(name for name in names if given.issuperset(METRICS[name].needs))
@@ -183,7 +188,7 @@ class NeuralCollapse(_ClassifierMetric):
                 "or remove the samples without a class"
             )
         with torch.no_grad():
-            return evaluate(self.metrics, moments, self._weight.read(), self._bias.read())
+            return evaluate(self.metrics, moments, self._weight.read(), self._bias.read(), self.pairs)
 
     def span(self) -> Tensor:
         """Orthonormal columns that span the centered class means, (d, r), without directions that rounding can cause.
@@ -222,6 +227,28 @@ class NeuralCollapse(_ClassifierMetric):
             )
         self._moments().merge_over_ranks(group or self.process_group)
         self._is_synced, self._should_unsync = True, False
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another metric, or of its ``state_dict()``, in place; exact. The other stays as it is.
+
+        So parts of the data can be measured apart: each part saves ``metric.state_dict()`` after ``metric.persistent(True)``,
+        and one metric of the same arguments merges what ``torch.load`` gives. It may lie on another device.
+
+        Raises:
+            RuntimeError: if the state holds the samples of all ranks.
+            ValueError: if a state is missing or does not fit.
+        """
+        if self._is_synced:
+            raise RuntimeError(
+                "the state holds the samples of all ranks; call reset() or unsync() before the next merge"
+            )
+        if isinstance(incoming_state, dict) and incoming_state.keys() != self._defaults.keys():
+            raise ValueError(
+                f"a state to merge must hold {', '.join(self._defaults)}, got {', '.join(incoming_state) or 'nothing'}; call "
+                "metric.persistent(True) before metric.state_dict()"
+            )
+        super().merge_state(incoming_state)
+        self._update_count += 1  # else compute() warns that there are no samples
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         self._moments().merge(ClassMoments(**incoming_state))

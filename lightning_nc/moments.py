@@ -39,8 +39,14 @@ _BLOCK = 128
 _UPDATE_BLOCK = 2**23
 """Values of a batch that are processed together: 64 MB in float64."""
 
+_CACHE_BLOCK = 2**19
+"""The same on the CPU, for its cache, if these are at least 256 rows: 4 MB."""
+
 _MERGE_BLOCK = 2**16, 2**19
 """Values of the class means that are merged together, a sixteenth of all but between these: 0.5 and 4 MB in float64."""
+
+_CLASSES = 2048
+"""Class means that are squared together."""
 
 _SUMS = ("spread", "columns", "nonfinite", "inexact", "mislabeled")
 """Parts of the moments that are added up when moments are merged around the same class means."""
@@ -94,7 +100,7 @@ class ClassStatistics:
         return list(_DIGITS)[[*self.inexact.eq(0).tolist(), True].index(True)]
 
     def select(self: Self, classes: Tensor) -> Self:
-        """Only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
+        """A copy of only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
         return replace(self, counts=self.counts[classes], means=self.means[classes], spread=self.spread[classes])
 
     def fault(self) -> str | None:
@@ -103,7 +109,8 @@ class ClassStatistics:
             return f"{int(self.nonfinite)} samples have an infinity or a nan"
         info = torch.finfo(self.means.dtype)
         low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max) * info.eps
-        size = float(torch.maximum(self.means.detach().abs().max(), self.spread.detach().max().sqrt()))
+        largest = vector_norm(self.means.detach().flatten(), math.inf)
+        size = float(torch.maximum(largest, self.spread.detach().max().sqrt()))
         if size == 0 or low <= size <= high:
             return None
         problem = "small that their squares underflow" if size < low else "large that their squares overflow"
@@ -119,8 +126,11 @@ class ClassStatistics:
         M has K rows and at most rank K - 1. A reflection turns its null direction, the vector of ones, to the first axis,
         and that row is dropped by construction rather than by a rank tolerance.
         """
-        centered = self.means - self.means.mean(dim=0)
-        return centered[1:] - centered[0] / (math.sqrt(len(self.means)) + 1)
+        return self.means[1:] - self._offset()
+
+    def _offset(self) -> Tensor:
+        mean = self.means.mean(dim=0)
+        return mean + (self.means[0] - mean) / (math.sqrt(len(self.means)) + 1)
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """The principal directions of the centered class means, (d, r), and their singular values, (r,).
@@ -129,9 +139,11 @@ class ClassStatistics:
         scatter is known, the samples differ along it by more. See the section on precision in ``docs/metrics.md``.
         """
         with torch.no_grad():
-            contrasts = self.contrasts()
-            if len(contrasts) > contrasts.shape[1]:
-                contrasts = torch.linalg.qr(contrasts, mode="r").R
+            offset, contrasts = self._offset(), self.means[:0]
+            for part in self.means[1:].split(4 * len(offset)):  # reduced to d rows or less, without a copy of all
+                contrasts = torch.cat([contrasts, part - offset])
+                if len(contrasts) > len(offset):
+                    contrasts = torch.linalg.qr(contrasts, mode="r").R
             _, values, rows = torch.linalg.svd(contrasts, full_matrices=False)
             error, sums = self._rounding()
             # Rounding is the same for samples that are alike; errors of the sums of earlier layers average out.
@@ -155,7 +167,8 @@ class ClassStatistics:
         """Rounding error of an entry of each feature, (d,), and by what factor sums in earlier layers can increase it."""
         info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
         eps = info.eps + own.eps * self.drift
-        square = (self.counts @ self.means.square() + self.columns) / self.samples
+        parts = zip(self.counts.split(_CLASSES), self.means.split(_CLASSES), strict=True)
+        square = (torch.stack([n @ m.square() for n, m in parts]).sum(dim=0) + self.columns) / self.samples
         # float16 and bfloat16 are summed in float32.
         return eps * square.sqrt().clamp(min=info.smallest_normal) / math.sqrt(12), 8 if info.bits > 16 else 4
 
@@ -208,7 +221,10 @@ class ClassMoments(ClassStatistics):
             ignore_index: samples with this label are counted nowhere, whatever their features hold.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            for rows in _row_blocks(len(features), features.shape[1], _UPDATE_BLOCK):
+            width, block = features.shape[1], _UPDATE_BLOCK
+            if features.device.type == "cpu":
+                block = min(block, max(_CACHE_BLOCK, 256 * width))
+            for rows in _row_blocks(len(features), width, block):
                 self._update(features[rows], target[rows].long(), ignore_index)
 
     def _update(self, features: Tensor, target: Tensor, ignore_index: int | None) -> None:
@@ -216,9 +232,8 @@ class ClassMoments(ClassStatistics):
         ignored = torch.zeros_like(valid) if ignore_index is None else target == ignore_index
         used = valid & ~ignored
         self.mislabeled += (~(valid | ignored)).sum()
-        # A row that is not used is zero as far as it is looked at, and its deviation is zero, so that it changes nothing.
         target = target.clamp(0, self.counts.numel() - 1)
-        features = features.masked_fill(~used.unsqueeze(1), 0)
+        features = _keep_rows(features, used)
         self.inexact += _inexact(features)
         features = features.to(self.means.dtype)
         self.nonfinite += (~features.sum(dim=1).isfinite()).sum()
@@ -226,16 +241,17 @@ class ClassMoments(ClassStatistics):
         # The first sample of each class in the batch stands for its class: other classes are not touched.
         order = torch.arange(len(target), device=target.device)
         leader = order.new_full(self.counts.shape, len(target)).scatter_reduce_(0, target, order, "amin")[target]
-        known = (self.counts[target] > 0) | ~used
-        self.counts.index_add_(0, target, used.to(self.counts))
+        weight = used.to(self.counts)  # the deviation of a row that is not used is zero, so that it changes nothing
+        new = weight * (self.counts[target] == 0)
+        self.counts.index_add_(0, target, weight)
 
-        before = (features - self.means[target]).masked_fill_(~used.unsqueeze(1), 0)
+        before = features.sub_(self.means[target]).mul_(weight.unsqueeze(1))
         size = self.counts[target].clamp(min=1).unsqueeze(1)
         shift = torch.zeros_like(before).index_add_(0, leader, before).div_(size)
         self.means.index_add_(0, target, shift)
-        after = before - shift[leader]
+        step = shift[leader]
         # Any center is exact for a class without earlier samples; the new mean cancels least.
-        self._add_products(target, torch.where(known.unsqueeze(1), before, after), after)
+        self._add_products(target, before.addcmul(step, new.unsqueeze(1), value=-1), before - step)
 
     def _add_products(self, target: Tensor, left: Tensor, right: Tensor) -> None:
         """Add the outer products of the rows of ``left`` and ``right``, which belong to the classes ``target``."""
@@ -384,11 +400,21 @@ def _row_blocks(rows: int, width: int, values: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
+def _bits(features: Tensor) -> Tensor:
+    return features.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
+
+
+def _keep_rows(features: Tensor, kept: Tensor) -> Tensor:
+    """A copy in which the rows that are not ``kept``, (N,), are zero, whatever they hold."""
+    bits = _bits(features)
+    return (bits & -kept.to(bits).unsqueeze(1)).view(features.dtype)  # -1 has all bits; nan times zero would be nan
+
+
 def _inexact(features: Tensor) -> Tensor:
     """How many of the values have more digits than bfloat16, float16 and float32 hold, (3,)."""
-    bits = features.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
-    excess = [max(0, _DIGITS[features.dtype] - digits) for digits in list(_DIGITS.values())[:-1]]
-    return torch.stack([(bits & (2**count - 1)).count_nonzero() for count in excess])
+    bits, none = _bits(features), torch.zeros((), dtype=torch.long, device=features.device)
+    excess = [_DIGITS[features.dtype] - digits for digits in list(_DIGITS.values())[:-1]]
+    return torch.stack([(bits & (2**count - 1)).count_nonzero() if count > 0 else none for count in excess])
 
 
 def check_batch(features: Tensor, target: Tensor, num_features: int | None = None) -> None:

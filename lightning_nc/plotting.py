@@ -16,7 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_nc.keys import STAGES, Key, natural_order, parse_key
+from lightning_nc.keys import ERROR, STAGES, Key, natural_order, parse_key
 from lightning_nc.runs import Run, epoch_of, metrics_of
 
 __all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
@@ -170,7 +170,7 @@ def draw(
 
 def _curves(rows: Run) -> Curves:
     """Epochs and values by stage, dataloader, layer and metric; the classifier's input last, so that it is drawn on top."""
-    curves: Curves = {}
+    points: dict[Key, list[tuple[float, float]]] = {}
     for row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"history must hold rows such as {{'epoch': 0, 'nc1': 0.5}}, got {row!r:.60}")
@@ -182,18 +182,18 @@ def _curves(rows: Run) -> Curves:
             if len(set(keys)) < len(keys):
                 raise ValueError(f"a row has a metric twice, such as 'nc1' and 'nc/nc1'; got {list(values)!r:.300}")
             for key, value in zip(keys, values.values(), strict=True):
-                xs, ys = curves.setdefault(key, ([], []))
-                xs.append(epoch)
-                ys.append(value)
-    if not curves:
+                if not key.metric.endswith(ERROR):
+                    points.setdefault(key, []).append((epoch, value))
+    if not points:
         found = list(dict.fromkeys(name for row in rows for name in row))
         raise ValueError(
             f"nothing to plot in {len(rows)} rows: needs 'epoch' and a metric such as 'nc1' or 'nc/nc1', found {found!r:.300}"
         )
     order = list(STAGES)
-    return dict(
-        sorted(curves.items(), key=lambda item: (order.index(item[0].stage), item[0].loader, not item[0].layer))
-    )
+    keys = sorted(points, key=lambda key: (order.index(key.stage), key.loader, not key.layer))
+    for curve in points.values():  # rows of checkpoints come in any order
+        curve.sort(key=lambda point: point[0])
+    return {key: ([x for x, _ in points[key]], [y for _, y in points[key]]) for key in keys}
 
 
 def _layers(keys: Sequence[Key], sort: bool) -> list[str]:

@@ -7,26 +7,43 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_nc.functional import METRICS
-from lightning_nc.keys import STAGES, natural_order, parse_key
+from lightning.fabric.utilities import rank_zero_warn
 
-__all__ = ["Run", "epoch_of", "find_log", "is_metric", "metrics_of", "read_run"]
+from lightning_nc.functional import METRICS
+from lightning_nc.keys import ERROR, STAGES, natural_order, parse_key
+
+__all__ = [
+    "FIRST_COLUMNS",
+    "Run",
+    "epoch_of",
+    "find_log",
+    "finite_number",
+    "is_metric",
+    "metrics_of",
+    "plain_value",
+    "read_rows",
+    "read_run",
+]
 
 Run = Sequence[Mapping[str, Any]]
 """Rows with ``epoch``, values by key, and optionally ``stage``."""
 
+FIRST_COLUMNS = ("stage", "epoch")
+"""How the CSV file of a :class:`lightning_nc.History` begins."""
+
 
 def is_metric(key: str) -> bool:
-    """Whether an entry of a row is a metric: its key starts with ``nc/`` or ends with a name in ``METRICS``.
+    """Whether an entry of a row is a metric, or its error: its key starts with ``nc/`` or ends with a name in ``METRICS``.
 
     Example:
-        >>> [is_metric(key) for key in ("nc/val/nc1", "layer3/nc1", "train_loss")]
-        [True, True, False]
+        >>> [is_metric(key) for key in ("nc/val/nc1", "layer3/nc1", "nc1_cdnv_stderr", "train_loss")]
+        [True, True, True, False]
     """
-    return key.startswith("nc/") or parse_key(key).metric in METRICS
+    return key.startswith("nc/") or parse_key(key).metric.removesuffix(ERROR) in METRICS
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -38,10 +55,33 @@ def epoch_of(row: Mapping[str, Any]) -> float:
     """The epoch of a row, an int if it is a whole number; ``ValueError`` if it is missing or not a finite number."""
     if "epoch" not in row:
         raise ValueError(f"a row of metrics needs an 'epoch', got only {list(row)!r:.300}")
-    epoch = _number("epoch", row["epoch"])
-    if not math.isfinite(epoch):
-        raise ValueError(f"epoch must be a finite number, got {row['epoch']!r}")
-    return int(epoch) if epoch.is_integer() else epoch
+    return finite_number("epoch", row["epoch"])
+
+
+def finite_number(name: str, value: Any) -> float:
+    """A finite number, an int if it is whole; ``ValueError`` if it is something else."""
+    number = _number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return int(number) if number.is_integer() else number
+
+
+def plain_value(name: str, value: Any) -> float | str | None:
+    """The value of an entry as a file gives it back: a float for a metric; else a number, a bool, a text in one line or None.
+
+    Example:
+        >>> plain_value("nc/nc1", "0.5"), plain_value("partial", "True"), plain_value("weights", "swapped")
+        (0.5, True, 'swapped')
+    """
+    if is_metric(name):
+        return _number(name, value)
+    if isinstance(value, str):
+        text = " ".join(value.split())
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(text)
+        return {"True": True, "False": False}.get(text, text)
+    return value if value is None or isinstance(value, int) else _number(name, value)
 
 
 def find_log(path: str | Path) -> Path:
@@ -65,12 +105,16 @@ def find_log(path: str | Path) -> Path:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read the rows of a run that hold metrics, each with ``epoch`` and values by key, layers in natural order.
+    """Read the rows of a run that hold metrics, each with ``epoch`` and values by key, and ``step`` if the file has it.
+
+    Layers are in natural order; those of a :class:`lightning_nc.History` keep their order, and its rows all of their entries.
+    A last row of a CSV file without a line end, which may be cut, is left out.
 
     Args:
         path: a CSV file with an ``epoch`` column, or a directory that holds, at any depth, ``metrics.csv``, TensorBoard's
             ``events.out.tfevents*`` or W&B's ``run-*.wandb``; the newest file is read. Keys are as the callback logs them
-            (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). A ``stage`` column is kept.
+            (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). Columns ``stage``, ``weights`` and
+            ``partial`` are kept.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -78,15 +122,22 @@ def read_run(path: str | Path) -> Run:
         ImportError: if the package that wrote it is not installed.
     """
     file = find_log(path)
+    rows = read_rows(file)
+    if not rows:
+        raise ValueError(f"{file} holds no values of metrics; was NeuralCollapseCallback in the Trainer?")
+    return rows
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a log file, as :func:`read_run` returns them; empty if it has none yet."""
     read = next((read for pattern, read in _readers().items() if file.match(pattern)), _csv)
     try:
         rows = list(read(file))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if not rows:
-        raise ValueError(f"{file} holds no values of metrics; was NeuralCollapseCallback in the Trainer?")
     # Some loggers sort their columns by name, others do not.
-    return [{key: row[key] for key in sorted(row, key=_order)} for row in rows]
+    own = bool(rows) and tuple(rows[0])[:2] == FIRST_COLUMNS
+    return rows if own else [{key: row[key] for key in sorted(row, key=_order)} for row in rows]
 
 
 def _readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
@@ -95,14 +146,15 @@ def _readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
 
 def _order(key: str) -> tuple[Any, ...]:
     found, names = parse_key(key), list(METRICS)
-    place = names.index(found.metric) if found.metric in names else len(names)
+    metric = found.metric.removesuffix(ERROR)
+    place = names.index(metric) if metric in names else len(names)
     return list(STAGES).index(found.stage), found.loader, natural_order(found.layer), place, found.metric
 
 
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
         raise ValueError(f"{name} must be a number, got {value!r:.60}") from None
 
 
@@ -115,16 +167,16 @@ def _csv(file: Path) -> Iterator[dict[str, Any]]:
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1 and (is_metric(name) or name == "epoch")]
     if twice:
         raise ValueError(f"has several columns named {twice!r:.300}; keep one of each")
+    own = tuple(names[:2]) == FIRST_COLUMNS
     for number, cells in enumerate(table, start=2):
         if len(cells) < len(names) and number == len(table) + 1:  # still being written
             return
         if len(cells) not in (0, len(names)):
             raise ValueError(f"row {number} has {len(cells)} cells, but the header has {len(names)}")
-        row = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+        row = {name: cell for name, cell in zip(names, cells, strict=False) if cell and (own or _is_kept(name))}
         try:
-            if values := metrics_of(row):
-                stage = {"stage": row["stage"]} if "stage" in row else {}
-                yield {"epoch": epoch_of(row), **stage, **values}
+            if any(map(is_metric, row)):
+                yield {**{name: plain_value(name, cell) for name, cell in row.items()}, "epoch": epoch_of(row)}
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
 
@@ -132,18 +184,35 @@ def _csv(file: Path) -> Iterator[dict[str, Any]]:
 def _cells(file: Path) -> list[list[str]]:
     """The cells of a CSV file in UTF-8 (with or without a byte order mark), separated by commas, semicolons or tabs."""
     limit = csv.field_size_limit()
+    data, end, rest = file.read_bytes().rpartition(b"\n")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = (data + end or rest).decode("utf-8-sig")
         csv.field_size_limit(max(limit, len(text)))
-        delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        rows = list(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True))
+        first = text.partition("\n")[0]
+        delimiter = max(",;\t", key=lambda mark: ("epoch" in first.split(mark), first.count(mark)))
+        rows = list(csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, skipinitialspace=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"not a CSV file in UTF-8: {error}") from error
     finally:
         csv.field_size_limit(limit)
     if not rows:
         raise ValueError("the file is empty")
+    if end and rest.count(delimiter.encode()) + 1 >= len(rows[0]):
+        rank_zero_warn(
+            f"the last row of {file} has no line end, so it may be cut, and is left out; end the line if it is complete"
+        )
     return rows
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a column of a file that is not of a ``History`` goes into the rows."""
+    return name in ("stage", "epoch", "step", "weights", "partial") or is_metric(name)
+
+
+def _without_prefix(key: str) -> str:
+    """A key as it is logged; the callbacks of transformers put ``train/`` before all keys."""
+    rest = key.removeprefix("train/")
+    return rest if rest in ("epoch", "global_step") or rest.startswith("nc/") else key
 
 
 def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
@@ -153,13 +222,13 @@ def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
         events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
     except Exception as error:
         raise ValueError(f"the file is damaged: {error}") from error
-    tags = events.Tags()["scalars"]
-    epochs = {event.step: event.value for event in events.Scalars("epoch")} if "epoch" in tags else {}
+    tags = {_without_prefix(tag): tag for tag in events.Tags()["scalars"]}
+    epochs = {event.step: event.value for event in events.Scalars(tags["epoch"])} if "epoch" in tags else {}
     rows: dict[int, dict[str, Any]] = {}
-    for tag in filter(is_metric, tags):
-        for event in events.Scalars(tag):
-            epoch = epochs.get(event.step, event.step)
-            rows.setdefault(event.step, {"epoch": epoch_of({"epoch": epoch})})[tag] = event.value
+    for key in filter(is_metric, tags):
+        for event in events.Scalars(tags[key]):
+            epoch = finite_number("epoch", epochs.get(event.step, event.step))
+            rows.setdefault(event.step, {"epoch": epoch, "step": event.step})[key] = event.value
     yield from (rows[step] for step in sorted(rows))
 
 
@@ -173,9 +242,11 @@ def _wandb(file: Path) -> Iterator[dict[str, Any]]:
         except Exception as error:
             raise ValueError(f"the file is damaged: {error}") from error
         if record.WhichOneof("record_type") == "history":
-            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            row = {_without_prefix(key): json.loads(value) for key, value in items.items()}
             if values := metrics_of(row):
-                yield {"epoch": epoch_of(row), **values}
+                step = row.get("trainer/global_step", row.get("global_step"))  # Lightning's key, that of transformers
+                yield {"epoch": epoch_of(row), **({} if step is None else {"step": step}), **values}
 
 
 def _records(data: bytes) -> Iterator[bytes]:

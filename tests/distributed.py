@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_nc import NeuralCollapseCallback, measure
-from lightning_nc.measuring import evaluation
+from lightning_nc.measuring import distributed, evaluation
 from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes, is_sharded
 
 TRAIN = TensorDataset(*clusters(3, 17, 6, 0.5))  # 51 samples, which two ranks cannot share evenly
@@ -242,6 +242,16 @@ def measured_in_a_loop():
     return {"all": measure(model, padded, progress=False), "own": own}
 
 
+def measured_by_the_first_rank_alone():
+    """What it raises, and the values when all ranks measure afterward, more than once."""
+    rank, patience = torch.distributed.get_rank(), distributed.PATIENCE
+    distributed.PATIENCE = 1
+    error = error_of(measure, plain(), share_of(TRAIN)) if rank == 0 else None
+    distributed.PATIENCE = patience
+    torch.distributed.barrier()  # in which the second rank waits meanwhile
+    return {"error": error, "values": [measure(plain(), share_of(TRAIN), progress=False) for _ in range(4)]}
+
+
 def fsdp(model, use_orig_params=True):
     return FullyShardedDataParallel(
         model,
@@ -314,6 +324,8 @@ def main(part, folder):
         assert (trainer.num_nodes, trainer.world_size) == (2, 2)
         results = {"history": callback.history, "state": state_of(model)}
     if part == "sharded":
+        import huggingface_ranks  # which takes a while, and the other parts do without
+
         torch.distributed.init_process_group("gloo")
         results["steps"] = steps()
         results["is sharded"] = [is_sharded(wrap(plain())) for wrap in (fsdp2, fsdp, DistributedDataParallel)]
@@ -321,6 +333,8 @@ def main(part, folder):
         results["FSDP, original parameters"] = sharded(fsdp)
         results["FSDP2"] = sharded(fsdp2)
         results["loop"] = measured_in_a_loop()
+        results["alone"] = measured_by_the_first_rank_alone()
+        results["huggingface"] = huggingface_ranks.results(folder)
     torch.save(results, Path(folder) / f"{part}{torch.distributed.get_rank()}.pt")
 
 

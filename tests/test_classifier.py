@@ -208,7 +208,7 @@ def test_an_output_that_no_linear_layer_can_have_given_is_an_error():
 
     model = Cosine()
     with pytest.raises(
-        LookupError, match=r"returns 4 columns, which come from no linear layer; the last .*'body', has 8"
+        LookupError, match=r"returns \(5, 4\), which comes from no linear layer; the last .*'body', has 8"
     ):
         name_of_classifier(model, lambda: model(torch.randn(5, 6)))
 
@@ -347,3 +347,17 @@ def test_a_convolution_with_a_kernel_of_one_has_a_weight_of_two_dimensions():
 def test_the_number_of_outputs_is_that_of_linear_layers_and_convolutions():
     assert outputs_of(nn.Linear(6, 3)) == outputs_of(nn.Conv1d(6, 3, 5)) == 3
     assert outputs_of(nn.LayerNorm(6)) is None
+
+
+def test_tied_weights_that_no_module_applies_are_refused_also_at_every_position():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.body = nn.Embedding(5, 8), nn.Linear(8, 8)
+
+        def forward(self, tokens):
+            return self.body(self.embedding(tokens)) @ self.embedding.weight.T
+
+    model, tokens = Tied(), torch.arange(12).view(4, 3) % 5
+    with pytest.raises(LookupError, match=r"returns \(4, 3, 5\), which comes from no linear layer"):
+        name_of_classifier(model, lambda: model(tokens))

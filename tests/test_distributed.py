@@ -111,6 +111,19 @@ def test_only_fsdp_shards_a_model():
     assert not is_sharded(nn.Linear(6, 3))
 
 
+def test_a_rank_that_measures_alone_says_so_after_a_while_and_later_measurements_work():
+    first, second = (rank["alone"] for rank in run("sharded")[0])
+    kind, message = first["error"]
+    assert kind == "RuntimeError"
+    assert message.startswith(
+        "measure on rank 0 has waited 1 s for rank 1 of 2: in a process group all ranks must call"
+    )
+    assert "pass sync=False" in message
+    one = measure(distributed.plain(), DataLoader(TRAIN, 51), progress=False)
+    for values in first["values"] + second["values"]:
+        assert values == pytest.approx(one, rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------- whole trainings
 
 

@@ -5,6 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import is_picture
+
+from lightning_nc import History
+from lightning_nc.runs import metrics_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,6 +22,36 @@ def blocks(page):
 def test_the_examples_of_the_readme_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_examples_of_the_page_about_loops_run_one_after_another(tmp_path, monkeypatch):
+    for package in ("timm", "accelerate"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for code in blocks("docs/loops.md"):
+        exec(compile(code, "docs/loops.md", "exec"), names)
+    own, checkpoints, features, timm, accelerate = (
+        History.read(f"{name}.csv") for name in ("nc", "checkpoints", "features", "timm", "accelerate")
+    )
+    assert [(row["stage"], row["epoch"]) for row in own] == [
+        (stage, epoch) for epoch in range(10) for stage in ("train", "test")
+    ]
+    assert checkpoints == own[::2]  # the same model on the same data
+    for measured, computed in zip(checkpoints, features, strict=True):
+        assert metrics_of(computed) == pytest.approx(metrics_of(measured), rel=1e-4)
+    assert [len(history) for history in (timm, accelerate)] == [3, 10]
+    assert is_picture("nc.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("code", "rows"), list(zip(blocks("docs/huggingface.md")[1:], (10, 2), strict=True)))
+def test_the_examples_of_the_page_about_transformers_run(code, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    exec(compile(code, "docs/huggingface.md", "exec"), names)
+    assert len(names["callback"].history) == rows
 
 
 def test_the_tests_that_the_page_how_we_know_names_exist():

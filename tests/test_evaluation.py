@@ -304,3 +304,19 @@ def test_a_metric_of_the_bias_is_left_out_with_a_reason_if_the_classifier_has_no
             nn.Linear(6, 3, bias=False), [(rows, target)], metrics=("nc1", "bias_collapse"), progress=False
         )
     assert set(values) == {"nc1"}
+
+
+def test_metrics_over_pairs_of_classes_can_be_estimated_with_a_standard_error():
+    rows, target = clusters(60, 8, 20, 0.5)
+    arguments = {"metrics": ("nc1_cdnv", "nc1_trace"), "layers": ["0"], "progress": False}
+    model = nn.Sequential(nn.Identity(), nn.Linear(20, 60))
+    exact = measure(model, [(rows, target)], **arguments)
+    sampled = measure(model, [(rows, target)], pairs=500, **arguments)
+    assert sampled.keys() == {*exact, "nc1_cdnv_stderr", "0/nc1_cdnv_stderr"}
+    for key in ("nc1_cdnv", "0/nc1_cdnv"):
+        assert 0 < sampled[f"{key}_stderr"] < 0.05 * exact[key]
+        assert abs(sampled[key] - exact[key]) < 4 * sampled[f"{key}_stderr"]
+    assert sampled["nc1_trace"] == exact["nc1_trace"]
+    assert measure(model, [(rows, target)], pairs=1e7, **arguments)["nc1_cdnv_stderr"] == 0
+    with pytest.raises(ValueError, match="pairs must be a whole number"):
+        measure(model, [(rows, target)], pairs=0.5, progress=False)

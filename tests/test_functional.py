@@ -62,6 +62,70 @@ def test_any_number_of_classes_gives_the_same_result_with_a_unit_that_is_dead(cl
     assert nc4(rows, target, weight, bias).item() == pytest.approx(disagreement, abs=1e-12)
 
 
+PAIRWISE = ("nc1_cdnv", "nc2_equiangular", "nc2_maxangle")
+
+
+def of_pairs(rows, target, pairs):
+    """The metrics over pairs of classes and their standard errors."""
+    metric = NeuralCollapse(int(target.max()) + 1, rows.shape[1], metrics=PAIRWISE, pairs=pairs)
+    metric.update(rows, target)
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def test_an_estimate_from_random_pairs_lies_within_two_standard_errors_as_often_as_it_should():
+    hits = dict.fromkeys(PAIRWISE, 0)
+    for seed in range(300):
+        rows, target = clusters(60, 3, 20, 0.5, seed=seed, dtype=torch.float64)
+        exact, estimate = of_pairs(rows, target, None), of_pairs(rows, target, 500)
+        for name in PAIRWISE:
+            error = estimate[f"{name}_stderr"]
+            assert 0 < error < 0.2 * exact[name]
+            hits[name] += abs(estimate[name] - exact[name]) < 2 * error
+    # 95.4 % of 300 are 286, with a standard deviation of 3.6
+    assert all(272 <= count <= 298 for count in hits.values()), hits
+
+
+def test_the_standard_error_decreases_with_the_root_of_the_number_of_pairs_and_is_zero_for_all_of_them():
+    rows, target = clusters(300, 2, 8, 0.5, dtype=torch.float64)
+    few, many, all_ = (of_pairs(rows, target, pairs) for pairs in (400, 4e4, 44_850))
+    for name in PAIRWISE:
+        assert few[f"{name}_stderr"] / many[f"{name}_stderr"] == pytest.approx(10, rel=0.3)
+        assert all_[f"{name}_stderr"] == 0
+    exact = of_pairs(rows, target, None)
+    assert exact == {name: all_[name] for name in PAIRWISE}
+    for name in PAIRWISE:
+        assert getattr(functional, name)(rows, target, pairs=400).item() == pytest.approx(few[name], rel=1e-12)
+
+
+def test_random_pairs_are_the_same_every_time_and_move_no_random_stream():
+    rows, target = clusters(40, 3, 6, 0.5)
+    state = torch.get_rng_state()
+    assert of_pairs(rows, target, 100) == of_pairs(rows, target, 100)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("pairs", [1, 2.5, "1e7", math.inf, math.nan])
+def test_a_number_of_pairs_that_is_none_is_refused(pairs):
+    with pytest.raises(ValueError, match="pairs must be a whole number of at least 2"):
+        NeuralCollapse(3, 4, metrics="nc1_cdnv", pairs=pairs)
+    with pytest.raises(ValueError, match="pairs must be a whole number of at least 2"):
+        functional.nc1_cdnv(torch.ones(2, 2), torch.arange(2), pairs=pairs)
+
+
+def test_what_is_not_defined_has_no_standard_error_either():
+    values = of_pairs(torch.ones(4, 2), torch.ones(4, dtype=int), 100)
+    assert [*values] == [f"{name}{suffix}" for name in PAIRWISE for suffix in ("", "_stderr")]
+    assert all(math.isnan(value) for value in values.values())
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-6])
+def test_class_means_that_are_near_to_each_other_keep_their_digits(distance):
+    points, target = clusters(6, 20, 8, 0.1 * distance, dtype=torch.float64)
+    points[target == 1] = points[target == 0] + distance * torch.randn(8, dtype=torch.float64)
+    expected = reference.all_metrics(points.numpy(), target.numpy(), np.ones((6, 8)), np.ones(6))
+    assert functional.nc1_cdnv(points, target).item() == pytest.approx(expected["nc1_cdnv"], rel=1e-9)
+
+
 @pytest.mark.parametrize("features", [1, 20, 998])
 def test_a_tight_frame_of_more_classes_than_dimensions_has_the_smallest_distance_there_is(features):
     # Its Gram matrix is a projection P of rank d onto a part of where the ETF lives: <P / sqrt d, E> = sqrt(d / (K - 1)).
@@ -112,6 +176,8 @@ def test_formulas_are_differentiable_at_random_points_and_nearly_collapsed_ones(
         if name != "nc2_weight":
             compute = functools.partial(metric_value, name, target=target, weight=weight, bias=torch.zeros(7))
             assert torch.autograd.gradcheck(compute, rows), name
+    for name in PAIRWISE:
+        assert torch.autograd.gradcheck(lambda f, name=name: getattr(functional, name)(f, target, pairs=9), rows), name
     collapsed = (simplex_etf(4).repeat(5, 1) + 1e-8 * torch.randn(20, 4).double()).requires_grad_()
     nc1(collapsed, torch.arange(4).repeat(5)).backward()  # equal singular values, where the gradient of an SVD is nan
     assert collapsed.grad.isfinite().all()

@@ -12,7 +12,7 @@ PACKAGE = Path(lightning_nc.__file__).parent
 # A module imports only from floors that stand before its own. CONTRIBUTING.md shows the same house as a picture.
 FLOORS = [
     {"moments", "keys", "theory"},
-    {"functional"},
+    {"functional", "schedule"},
     {"metrics"},
     {"measuring.hooks", "measuring.loaders", "measuring.distributed"},
     {"measuring.layout", "measuring.batches", "measuring.snapshot"},
@@ -23,11 +23,22 @@ FLOORS = [
     {"measuring.loops"},
     {"runs", "trainers"},
     {"plotting"},
-    {"loggers"},
-    {"callback"},
+    {"loggers", "history"},
+    {"callback", "huggingface"},
     {"__init__", "measuring.__init__", "__main__"},
 ]
-OPTIONAL = {"matplotlib", "wandb", "tensorboard", "torchvision", "timm", "transformers", "peft", "PIL", "sklearn"}
+OPTIONAL = {
+    "matplotlib",
+    "wandb",
+    "tensorboard",
+    "torchvision",
+    "timm",
+    "transformers",
+    "accelerate",
+    "peft",
+    "PIL",
+    "sklearn",
+}
 
 
 def module_name(path):
@@ -104,9 +115,10 @@ def test_measuring_and_the_metrics_know_no_trainer():
 
 
 def test_no_optional_package_is_imported_together_with_the_package_or_the_reader_of_runs():
-    for module in ("__init__", "__main__", "runs", "loggers", "theory"):
+    for module in ("__init__", "__main__", "runs", "history", "loggers", "theory"):
         assert {name.split(".")[0] for name in loaded_with(module)}.isdisjoint(OPTIONAL), module
     assert "matplotlib" in {name.split(".")[0] for name in loaded_with("plotting")}
+    assert {name.split(".")[0] for name in loaded_with("huggingface")} & OPTIONAL == {"transformers"}
 
 
 WITHOUT = """
@@ -119,6 +131,10 @@ import lightning_nc.__main__
 from lightning_nc import runs
 print(sorted(runs.read_run(sys.argv[1])[0].items()))
 assert "lightning_nc.plotting" not in sys.modules
+try:
+    import lightning_nc.huggingface
+except ImportError as error:
+    print(error)
 """
 
 
@@ -128,4 +144,7 @@ def test_the_package_and_reading_a_csv_work_without_the_optional_packages(tmp_pa
     command = [sys.executable, "-c", WITHOUT, file, " ".join(OPTIONAL)]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == "[('epoch', 0), ('nc/nc1', 0.5)]\n"
+    rows, missing = finished.stdout.splitlines()
+    assert rows == "[('epoch', 0), ('nc/nc1', 0.5)]"
+    assert missing.startswith("lightning_nc.huggingface needs transformers and accelerate")
+    assert missing.endswith("pip install transformers accelerate")

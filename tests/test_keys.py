@@ -33,7 +33,10 @@ def test_a_layer_whose_key_would_read_as_a_stage_is_reserved():
     for layer in ("val", "test", "val_1", "test_12", "val/x"):
         assert is_reserved(layer)
         assert parse_key(make_key("nc1", layer, "train")).layer != layer
-    for layer in ("", "value", "val_x", "test_block", "network.val"):
+    for layer in ("nc", "nc/x"):
+        assert is_reserved(layer)
+        assert parse_key(make_key("nc1", layer)).layer != layer
+    for layer in ("", "value", "val_x", "test_block", "network.val", "ncs", "network.nc"):
         assert not is_reserved(layer)
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from conftest import Normalized, clusters
+from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -18,6 +20,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from lightning_nc import measure
 from lightning_nc.measuring.loaders import (
@@ -26,6 +29,7 @@ from lightning_nc.measuring.loaders import (
     measurement_loader,
     own_samples,
     rank_of,
+    unprepared,
     warn_if_moved,
 )
 
@@ -186,3 +190,96 @@ def test_a_cursor_of_the_data_set_that_moves_is_pointed_out():
     assert len(said) == 1
     assert "measuring moved position of the data set Cursor" in said[0]
     assert "pass dataloader=" in said[0]
+
+
+# ------------------------------------------------------------------------------------- loaders of Accelerate and Fabric
+
+KINDS = {
+    "sequential": {"batch_size": 8},
+    "shuffled": {"batch_size": 8, "shuffle": True, "drop_last": True},
+    "batch sampler": {"batch_sampler": Repeated(SubsetRandomSampler(range(51)), 8, False)},
+    "by length": {"batch_size": 8, "sampler": LengthGroupedSampler(8, lengths=[n % 7 for n in range(51)])},
+    "larger than the data": {"batch_size": 64},
+}
+OPTIONS = {"shared": {}, "split": {"split_batches": True}, "uneven": {"even_batches": False}}
+
+
+def prepared(rank=0, world_size=4, data=DATA, options=(), **kwargs):
+    """What ``accelerator.prepare`` makes of a DataLoader on one of several ranks."""
+    loader = DataLoader(data, **kwargs)
+    return prepare_data_loader(
+        loader, num_processes=world_size, process_index=rank, use_seedable_sampler=True, **dict(options)
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_ranks_of_accelerate_visit_every_sample_once_and_none_that_fills_a_batch(kind, options):
+    loaders = [prepared(rank, options=options, **kind) for rank in range(4)]
+    assert [rank_of(loader) for loader in loaders] == [(rank, 4) for rank in range(4)]
+    shards = [visited(loader, rank=rank, world_size=4) for rank, loader in enumerate(loaders)]
+    assert sorted(sample for shard in shards for sample in shard) == list(range(51))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_prepared_loader_gives_the_same_batches_whether_it_is_measured_or_not(world_size):
+    def two_epochs(measured):
+        torch.manual_seed(1)
+        loader = prepared(1 % world_size, world_size, batch_size=8, shuffle=True)
+        seen = []
+        for _ in range(2):
+            seen += [rows.flatten().tolist() for rows, _ in loader]
+            if measured:
+                measure(nn.Linear(1, 3).requires_grad_(False), loader, progress=False)
+            torch.randn(3)
+        return seen, loader.iteration
+
+    torch.manual_seed(0)
+    alone, again = two_epochs(False), two_epochs(True)
+    assert alone == again
+    assert alone[0] != sorted(alone[0])
+
+
+def test_the_balanced_batches_of_transformers_are_shared_out_without_those_that_fill_the_last_step():
+    lengths = [n % 7 + 1 for n in range(49)]  # one sample is left over for the last step, and each rank gets it
+    data = Subset(DATA, range(49))
+    shards = []
+    for rank in range(2):
+        sampler = BatchRebalanceSampler(lengths, 8, 2, 1, rank=rank, drop_last=False)
+        loader = prepare_data_loader(DataLoader(data, batch_sampler=sampler), num_processes=1)
+        assert rank_of(loader) == (rank, 2)
+        shards.append(visited(loader, rank=rank, world_size=2))
+    assert sorted(shards[0] + shards[1]) == list(range(49))
+
+
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        (prepared(world_size=1, batch_size=8, data=Stream(), options={"put_on_device": True}), "hands them out"),
+        (prepared(batch_size=8, options={"put_on_device": True, "dispatch_batches": True}), "hands them out"),
+        (prepared(batch_size=8, data=Stream()), "repeats its start"),
+        (skip_first_batches(prepared(batch_size=8), 2), "skips the first batches"),
+        (skip_first_batches(DataLoader(DATA, 8), 2), "skips the first batches"),
+        (skip_first_batches(prepared(world_size=1, batch_size=8, data=Stream()), 2), "skips the first batches"),
+    ],
+    ids=["stream", "dispatched", "shared stream", "skipping", "plain skipping", "skipping in a stream"],
+)
+def test_a_loader_of_accelerate_that_hides_which_samples_are_its_own_is_refused(loader, reason):
+    with pytest.raises(LookupError, match=rf"{reason}.*pass dataloader=, the DataLoader as it was before"):
+        measure(nn.Linear(1, 3), loader, progress=False)
+
+
+def test_a_stream_that_one_process_reads_is_measured():
+    assert visited(prepared(world_size=1, batch_size=8, data=Stream())) == list(range(51))
+
+
+def test_a_loader_of_fabric_is_copied_and_keeps_its_count_of_epochs():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    plain = DataLoader(DATA, 8, sampler=DistributedSampler(DATA, 2, 1, seed=3))
+    loader = fabric.setup_dataloaders(plain, use_distributed_sampler=False)
+    assert unprepared(loader) is plain
+    measure(nn.Linear(1, 3), loader, progress=False)
+    seen = [rows.flatten().tolist() for rows, _ in loader]
+    again = fabric.setup_dataloaders(plain, use_distributed_sampler=False)
+    assert seen == [rows.flatten().tolist() for rows, _ in again]

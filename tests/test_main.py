@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import is_picture
 
+from lightning_nc import History
 from lightning_nc.__main__ import main
 
 
@@ -58,6 +59,16 @@ def test_the_picture_goes_to_a_folder_that_exists_or_gets_the_suffix_of_a_pictur
 def test_keys_as_measure_returns_them_are_drawn(run, tmp_path):
     folder = run("a", "epoch,stage,nc1,layer3/nc1", "test,0.5,0.4")
     assert main(["plot", str(folder), "-o", str(tmp_path / "a.png")]) == 0
+    assert is_picture(tmp_path / "a.png")
+
+
+def test_the_file_of_a_history_is_drawn(tmp_path, capsys):
+    history = History(tmp_path / "nc.csv")
+    for epoch in range(3):
+        history.append({"nc1": 0.5**epoch}, epoch=epoch)
+        history.append({"nc1": 0.8**epoch}, epoch=epoch, stage="test")
+    assert main(["plot", str(history.path), "-o", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{history.path}: 6 measurements"
     assert is_picture(tmp_path / "a.png")
 
 
@@ -114,7 +125,7 @@ def test_a_file_that_may_not_be_read_is_one_line(run, refused, monkeypatch):
     def denied(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_text", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
     assert f"Permission denied: '{run('a') / 'metrics.csv'}'" in refused(run("b").parent / "a")
 
 

@@ -97,6 +97,35 @@ def test_merge_pickle_and_reset():
     assert fill(first, features, target).compute().item() == pytest.approx(expected()["nc1"], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_saved_states_of_parts_of_the_data_merge_to_the_whole_whatever_the_split(parts, tmp_path):
+    features, target = data()
+    names = [name for name, spec in F.METRICS.items() if not spec.needs]
+    order = torch.randperm(len(target))
+    for number, rows in enumerate(order.tensor_split(parts)):
+        metric = fill(NeuralCollapse(CLASSES, FEATURES, metrics=names), features[rows], target[rows])
+        metric.persistent(True)
+        torch.save(metric.state_dict(), tmp_path / f"{number}.pt")
+    total = NeuralCollapse(CLASSES, FEATURES, metrics=names)
+    for number in range(parts):
+        total.merge_state(torch.load(tmp_path / f"{number}.pt"))
+    whole = fill(NeuralCollapse(CLASSES, FEATURES, metrics=names), features, target, len(target)).compute()
+    assert {name: value.item() for name, value in total.compute().items()} == pytest.approx(
+        {name: value.item() for name, value in whole.items()}, rel=1e-12
+    )
+    assert total.compute()["nc1"].item() == pytest.approx(expected()["nc1"], rel=1e-9)
+
+
+def test_a_state_that_is_not_complete_or_does_not_fit_is_not_merged():
+    metric = fill(NC1(CLASSES, FEATURES), *data())
+    with pytest.raises(ValueError, match=r"got nothing; call metric.persistent\(True\)"):
+        metric.merge_state(NC1(CLASSES, FEATURES).state_dict())
+    with pytest.raises(ValueError, match="the same num_classes, num_features and metrics"):
+        metric.merge_state(NC1(CLASSES, FEATURES + 1))
+    assert metric.counts.sum() == len(data()[1])
+
+
 @pytest.mark.filterwarnings("ignore:nc1 leaves out")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_precision_of_the_features_survives_pickle_merge_and_a_state_dict(dtype):
@@ -439,6 +468,8 @@ def _one_rank(rank, world_size, port, queue):
     assert manual.counts.sum() == len(target)  # until unsync()
     with pytest.raises(RuntimeError, match="before the next update"):
         manual.update(features, target)
+    with pytest.raises(RuntimeError, match="before the next merge"):
+        manual.merge_state(NC1(CLASSES, FEATURES))
     manual.unsync()
     assert manual.counts.sum() == len(target[shares[rank]])
     manual.merge_over_ranks()

@@ -197,11 +197,9 @@ def test_the_token_that_a_language_model_classifies_from_can_be_chosen():
     model = of_transformers("LlamaForSequenceClassification")
     batch = next(iter(DataLoader(samples("text"), 4)))
     batch["input_ids"], batch["attention_mask"] = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
-    output, features, parts = measured_features(model, batch, pool=lambda hidden: hidden[:, -1])
+    output, features, parts = measured_features(model, batch, pool="last")
     torch.testing.assert_close(features @ parts[0].T, output.logits)
-    with pytest.warns(
-        UserWarning, match="'score' is called on every position of a sequence.*such as the last token, pass pool="
-    ):
+    with pytest.warns(UserWarning, match="'score' is called on every position of a sequence.*pool='last'"):
         measure(model, [batch], progress=False)
 
 

@@ -167,6 +167,21 @@ def test_the_stage_of_a_row_holds_for_keys_with_the_prefix_too_and_is_train_by_d
     assert (list(test.get_xdata()), list(test.get_ydata())) == ([2], [5.0])
 
 
+def test_rows_in_any_order_are_drawn_by_epoch():
+    rows = history()
+    figure = plot_history([rows[index] for index in (3, 0, 4, 2, 1)])
+    assert [points(axis) for axis in figure.axes] == [points(axis) for axis in plot_history(rows).axes]
+
+
+def test_standard_errors_are_no_curves():
+    rows = [{**row, "nc/nc1_stderr": 0.1, "nc/val/layer1/nc2_of_stderr": 0.1} for row in history(("",))]
+    assert [points(axis) for axis in plot_history(rows).axes] == [
+        points(axis) for axis in plot_history(history(("",))).axes
+    ]
+    with pytest.raises(ValueError, match="nothing to plot in 1 rows"):
+        plot_history([{"epoch": 0, "nc1_cdnv_stderr": 0.1}])
+
+
 def test_entries_of_a_row_that_are_no_metrics_are_ignored():
     rows = [{**row, "partial": True, "weights": "averaged", "note": None, "loss": 1.0} for row in history(("",))]
     assert [points(axis) for axis in plot_history(rows).axes] == [

@@ -22,6 +22,11 @@ def log(logger, rows=ROWS):
     logger.finalize("success")
 
 
+def logged(rows=ROWS):
+    """The rows with the step under which ``log`` gives them to a logger."""
+    return [{**row, "step": 10 * row["epoch"]} for row in rows]
+
+
 def write(path, *lines, encoding="utf-8"):
     path.write_bytes("\n".join([*lines, ""]).encode(encoding))
     return path
@@ -35,12 +40,26 @@ def all_same(rows, expected=ROWS):
 def test_what_a_csv_logger_wrote_is_read_back_from_its_file_and_from_any_folder_above(tmp_path):
     log(CSVLogger(tmp_path, name="a", version="b"))
     for path in (tmp_path, tmp_path / "a", tmp_path / "a" / "b" / "metrics.csv"):
-        assert all_same(read_run(path))
+        assert all_same(read_run(path), logged())
 
 
 def test_what_tensorboard_wrote_is_read_back_with_its_epochs(tmp_path):
     log(TensorBoardLogger(tmp_path, name="a", version="b"))
-    assert all_same(read_run(tmp_path))
+    assert all_same(read_run(tmp_path), logged())
+
+
+def test_what_transformers_wrote_to_tensorboard_is_read_back_under_the_keys_of_its_log_history(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    writer = SummaryWriter(tmp_path)
+    callback, arguments = TensorBoardCallback(writer), transformers.TrainingArguments(tmp_path, use_cpu=True)
+    for row in ROWS:
+        state = transformers.TrainerState(global_step=10 * row["epoch"], is_world_process_zero=True)
+        callback.on_log(arguments, state, transformers.TrainerControl(), logs={**row, "loss": 0.5, "grad_norm": 0.1})
+    writer.close()
+    assert all_same(read_run(tmp_path), logged())
 
 
 def test_what_wandb_wrote_is_read_back_and_a_file_that_is_cut_gives_the_rows_before_the_cut(tmp_path, monkeypatch):
@@ -55,6 +74,7 @@ def test_what_wandb_wrote_is_read_back_and_a_file_that_is_cut_gives_the_rows_bef
     wandb.teardown()  # waits until the file is closed
     (file,) = tmp_path.rglob("run-*.wandb")
     rows[-1].pop("note")
+    rows = logged(rows)
     assert all_same(read_run(tmp_path), rows)  # the note spans two blocks of the file
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 8])
@@ -118,10 +138,38 @@ def test_a_field_of_any_length_is_read_and_the_limit_of_the_csv_module_is_restor
     assert csv.field_size_limit() == limit
 
 
+def test_columns_that_mark_a_row_are_read_and_all_columns_of_a_history(tmp_path):
+    marks, lines = (
+        {"stage": "train", "epoch": 0, "step": 6, "weights": "swapped", "partial": True},
+        ["train,0,6,swapped,True"],
+    )
+    foreign = write(tmp_path / "a.csv", "loss,stage,epoch,step,weights,partial,nc/nc1", f"0.1,{lines[0]},0.5")
+    assert read_run(foreign) == [{**marks, "nc/nc1": 0.5}]
+    own = write(tmp_path / "b.csv", "stage,epoch,step,weights,partial,nc/nc1,loss", f"{lines[0]},0.5,0.1")
+    assert read_run(own) == [{**marks, "nc/nc1": 0.5, "loss": 0.1}]
+    assert [type(value) for value in read_run(own)[0].values()] == [str, int, int, str, bool, float, float]
+
+
+def test_standard_errors_are_read_after_their_metric(tmp_path):
+    keys = ["nc/nc1_cdnv", "nc/nc1_cdnv_stderr", "nc/nc2_equiangular", "nc/nc2_equiangular_stderr"]
+    file = write(tmp_path / "a.csv", ",".join(["epoch", *sorted(keys, reverse=True)]), "0,4,3,2,1")
+    (row,) = read_run(file)
+    assert list(row)[:4] == keys
+    (row,) = read_run(write(tmp_path / "a.csv", "epoch,layer3/nc1_cdnv_stderr", "0,1"))
+    assert row == {"layer3/nc1_cdnv_stderr": 1.0, "epoch": 0}
+
+
+def test_names_of_layers_with_other_separators_do_not_change_the_separator(tmp_path):
+    assert read_run(write(tmp_path / "a.csv", "epoch,nc/a;b;c/nc1", "0,0.5")) == [{"epoch": 0, "nc/a;b;c/nc1": 0.5}]
+
+
 def test_a_last_row_that_is_half_written_is_left_out(tmp_path):
     file = tmp_path / "metrics.csv"
     for rest in ("1", "half", "1,0.2"):
         file.write_text(f"epoch,nc/nc1,nc/nc3\n0,0.5,0.6\n{rest}")
+        assert read_run(file) == [{"epoch": 0, "nc/nc1": 0.5, "nc/nc3": 0.6}]
+    file.write_text("epoch,nc/nc1,nc/nc3\n0,0.5,0.6\n1,0.2,0.3")  # cut from 0.375
+    with pytest.warns(UserWarning, match="the last row of .* has no line end, so it may be cut, and is left out"):
         assert read_run(file) == [{"epoch": 0, "nc/nc1": 0.5, "nc/nc3": 0.6}]
 
 

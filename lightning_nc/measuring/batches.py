@@ -13,15 +13,16 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 __all__ = [
+    "LABEL_KEYS",
     "POOLS",
     "Pool",
     "copy_batch",
     "feature_axes",
-    "first_rows",
     "listed",
     "pool_features",
     "rows_at_positions",
     "run_forward",
+    "some_rows",
     "targets_of",
 ]
 
@@ -43,7 +44,7 @@ def targets_of(batch: Any) -> Any:
                 return batch[key]
         raise LookupError(
             f"a batch has the keys {listed(batch)}, none of {listed(LABEL_KEYS)}; pass target_fn, a function from a batch to "
-            "its class indices"
+            "its class indices" + (", or 'next_token' for a causal language model" if "input_ids" in batch else "")
         )
     if isinstance(batch, Sequence) and len(batch) > 1:
         return batch[1]
@@ -61,12 +62,11 @@ def copy_batch(batch: Any) -> Any:
         return batch
 
 
-def first_rows(batch: Any, size: int, rows: int, reverse: bool = False) -> Any:
-    """A copy of a batch of ``size`` samples with its first ``rows`` samples, in reverse order if asked for."""
-    order = list(range(rows))[:: -1 if reverse else 1]
+def some_rows(batch: Any, size: int, order: Sequence[int]) -> Any:
+    """A copy of a batch of ``size`` samples with the samples ``order``, in that order."""
 
     def shorten(tensor: Tensor) -> Tensor:
-        return tensor[order] if tensor.dim() and len(tensor) == size else tensor.clone()
+        return tensor[list(order)] if tensor.dim() and len(tensor) == size else tensor.clone()
 
     return apply_to_collection(batch, Tensor, shorten)
 

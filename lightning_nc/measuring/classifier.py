@@ -300,13 +300,13 @@ def _check_uncalled(layers: Mapping[str, nn.Module], names: Sequence[str], last:
 
 def _check_output(output: Any, called: Sequence[Call], last: str, layers: Mapping[str, nn.Module]) -> None:
     """Raise LookupError if the model returns other columns than its last linear layer, and no slice of them."""
-    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] == outputs_of(layers[last]):
+    if not isinstance(output, Tensor) or output.dim() < 2 or outputs_of(layers[last]) in output.shape[1:]:
         return
     results = {call.output.untyped_storage().data_ptr() for call in called if call.output is not None}
     if output.untyped_storage().data_ptr() not in results:
         raise LookupError(
-            f"the model returns {output.shape[1]} columns, which come from no linear layer; the last that was called, "
-            f"{last!r}, has {outputs_of(layers[last])} outputs. Hooks see only calls of a module itself, self.fc(x) instead of "
+            f"the model returns {tuple(output.shape)}, which comes from no linear layer; the last that was called, {last!r}, "
+            f"has {outputs_of(layers[last])} outputs. Hooks see only calls of a module itself, self.fc(x) instead of "
             "F.linear(x, self.weight); name the classifier with classifier=..."
         )
 

@@ -3,12 +3,61 @@
 from __future__ import annotations
 
 import zlib
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["all_max", "all_raise", "broadcast_buffers", "check_same_shapes", "is_sharded"]
+__all__ = [
+    "PATIENCE",
+    "all_max",
+    "all_raise",
+    "broadcast_buffers",
+    "check_same_shapes",
+    "is_sharded",
+    "meet",
+    "ranks_on",
+]
+
+PATIENCE = 600
+"""Seconds that a rank waits in :func:`meet` for the others."""
+
+
+def ranks_on(device: torch.device) -> torch.device | None:
+    """``device`` if there are several ranks, whose collectives are on it; None for a single process."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return device if several else None
+
+
+def meet() -> None:
+    """Wait for all ranks, in the store of the process group.
+
+    A collective would wait longer, or would be paired with another one, such as that of the gradients, in which a rank
+    waits that never comes here.
+
+    Raises:
+        RuntimeError: on each rank that has waited for :data:`PATIENCE` seconds.
+    """
+    world: Any = dist.group.WORLD
+    store, rank = world.get_group_store(), dist.get_rank()
+    turn = store.add(f"lightning_nc/{rank}", 1)  # how often this rank was here
+    keys = [f"lightning_nc/{turn}/{other}" for other in range(dist.get_world_size())]
+    store.set(keys[rank], "")
+    store.delete_key(f"lightning_nc/{turn - 2}/{rank}")  # all have left that turn, since all have come to the next
+    try:
+        store.wait(keys, timedelta(seconds=PATIENCE))
+    except dist.DistStoreError:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        if not missing:  # the last one came just now
+            return
+        store.add(f"lightning_nc/{rank}", -1)
+        store.delete_key(keys[rank])
+        raise RuntimeError(
+            f"measure on rank {rank} has waited {PATIENCE} s for rank {', '.join(map(str, missing))} of {len(keys)}: in a "
+            "process group all ranks must call measure; pass sync=False to measure this rank's own data alone"
+        ) from None
 
 
 def all_max(value: float, device: torch.device) -> float:

@@ -16,15 +16,29 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_nc.functional import METRICS, check_metrics
-from lightning_nc.keys import make_key
+from lightning_nc.keys import ERROR, make_key
 from lightning_nc.measuring.batches import Pool, copy_batch
-from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes
-from lightning_nc.measuring.loaders import check_loader, has_own_iteration, measurement_loader, rank_of, warn_if_moved
+from lightning_nc.measuring.distributed import (
+    all_max,
+    all_raise,
+    broadcast_buffers,
+    check_same_shapes,
+    meet,
+    ranks_on,
+)
+from lightning_nc.measuring.loaders import (
+    check_loader,
+    has_own_iteration,
+    measurement_loader,
+    rank_of,
+    unprepared,
+    warn_if_moved,
+)
 from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe, match_layers
 from lightning_nc.measuring.snapshot import evaluation_mode
 from lightning_nc.metrics import NeuralCollapse
 
-__all__ = ["SCATTER_LIMIT", "Collector", "MappedBatches", "exact_pass", "measure"]
+__all__ = ["SCATTER_LIMIT", "Collector", "MappedBatches", "every_sample_once", "exact_pass", "measure", "run_over"]
 
 SCATTER_LIMIT = 2**30
 """Bytes that the scatter matrices of all layers may take together; features beyond it need a second pass."""
@@ -45,6 +59,7 @@ def measure(  # noqa: D417
     progress: bool = True,
     ignore_index: int = -100,
     sync: bool = True,
+    pairs: float | None = None,
 ) -> dict[str, float]:
     """Measure a model on all samples of a dataloader, in eval mode, and leave the model and the random streams unchanged.
 
@@ -54,12 +69,10 @@ def measure(  # noqa: D417
     Args:
         model: any module; not moved to another device.
         dataloader: gives batches.
-        layers: names (shell patterns allowed) of modules whose outputs are measured too, under ``"<layer>/<metric>"``. A
-            layer that cannot be measured is left out with a warning that says why.
-        classifier, num_classes, metrics, target_fn, forward_fn, pool, ignore_index: see
-            :class:`lightning_nc.NeuralCollapseCallback`.
+        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, ignore_index, pairs: see
+            :class:`lightning_nc.NeuralCollapseCallback`. The keys of a layer are ``"<layer>/<metric>"``.
         device: where batches are moved to; by default the device of the model's first parameter.
-        progress: show a progress bar.
+        progress: show a progress bar, on rank 0.
         sync: in a process group, return the values of all ranks together, on all ranks; False measures each rank's own data.
 
     Returns:
@@ -78,7 +91,7 @@ def measure(  # noqa: D417
         {'nc1': 0.0, 'nc2_of': 0.0}
     """
     check_loader(dataloader)
-    probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, ignore_index=ignore_index)
+    probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, ignore_index=ignore_index, pairs=pairs)
     collector = Collector(probe, check_metrics(metrics))
     on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
     return _measure(collector, model, dataloader, on, progress, sync)
@@ -87,24 +100,66 @@ def measure(  # noqa: D417
 def _measure(
     collector: Collector, model: nn.Module, dataloader: Iterable[Any], on: torch.device, progress: bool, sync: bool
 ) -> dict[str, float]:
-    probe = collector.probe
-    match_layers(model, probe.layers or ())  # a name that is not there raises
-    ranks = on if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+    match_layers(model, collector.probe.layers or ())  # a name that is not there raises
+    ranks = ranks_on(on) if sync else None
+    progress = progress and (ranks_on(on) is None or not dist.get_rank())
+    if ranks is not None:
+        meet()
     try:
-        with evaluation_mode(model, on, probe.warn_once), warn_if_moved(dataloader, probe.warn_once):
-            loader, total = _every_sample_once(dataloader)  # a sampler draws from the random streams
-            with tqdm(loader, "Neural collapse", total, leave=False, disable=not progress) as bar:
-                batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, on))
-                exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
-            return collector.values()
+        run_over(collector, model, lambda: every_sample_once(dataloader), on, progress, ranks)
+        return collector.values()
     finally:
-        probe.detach()
+        collector.probe.detach()
 
 
-def _every_sample_once(dataloader: Iterable[Any]) -> tuple[Iterable[Any], int | None]:
-    if isinstance(dataloader, DataLoader) and not has_own_iteration(dataloader):
-        return measurement_loader(dataloader, None, *rank_of(dataloader))
+def run_over(
+    collector: Collector,
+    model: nn.Module,
+    load: Callable[[], tuple[Iterable[Any], int | None]],
+    device: torch.device,
+    progress: bool,
+    ranks: torch.device | None,
+) -> None:
+    """Run a model over data in eval mode, with a progress bar, and collect.
+
+    Args:
+        collector: collects the features.
+        model: any module, on ``device``.
+        load: returns the batches, and their number if it is known. A sampler may draw from the random streams, which are
+            restored.
+        device: where batches are moved to.
+        progress: show the bar.
+        ranks: in a distributed run, the device of its collectives.
+    """
+    warn = collector.probe.warn_once
+    with evaluation_mode(model, device, warn):
+        try:
+            loader, total = load()
+        except Exception as error:  # the pass tells the other ranks
+            loader, total = _raising(error), None
+        with (
+            warn_if_moved(loader, warn),
+            tqdm(loader, "Neural collapse", total, leave=False, disable=not progress) as bar,
+        ):
+            batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, device))
+            exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
+
+
+def every_sample_once(dataloader: Iterable[Any], rank: int = 0, ranks: int = 1) -> tuple[Iterable[Any], int | None]:
+    """A copy of a ``DataLoader`` that visits every sample once, or else the loader itself; and its number of batches.
+
+    The data of a loader that does not share them itself are shared by ``ranks``.
+    """
+    loader = unprepared(dataloader)
+    if isinstance(loader, DataLoader) and not has_own_iteration(loader):
+        own = rank_of(loader)
+        return measurement_loader(dataloader, None, *(own if own[1] > 1 else (rank, ranks)))
     return dataloader, sized_len(dataloader)
+
+
+def _raising(error: Exception) -> Iterator[Any]:
+    raise error
+    yield
 
 
 class MappedBatches:
@@ -238,9 +293,8 @@ class Collector:
             computed = metric.compute()
             if layer in self.projected:
                 computed = {**computed, **self.projected[layer].compute()}
-            values |= {
-                make_key(name, layer, stage, loader): float(computed[name]) for name in self.names if name in computed
-            }
+            kept = [name for name in computed if name.removesuffix(ERROR) in self.names]
+            values |= {make_key(name, layer, stage, loader): float(computed[name]) for name in kept}
         if not values:
             raise LookupError(
                 f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier"
@@ -277,6 +331,7 @@ class Collector:
                 width,
                 metrics=names,
                 ignore_index=int(self.probe.ignore_index),
+                pairs=self.probe.pairs,
                 sync_on_compute=False,
                 **parts,
             )

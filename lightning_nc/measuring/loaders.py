@@ -28,6 +28,7 @@ __all__ = [
     "measurement_loader",
     "own_samples",
     "rank_of",
+    "unprepared",
     "warn_if_moved",
 ]
 
@@ -39,11 +40,14 @@ def measurement_loader(
 
     The training loader itself is never iterated: with persistent workers, or a generator of its own, that would change
     the training. ``max_batches`` takes a fixed random choice of samples, since the first ones of sorted data would miss
-    classes; the first ones where training itself sees no others.
+    classes; the first ones where training itself sees no others. A loader that Accelerate or Fabric has prepared is copied
+    without its wrapper, which shares out the samples among the ranks and repeats some of them to fill the last batches.
 
     Raises:
         LookupError: for a loader that cannot be copied.
     """
+    _check_prepared(loader)
+    loader = unprepared(loader)
     if not isinstance(loader, DataLoader):
         raise LookupError(
             f"the training data come from a {type(loader).__name__}, and which of its samples to measure is unclear; pass "
@@ -91,6 +95,30 @@ class _First:
         return islice(self.loader, self.count)
 
 
+def unprepared(loader: Any) -> Any:
+    """The ``DataLoader`` inside the wrapper of Accelerate or Fabric; any other loader as it is."""
+    for name in ("base_dataloader", "_dataloader"):  # Fabric shows its loader under no public name
+        loader = getattr(loader, name, loader)
+    return loader
+
+
+def _check_prepared(loader: Any) -> None:
+    """Raise LookupError for a loader of Accelerate that does not show which samples are its own."""
+    batches, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
+    if _kind(loader) == "DataLoaderDispatcher":
+        reason = "its first process reads the batches and hands them out"
+    elif _kind(dataset) == "IterableDatasetShard":
+        reason = "it cuts a stream into shares, and repeats its start to fill the last batches"
+    elif getattr(loader, "skip_batches", 0) or _kind(batches) == "SkipBatchSampler":
+        reason = "it skips the first batches of an epoch"
+    else:
+        return
+    raise LookupError(
+        f"the data come from a {_kind(loader)} of Accelerate, and which of its samples to measure is unclear: {reason}; pass "
+        "dataloader=, the DataLoader as it was before accelerator.prepare or skip_first_batches"
+    )
+
+
 def is_distributed(loader: Any) -> bool:
     """Whether the loader gives each process a part of the data."""
     return isinstance(getattr(loader, "sampler", None), DistributedSampler)
@@ -98,7 +126,11 @@ def is_distributed(loader: Any) -> bool:
 
 def rank_of(loader: Any) -> tuple[int, int]:
     """This rank's number and the number of ranks that share the data of a loader; 0 and 1 if it is not shared."""
-    sampler = getattr(loader, "sampler", None)
+    batches, sampler = _batch_sampler(loader), getattr(loader, "sampler", None)
+    if _kind(batches) == "BatchRebalanceSampler":
+        return batches.rank, batches.dp_size
+    if batches is not getattr(loader, "batch_sampler", None):
+        return loader.batch_sampler.process_index, loader.batch_sampler.num_processes
     return (sampler.rank, sampler.num_replicas) if isinstance(sampler, DistributedSampler) else (0, 1)
 
 
@@ -150,11 +182,22 @@ def has_own_iteration(loader: DataLoader[Any]) -> bool:
     return type(loader).__iter__ is not DataLoader.__iter__
 
 
+def _batch_sampler(loader: Any) -> Any:
+    """What draws the batches of an epoch, those of all ranks where Accelerate gives each rank some of them."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    return batches.batch_sampler if _kind(batches) == "BatchSamplerShard" else batches
+
+
+def _kind(instance: Any) -> str:
+    """The name of a class of Accelerate or transformers, which are not imported. ``__class__`` of a wrapper is not its own."""
+    return type(instance).__name__
+
+
 def _sampler(loader: DataLoader[Any]) -> Any:
     """What draws the samples of an epoch."""
-    sampler: Any = loader.sampler
-    if type(loader.batch_sampler) is BatchSampler:  # its own; that of the loader is a stand-in where this one was given
-        sampler = loader.batch_sampler.sampler
+    sampler, batches = loader.sampler, _batch_sampler(loader)
+    if type(batches) is BatchSampler:  # its own; that of the loader is a stand-in where this one was given
+        sampler = batches.sampler
     if isinstance(sampler, DistributedSampler):  # Lightning wraps a sampler that is not the default as the "dataset"
         inner = getattr(sampler.dataset, "_sampler", None)
         sampler = inner if inner is not None else SequentialSampler(loader.dataset)  # type: ignore[arg-type]
@@ -163,15 +206,17 @@ def _sampler(loader: DataLoader[Any]) -> Any:
 
 def _indices(loader: DataLoader[Any], sampler: Any, max_batches: int | None) -> tuple[Sequence[Any], int | None]:
     """The samples that the training loader can visit, each once, and the batch size."""
-    batches: Any = loader.batch_sampler
+    batches = _batch_sampler(loader)
     shared = {id(loader.dataset): loader.dataset}  # a copy of a sampler must not copy the data
+    if _kind(batches) == "BatchRebalanceSampler":  # it draws the batches of one rank
+        return range(len(batches.lengths)), batches.effective_batch_size // (batches.dp_size * batches.grad_accum)
     if batches is not None and type(batches) is not BatchSampler:
         drawn = list(islice(deepcopy(batches, shared), _length(batches, max_batches)))
         return sorted(set(chain.from_iterable(drawn))), getattr(batches, "batch_size", None) or len(drawn[0])
     batch_size = loader.batch_size if batches is None else batches.batch_size
     if type(sampler) is WeightedRandomSampler:
         return sampler.weights.nonzero().flatten().tolist(), batch_size
-    if type(sampler) in (SequentialSampler, RandomSampler):
+    if type(sampler) in (SequentialSampler, RandomSampler) or _kind(sampler) == "SeedableRandomSampler":
         return range(len(sampler.data_source)), batch_size
     limit = None if max_batches is None else max_batches * (batch_size or 1)
     drawn = list(islice(deepcopy(sampler, shared), _length(sampler, limit)))

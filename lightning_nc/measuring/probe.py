@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_nc.functional import check_pairs
 from lightning_nc.keys import is_reserved
 from lightning_nc.measuring.batches import (
     POOLS,
@@ -52,6 +53,7 @@ class Probe:
     pool: Pool = "mean"
     strict: bool = False  # raise for a layer that cannot be measured; else warn and leave it out
     ignore_index: int = -100
+    pairs: float | None = None
     head: Classifier | None = field(init=False, repr=False, default=None)
     classes: int = field(init=False, repr=False, default=0)
     widths: dict[str, int] = field(init=False, repr=False, default_factory=dict)
@@ -59,6 +61,7 @@ class Probe:
     _axes: dict[str, int] = field(init=False, repr=False, default_factory=dict)
     _labels: Labels | None = field(init=False, repr=False, default=None)
     _target: Tensor | None = field(init=False, repr=False, default=None)
+    _model: nn.Module | None = field(init=False, repr=False, default=None)  # until a batch tells how it shifts labels
     _said: set[str] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
@@ -76,6 +79,7 @@ class Probe:
             if not callable(getattr(self, name)) and getattr(self, name) not in also:
                 words = f" or {NEXT_TOKEN!r}" if NEXT_TOKEN in also else ""
                 raise ValueError(f"{name} must be a callable{words}, got {getattr(self, name)!r}")
+        check_pairs(self.pairs)
         if not isinstance(self.ignore_index, int | numpy.integer):
             raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
 
@@ -93,7 +97,7 @@ class Probe:
         """
         self.detach()
         raw = self.targets(copy_batch(batch))
-        check_shift(batch, self.target_fn, self.ignore_index)
+        self._model = None if check_shift(batch, self.target_fn, self.ignore_index, model) else model
         names = self._match(model)
         with forward_context():
             trial = Trial(model, batch, len(raw), self.forward, self.targets, self.pool)
@@ -115,7 +119,7 @@ class Probe:
         for hooks in (self._recorder, self.head):
             if hooks is not None:
                 hooks.remove()
-        self._recorder = self.head = None
+        self._recorder = self.head = self._model = None
 
     def reset(self) -> None:
         """Prepare for another run."""
@@ -165,6 +169,8 @@ class Probe:
         assert self._recorder is not None
         assert self._labels is not None
         raw = self.targets(batch)
+        if self._model is not None and check_shift(batch, self.target_fn, self.ignore_index, self._model):
+            self._model = None
         self._target = self._labels.indices(raw)
         if raw.device.type == "cpu":
             self._labels.check(raw, self._target)
@@ -218,9 +224,19 @@ class Probe:
         if self._target.dim() > 1:
             rows = rows_at_positions(tensor, tuple(self._target.shape), self.pool, axis)
             return tensor if rows is None else rows
+        if name == INPUT and isinstance(mask, Tensor) and axis is not None and tensor.dim() == 3:
+            self._check_mask(mask, tensor.shape[3 - axis])
         # A function may turn another layout, that of a sequence-first layer for example, into one row per sample.
         pooled = tensor.dim() and (tensor.size(0) == len(self._target) or (callable(self.pool) and tensor.dim() > 2))
         return pool_features(tensor, self.pool, axis, mask) if pooled else tensor
+
+    def _check_mask(self, mask: Tensor, positions: int) -> None:
+        if self.pool != "flatten" and not callable(self.pool) and mask.shape[1:] != (positions,):
+            self.warn_once(
+                "mask",
+                f"attention_mask has the shape {tuple(mask.shape)}, but the classifier {self._title(INPUT)} receives {positions} "
+                "positions, so padding is not left out; pass pool=, a function from (B, T, d) to (B, d)",
+            )
 
     def targets(self, batch: Any) -> Tensor:
         """The labels of a batch, as it holds them."""
@@ -238,8 +254,9 @@ class Probe:
     def _find_labels(self, raw: Tensor, trial: Trial) -> Labels:
         if self.head is None:
             return find_labels(raw, lambda positions: True, self.classes, None, self.ignore_index)
-        fits = partial(trial.has_positions, self.head.name)
-        return find_labels(raw, fits, self.classes, outputs_of(self.head.module), self.ignore_index, self.head.name)
+        name, outputs = self.head.name, outputs_of(self.head.module)
+        fits, received = partial(trial.has_positions, name), trial.shapes_into(name)
+        return find_labels(raw, fits, self.classes, outputs, self.ignore_index, name, received)
 
     def _match(self, model: nn.Module) -> list[str]:
         patterns = list(self.layers or ())
@@ -279,9 +296,9 @@ class Probe:
                 "name another classifier"
             )
         rows = trial.rows_into(name)
-        if self.classifier is None and rows is not None and self.is_new("found"):
+        if self.classifier is None and rows is not None:
             title = name or type(module).__name__
-            rank_zero_info(
+            _say_once(
                 f"neural collapse: measuring the input of {title!r} ({self.classes} classes, {rows.shape[1]} features)"
             )
         used = {id(call.weight) for call in trial.calls if call.name == name}
@@ -326,6 +343,13 @@ class Probe:
             named = ", ".join(map(repr, those))
             kind = f"the layer {named} is" if len(those) == 1 else f"the layers {named} are"
             self.warn_once(f"left out {named}", f"{kind} left out: {reason}")
+        if trial.dependent:
+            self.warn_once(
+                "dependent",
+                f"the features of a sample at {listed(trial.dependent)} change with the other samples of the batch: time "
+                "steps or positions may stand in the place of samples, so that labels do not fit; or a layer is random in "
+                "eval mode, or normalizes over the batch, and the values depend on the batches",
+            )
         if not self.widths:
             raise LookupError(f"none of the layers can be measured: {next(iter(left_out), 'no layer was found')}")
 
@@ -344,6 +368,12 @@ def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             raise LookupError(f"no module of {type(model).__name__} is named {pattern!r}; near: {listed(near)}")
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+@cache
+def _say_once(message: str) -> None:
+    """Say it once in a process: ``measure`` may be called in every epoch."""
+    rank_zero_info(message)
 
 
 def _warn(message: str) -> None:

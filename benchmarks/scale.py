@@ -1,0 +1,197 @@
+"""Memory and time of update, synchronization and compute for many classes, next to their arithmetic lower bounds.
+
+python benchmarks/scale.py             # about ten minutes on two cores; the tables of docs/costs.md
+python benchmarks/scale.py --full      # also 128,256 classes in 4,096 dimensions: 10 GB of memory
+"""
+
+import argparse
+import ctypes
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lightning_nc import NeuralCollapse
+
+BATCH = 4096
+
+
+class Case(NamedTuple):
+    """Classes, features, samples a rank, and ranks; ``whole``: the six metrics, else without the weight and the copy."""
+
+    classes: int
+    features: int
+    samples: int = 4 * BATCH
+    ranks: int = 2
+    whole: bool = True
+
+    @property
+    def state(self) -> int:
+        """Bytes of the class means and the scatter matrix."""
+        return 8 * self.classes * self.features + 8 * self.features**2
+
+
+SIZES = [Case(10, 512), Case(1000, 2048), Case(50_257, 768), Case(32_064, 4096, samples=2 * BATCH)]
+FULL = Case(128_256, 4096, samples=2 * BATCH, whole=False)
+
+
+def memory(entry: str) -> int:
+    """Bytes of this process: resident now (VmRSS), or at the most since the last reset (VmHWM). Linux only."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(entry))
+    return 1024 * int(line.split()[1])
+
+
+def cost(function: Callable[[], object]) -> tuple[float, int]:
+    """Seconds that a call takes, and bytes of memory that it takes besides what is there."""
+    ctypes.CDLL(None).malloc_trim(0)  # gives memory that was freed back, which the call would use again
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets the peak
+    before, start = memory("VmRSS"), time.perf_counter()
+    function()
+    return time.perf_counter() - start, memory("VmHWM") - before
+
+
+def product_rate(size: int = 2048) -> float:
+    """Floating-point operations a second of a bare float64 product."""
+    rows = torch.randn(size, size, dtype=torch.float64)
+    torch.mm(rows, rows)
+    return 2 * size**3 / min(cost(lambda: torch.mm(rows, rows))[0] for _ in range(3))
+
+
+def rank_costs(rank: int, case: Case, port: int, queue: "mp.Queue[dict[str, float]]") -> None:
+    """What one rank measures; the first one reports it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=case.ranks)
+    torch.manual_seed(rank)
+    features, target = torch.randn(BATCH, case.features), torch.randint(case.classes, (BATCH,))
+    features += torch.randn(case.classes, 1)[target]
+    weight = torch.randn(case.classes, case.features) if case.whole else None
+    metric = NeuralCollapse(case.classes, case.features, weight, sync_on_compute=False)
+    for state in metric.metric_state.values():
+        state.add_(0)  # memory counts once it is written to
+    metric.update(features, target)
+    metric.update(
+        torch.randn(case.classes, 1).expand(-1, case.features), torch.arange(case.classes)
+    )  # every class is seen
+    found = {"rate": product_rate()}
+
+    def update() -> None:
+        for _ in range(case.samples // BATCH):
+            metric.update(features, target)
+
+    for name, function in {"update": update, "sync": metric.sync, "merge": metric.merge_over_ranks}.items():
+        if name == "sync" and not case.whole:
+            continue
+        dist.barrier()
+        found[name], found[f"{name} bytes"] = cost(function)
+        if name == "sync":
+            metric.unsync()
+    if rank == 0:
+        found["compute"], found["compute bytes"] = cost(metric.compute)
+        queue.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(case: Case) -> dict[str, float]:
+    """The costs of the first rank, in fresh processes."""
+    print(f"K = {case.classes}, d = {case.features}, {case.ranks} ranks ...", file=sys.stderr, flush=True)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(rank_costs, (case, port, queue), nprocs=case.ranks)
+    return queue.get()
+
+
+def sizes_table(cases: list[Case]) -> None:
+    """Time and memory at each size. Memory is what a call takes besides the state, in units of the state."""
+    print(
+        "| K | d | state | update, 1000 samples | its bound | its memory | merge | its bound | its memory | sync | "
+        "its memory | compute | its bound | its memory |"
+    )
+    print("|" + "---|" * 14)
+    for case in cases:
+        found = run(case)
+        square, rate = case.features**2, found["rate"]
+        bounds = {
+            "update": 1000 * square / rate,
+            "merge": case.classes * square / rate,
+            "compute": 2 * case.classes * case.features * min(case.classes, case.features) / rate,
+        }
+        found["update"] *= 1000 / case.samples
+        cells = [f"{case.classes:,}", f"{case.features:,}", f"{case.state / 1e6:,.0f} MB"]
+        for name in ("update", "merge", "sync", "compute"):
+            if name not in found:
+                cells += ["-", "-"]
+                continue
+            extra = found[f"{name} bytes"]
+            cells += [seconds(found[name]), *([seconds(bounds[name])] if name in bounds else [])]
+            cells += [f"{extra / 1e6:.0f} MB" if name == "update" else f"{extra / case.state:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def growth_table(base: Case) -> None:
+    """By which factor time and memory grow if one size doubles."""
+    print(
+        f"\n| from K = {base.classes}, d = {base.features}, N = {base.samples} a rank, 2 ranks | update | merge | compute | "
+        "state | memory of a merge |"
+    )
+    print("|" + "---|" * 6)
+    start = run(base)
+    for name, field in {"K": "classes", "d": "features", "N": "samples", "ranks": "ranks"}.items():
+        case = base._replace(**{field: 2 * getattr(base, field)})
+        found = run(case)
+        cells = [f"{found[key] / start[key]:.1f}" for key in ("update", "merge", "compute")]
+        cells += [f"{case.state / base.state:.1f}", f"{found['merge bytes'] / start['merge bytes']:.1f}"]
+        print(f"| 2 {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def pairs_table(classes: int = 4096, target: int = 128_256, pairs: int = 20_000) -> None:
+    """Metrics over pairs of classes: the time of a pair, and what all pairs of ``target`` classes would take."""
+    torch.set_num_threads(1)
+    print(
+        f"\n| metric | d | a pair of {classes:,} classes | all {math.comb(target, 2):.2g} pairs of {target:,} | a random pair | "
+        "10 million of them |"
+    )
+    print("|" + "---|" * 6)
+    for features in (512, 2048, 4096):
+        labels = torch.arange(classes).repeat(2)
+        rows = torch.randn(classes, features)[labels] + torch.randn(len(labels), features)
+        for name in ("nc1_cdnv", "nc2_equiangular", "nc2_maxangle"):
+            times = []
+            for count in (None, pairs):
+                metric = NeuralCollapse(classes, features, metrics=name, pairs=count)
+                metric.update(rows, labels)
+                times.append(cost(metric.compute)[0] / (count or math.comb(classes, 2)))
+            print(
+                f"| `{name}` | {features:,} | {1e9 * times[0]:.0f} ns | {seconds(times[0] * math.comb(target, 2))} | "
+                f"{1e6 * times[1]:.1f} us | {seconds(1e7 * times[1])} |",
+                flush=True,
+            )
+
+
+def seconds(value: float) -> str:
+    """A time with a unit that suits it."""
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if value >= 2 * size or (unit == "s" and value >= 1):
+            return f"{value / size:.1f} {unit}"
+    return f"{1e3 * value:.3g} ms"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="also measure 128,256 classes in 4,096 dimensions")
+    arguments = parser.parse_args()
+    print(f"{os.cpu_count()} cores, one thread a process")
+    sizes_table([*SIZES, *([FULL] if arguments.full else [])])
+    growth_table(Case(8000, 1024, 2 * BATCH))
+    pairs_table()

@@ -1,0 +1,182 @@
+"""The rows of metrics of a run: appended, written to a CSV file, read back and plotted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from lightning.fabric.utilities import rank_zero_warn
+
+from lightning_nc.keys import STAGES, make_key, parse_key
+from lightning_nc.runs import FIRST_COLUMNS, finite_number, is_metric, plain_value, read_rows, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["History"]
+
+_BEFORE = (-math.inf, -math.inf)
+
+
+class History(list[dict[str, Any]]):
+    """The metrics of a run, a list with one dict per measurement, and optionally a CSV file that has the same rows.
+
+    A row has ``stage``, ``epoch``, ``step`` if it is known, and every value under the key that the callback logs: ``nc/nc1``,
+    ``nc/test/layer3/nc1``. ``pandas.DataFrame(history)`` is a table of them.
+
+    A file that exists is continued: its rows are read, and further rows are appended. A last row that was cut when a run was
+    killed is dropped. A row whose epoch is not after those of the file comes from another run, and warns once.
+    In a process group only rank 0 writes. A copy, or what is loaded from a pickle, continues the same file.
+
+    Args:
+        path: the CSV file, which :meth:`append` writes to; None for rows in memory alone.
+        rows: rows to start with, those of a checkpoint for example. They are not written.
+
+    Raises:
+        ValueError: if ``path`` does not end in ``.csv``, or is a file of something else.
+
+    Example:
+        >>> from lightning_nc import History
+        >>> history = History()
+        >>> history.append({"nc1": 0.5, "layer3/nc1": 2.0}, epoch=0, stage="test", accuracy=0.9)
+        >>> history
+        [{'stage': 'test', 'epoch': 0, 'accuracy': 0.9, 'nc/test/nc1': 0.5, 'nc/test/layer3/nc1': 2.0}]
+    """
+
+    def __init__(self, path: str | Path | None = None, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        super().__init__(map(dict, rows))
+        self.path = None if path is None else Path(path).resolve()
+        self._earlier: dict[str, tuple[float, float]] = {}  # the last epoch and step by stage that the file had
+        if self.path is None:
+            return
+        if self.path.suffix.lower() != ".csv":
+            raise ValueError(f"path must end in .csv, got {str(path)!r}")
+        if self.path.exists() and _own(self.path):
+            for row in read_rows(self.path):
+                stage = row.get("stage", "train")
+                self._earlier[stage] = max(_place(row), self._earlier.get(stage, _BEFORE))
+                super().append(row)
+
+    def append(  # type: ignore[override]
+        self,
+        values: Mapping[str, Any],
+        /,
+        *,
+        epoch: float,
+        stage: str = "train",
+        step: float | None = None,
+        **entries: Any,
+    ) -> None:
+        """Append a row of metrics, and write it to the file.
+
+        Other methods of a list change the rows in memory and not the file.
+
+        Args:
+            values: the metrics by key, as :func:`lightning_nc.measure` returns them (``layer3/nc1``) or as the callback logs
+                them (``nc/test/layer3/nc1``).
+            epoch: a whole number or a fraction; the x axis of figures.
+            stage: ``"train"``, ``"validate"`` or ``"test"``.
+            step: the number of optimizer steps.
+            entries: numbers, bools and short texts to keep in the row, such as ``accuracy=0.9``; None is left out. They are not
+                plotted.
+
+        Raises:
+            ValueError: if there is no metric, a value is not a number, ``stage`` is unknown or is not that of a key, or the
+                file was replaced by another one.
+        """
+        if stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(map(repr, STAGES))}, got {stage!r}")
+        row: dict[str, Any] = {"stage": stage, "epoch": finite_number("epoch", epoch)}
+        if step is not None:
+            row["step"] = finite_number("step", step)
+        for name, value in (*entries.items(), *values.items()):
+            key = _logged(name, stage) if is_metric(name) else name
+            if key in row:
+                raise ValueError(f"{key!r} is in the row twice; got {[*entries, *values]!r:.300}")
+            if (plain := plain_value(key, value)) not in (None, ""):
+                row[key] = plain
+        if not any(map(is_metric, row)):
+            raise ValueError(f"values must hold a metric such as 'nc1' or 'nc/nc1', got {list(values)!r:.300}")
+        super().append(row)
+        if self.path is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            if _place(row) <= self._earlier.get(stage, _BEFORE):
+                rank_zero_warn(
+                    f"{self.path} has rows of an earlier run, up to epoch {self._earlier[stage][0]} of stage {stage!r}, and "
+                    f"epoch {row['epoch']} is appended to them; delete the file, or pass another path, for a run of its own"
+                )
+                self._earlier.clear()
+            _write(self.path, row)
+
+    @classmethod
+    def read(cls, path: str | Path) -> History:
+        """Read the rows of a run from the file of a ``History`` or of a logger; see :func:`lightning_nc.runs.read_run`.
+
+        The result has no file: what is appended stays in memory.
+        """
+        return cls(rows=read_run(path))
+
+    def plot(self, num_classes: int | None = None) -> Figure:
+        """The paper's panels, NC1, NC2 and NC3 over epochs; see :func:`lightning_nc.plotting.plot_history`."""
+        from lightning_nc.plotting import plot_history
+
+        return plot_history(self, num_classes=num_classes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None, list(self)), vars(self)  # by default, a copy would call append for each row
+
+
+def _logged(key: str, stage: str) -> str:
+    """The key under which a metric of ``stage`` is logged."""
+    found, whole = parse_key(key), key.startswith("nc/")
+    if found.stage != stage and (whole or found.stage != "train"):
+        raise ValueError(
+            f"stage is {stage!r}, but the key {key!r} is of the stage {found.stage!r}; pass stage={found.stage!r}, or keys "
+            "without a stage, as measure returns them"
+        )
+    return key if whole else make_key(found.metric, found.layer, stage, found.loader)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The epoch and step of a row, which grow in the course of a run."""
+    return row["epoch"], finite_number("step", row.get("step", 0))
+
+
+def _own(path: Path) -> bool:
+    """Whether a file that exists has rows of a ``History``; False if it is empty."""
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark of a spreadsheet
+    if data and not data.startswith(",".join(FIRST_COLUMNS).encode()):
+        raise ValueError(
+            f"{path} was not written by History, whose files begin with {','.join(FIRST_COLUMNS)}; it begins with "
+            f"{data[:60].decode(errors='replace')!r}. Pass another path; History.read reads the files of loggers"
+        )
+    return bool(data)
+
+
+def _write(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a file, which is written anew only for a new column, or without a last row that was cut."""
+    data = path.read_bytes() if path.exists() and _own(path) else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    rows = csv.reader(io.StringIO(whole.decode("utf-8-sig"), newline=""))
+    names = next(rows, [])
+    columns = list(dict.fromkeys([*names, *row]))
+    line = _lines([[row.get(name, "") for name in columns]])
+    if columns == names and whole == data:
+        with path.open("ab") as file:
+            file.write(line)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.tmp")
+    padding = [""] * (len(columns) - len(names))
+    scratch.write_bytes(_lines([columns, *(cells + padding for cells in rows)]) + line)
+    scratch.replace(path)  # in one step: a run that is killed leaves the old file or the new one
+
+
+def _lines(rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
