@@ -18,10 +18,12 @@ def blocks(page):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("code", blocks("README.md"))
-def test_the_examples_of_the_readme_run(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "code"), [(page, code) for page in ("README.md", "docs/costs.md") for code in blocks(page)]
+)
+def test_the_examples_of_the_readme_and_of_the_page_about_costs_run(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.filterwarnings("ignore")

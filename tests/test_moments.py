@@ -284,6 +284,13 @@ def test_an_update_needs_no_value_on_the_host_and_no_tensor_above_64_mb_whatever
     assert largest.nbytes <= max(2**26, 8 * width**2)
 
 
+def test_a_merge_takes_little_memory_compared_to_the_moments():
+    one, other = (ClassMoments.zeros(2000, 600) for _ in range(2))
+    with LargestTensor() as largest:
+        one.merge(other)
+    assert largest.nbytes <= one.means.nbytes / 10
+
+
 def test_a_batch_of_several_blocks_gives_the_same_values():
     features, target = clusters(4, 5000, 64, 0.5)  # a block has 8,192 rows
     whole, parts = ClassMoments.zeros(4, 64), gather(features, target, 4, (3000,))
