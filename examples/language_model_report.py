@@ -121,7 +121,8 @@ def variability(counts: Tensor, means: Tensor, spread: Tensor) -> Tensor:
     r"""Within-class variability of each class: :math:`s_k^2` over the mean of :math:`\|\mu_k - \mu_j\|^2` over the other classes.
 
     0 when the class has collapsed. At 1 its samples are as far from their mean as that is from the other means. Both parts are
-    unbiased estimates for independent samples. Otherwise rare classes, whose means are uncertain, would look tighter.
+    unbiased estimates for independent samples. Otherwise rare classes, whose means are uncertain, would look tighter. The result
+    is nan for a class whose mean is too uncertain to be told from the others.
 
     Args:
         counts: samples of each class, at least two, (K,).
@@ -131,7 +132,8 @@ def variability(counts: Tensor, means: Tensor, spread: Tensor) -> Tensor:
     variance = spread / (counts - 1)
     error = variance / counts  # expected squared error of a class mean
     distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist").square() - error[:, None] - error
-    return variance * (len(counts) - 1) / distances.fill_diagonal_(0).sum(dim=1)
+    total = distances.fill_diagonal_(0).sum(dim=1)
+    return torch.where(total > 0, variance * (len(counts) - 1) / total, math.nan)
 
 
 def uniformity(means: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -176,9 +178,9 @@ def report(statistics: TokenStatistics, history: Sequence[Mapping[str, Any]], wi
     write_rows(files[0], rows)
     write_rows(files[1], [row for table in statistics.tokens.values() for row in table])
     draw_metrics(rows, len(statistics.vocabulary), width).savefig(files[2], dpi=110)
-    draw_tokens(statistics.tokens).savefig(files[3], dpi=110)
+    tables = certain(statistics.tokens)
+    draw_tokens(tables).savefig(files[3], dpi=110)
     print_table(rows)
-    tables = statistics.tokens
     print("variability of the tokens: median, and rank correlation with")
     variabilities = {step: [row["variability"] for row in table] for step, table in tables.items()}
     print_table([{"step": step} | correlations(variabilities[step], tables[step]) for step in tables])
@@ -186,6 +188,14 @@ def report(statistics: TokenStatistics, history: Sequence[Mapping[str, Any]], wi
     print_table([{"step": step} | correlations(left(tables, step), tables[step]) for step in list(tables)[1:]])
     print_tokens(tables)
     print("files: " + ", ".join(map(str, files)))
+
+
+def certain(tables: Mapping[int, Rows]) -> dict[int, Rows]:
+    """The tables without the tokens whose variability is nan at any measurement; says how many these are."""
+    uncertain = {row["token"] for table in tables.values() for row in table if math.isnan(row["variability"])}
+    if uncertain:
+        print(f"{len(uncertain)} tokens are left out: too few samples to tell their mean from the others")
+    return {step: [row for row in table if row["token"] not in uncertain] for step, table in tables.items()}
 
 
 def write_rows(path: Path, rows: Rows) -> None:

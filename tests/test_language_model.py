@@ -155,6 +155,16 @@ def test_variability_of_points_by_hand():
     assert values.tolist() == pytest.approx([2 / 80, 0])
 
 
+def test_a_token_whose_mean_cannot_be_told_from_the_others_is_nan_and_left_out(capsys):
+    # Means 0 and 1, variances 4 with two samples each: the errors of the means, 2 + 2, exceed the squared distance 1.
+    counts, means, spread = torch.tensor([2.0, 2.0]), torch.tensor([[0.0], [1.0]]), torch.tensor([4.0, 4.0])
+    values = language_model_report.variability(counts, means, spread).tolist()
+    assert all(math.isnan(value) for value in values)
+    table = [{"token": "a", "variability": values[0]}, {"token": "b", "variability": 0.5}]
+    assert language_model_report.certain({0: table}) == {0: table[1:]}
+    assert "1 tokens are left out" in capsys.readouterr().out
+
+
 def test_the_kernel_of_a_simplex_is_its_smallest_value_and_its_own_weight_is_uniformly_aligned():
     for classes in (3, 10):
         frame = torch.eye(classes, dtype=torch.float64) - 1 / classes
