@@ -504,20 +504,27 @@ def evaluate(
         result = nan if broken & {*_FORMULAS[name].needs} else _FORMULAS[name].formula(summary)
         values[name], error = result if isinstance(result, tuple) else (result, nan)
         values |= {name + ERROR: error} if name in sampled else {}
-    undefined = [name for name in names if name != "nc1" and values[name].isnan()]
+    undefined = [name for name in names if name != "nc1" and not values[name].isfinite()]
     if undefined:
-        warnings.warn(f"{', '.join(undefined)}: nan, because {_reason(summary, broken)}", stacklevel=2)
+        kind = "nan" if any(values[name].isnan() for name in undefined) else "infinite"
+        reason = _reason(summary, broken, seen.nonzero().flatten())
+        warnings.warn(f"{', '.join(undefined)}: {kind}, because {reason}", stacklevel=2)
     return values
 
 
-def _reason(s: Summary, broken: set[str]) -> str:
-    """Why a metric is nan although all features are finite."""
+def _reason(s: Summary, broken: set[str], classes: Tensor) -> str:
+    """Why a metric is not finite although all features are."""
     if broken:
         return f"the classifier's {' and '.join(sorted(broken))} holds an infinity or a nan"
     if s.weight.dim() and not vector_norm(s.weight, dim=1).all():
         return "the classifier's weight is zero for one or more classes"
     if not vector_norm(s.centered, dim=1).all():
         return "one or more class means coincide with the mean of all"
+    _, place, size = torch.unique(s.means, dim=0, return_inverse=True, return_counts=True)
+    if size.max() > 1:
+        same = (place == size.argmax()).nonzero().flatten()[:2]
+        pair, counts = (" and ".join(str(int(n)) for n in numbers[same]) for numbers in (classes, s.moments.counts))
+        return f"the means of the classes {pair} coincide, which have {counts} samples"
     return "the formula is not defined for these class means"
 
 

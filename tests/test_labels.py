@@ -112,7 +112,14 @@ def test_layers_at_the_same_positions_are_measured_and_those_of_another_resoluti
     def resampled(output):
         return nn.functional.interpolate(output, size=(4, 6)).movedim(1, -1)
 
-    assert "1/nc1" in measure(net, [batch], layers=["1"], pool=resampled, progress=False)
+    with torch.no_grad():
+        rows = resampled(net[:2](batch[0])).reshape(-1, 6).double().numpy()
+    expected = pytest.approx(reference.nc1(rows, batch[1].flatten().numpy()), rel=1e-5)
+    assert measure(net, [batch], layers=["1"], pool=resampled, progress=False)["1/nc1"] == expected
+    channels_first = measure(net, [batch], layers=["1"], pool=lambda x: resampled(x).movedim(-1, 1), progress=False)
+    assert channels_first["1/nc1"] == expected
+    with pytest.warns(UserWarning, match=r"\(and \(3, 6, 2, 3\) from pool=\)"):
+        measure(net, [batch], layers=["1"], pool=lambda x: x, progress=False)
 
 
 def test_the_order_of_the_positions_is_that_of_the_labels_where_the_model_flattens_them():
@@ -348,7 +355,9 @@ def test_a_layer_with_as_many_features_as_the_labels_have_positions_is_not_measu
         values = measure(net, [batch], layers=["0", "3"], progress=False)
     assert "0/nc1" in values
     assert "3/nc1" not in values
-    assert "3/nc1" in measure(net, [batch], layers=["3"], pool=lambda x: x.repeat(1, 3, 1)[:, :5], progress=False)
+    assert "3/nc1" in measure(net, [batch], layers=["3"], pool=lambda x: x.repeat(1, 3, 1)[:, :5].flatten(0, 1), progress=False)
+    with pytest.warns(UserWarning, match=r"pool= returned \(3, 5, 5\).*which axis holds the features is not clear"):
+        measure(net, [batch], layers=["3"], pool=lambda x: x.repeat(1, 3, 1)[:, :5], progress=False)
 
 
 def test_an_encoder_with_a_decoder_has_labels_of_its_own_positions():

@@ -135,10 +135,13 @@ def rows_at_positions(
 
     Args:
         features: the output of a layer: (B, ...) with the positions of the labels, or (N, d). A callable ``pool`` is called on
-            other features of more than two dimensions, and returns (B, *positions, d) or (N, d).
+            other features of more than two dimensions, and returns (B, *positions, d), (B, d, *positions) or (N, d).
         labels: the shape of the labels.
         pool: see above.
         axis: the axis of the features.
+
+    Raises:
+        ValueError: if ``pool`` returns features whose axis is not clear.
     """
     features = features.detach()
     if features.is_nested:
@@ -148,8 +151,15 @@ def rows_at_positions(
         features = torch.nested.to_padded_tensor(features, 0.0, (*labels, features.unbind()[0].shape[-1]))
     fits = axis is not None and axis in feature_axes(features, labels[1:]) and len(features) == labels[0]
     if not fits and callable(pool) and features.dim() > 2:
-        features, axis = pool(features).detach(), len(labels)
-        fits = features.shape[:-1] == labels
+        features = pool(features).detach()
+        ends = {1, features.dim() - 1}  # the conventions
+        axes = [axis for axis in feature_axes(features, labels[1:]) if axis in ends and len(features) == labels[0]]
+        if len(axes) > 1:
+            raise ValueError(
+                f"pool= returned {tuple(features.shape)} for labels {labels}, and which axis holds the features is not clear; "
+                "return (N, d), a row per label"
+            )
+        fits, axis = bool(axes), axes[0] if axes else None
     if fits:
         assert axis is not None
         rows = features.movedim(axis, -1).flatten(end_dim=-2)

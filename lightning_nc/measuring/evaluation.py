@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -291,10 +292,10 @@ class Collector:
                 "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
             )
         values: dict[str, float] = {}
-        for layer, metric in self.metrics.items():
-            computed = metric.compute()
-            if layer in self.projected:
-                computed = {**computed, **self.projected[layer].compute()}
+        for layer in self.metrics:
+            with self._naming(layer, stage):
+                computed = {**self.metrics[layer].compute()}
+                computed |= self.projected[layer].compute() if layer in self.projected else {}
             kept = [name for name in computed if name.removesuffix(ERROR) in self.names]
             values |= {make_key(name, layer, stage, loader): float(computed[name]) for name in kept}
         if not values:
@@ -302,6 +303,16 @@ class Collector:
                 f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier"
             )
         return values
+
+    @contextmanager
+    def _naming(self, layer: str, stage: str | None) -> Iterator[None]:
+        """Let the warnings of a metric name its layer and stage, and appear once in a run."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        where = (f"layer {layer!r}" if layer else "classifier's input") + (f", stage {stage!r}" if stage else "")
+        for warning in caught:
+            self.probe.warn_once(f"{where}: {warning.message}", f"{where}: {warning.message}")
 
     def class_means(self) -> tuple[Tensor, list[int]] | None:
         """The means of the classifier's input, (K, d), of the classes that have samples; and these classes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -184,7 +184,12 @@ class Probe:
         self._target = self._labels.indices(raw)
         if raw.device.type == "cpu":
             self._labels.check(raw, self._target)
-        self._recorder.start(partial(self._pool, batch.get("attention_mask") if hasattr(batch, "get") else None))
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if self.pool == "last" and mask is None and isinstance(batch, Mapping) and "input_ids" in batch:
+            self.warn_once(
+                "no mask", "the batch has no attention_mask, so pool='last' takes the last position, also of padding"
+            )
+        self._recorder.start(partial(self._pool, mask))
 
     def pause(self) -> None:
         """Record no more of this batch: the backward pass may run layers again."""

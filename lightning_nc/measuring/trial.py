@@ -216,6 +216,9 @@ class Trial:
         shapes = _shapes(tensors)
         if self._is_square(positions):
             shapes += " (as many samples as positions, so which axis is which is not clear: choose another batch size)"
+        if positions and callable(self.pool):
+            wide = [tensor for tensor in tensors if tensor is not None and tensor.dim() > 2]
+            shapes += f" (and {_shapes([self.pool(tensor) for tensor in wide])} from pool=)" * bool(wide)
         if positions:
             return (
                 f"no call of {layer!r} has a feature vector for each label, got {shapes} for labels "
