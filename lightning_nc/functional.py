@@ -60,7 +60,7 @@ FrameName = Literal["etf", "of"]
 _PAPER = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")
 
 _BLOCK = 2**20
-"""Pairs of classes that are processed together: with 50,000 classes a matrix of all pairs would take 20 GB."""
+"""Numbers that are processed together: with 50,000 classes a matrix of all pairs would take 20 GB."""
 
 
 @dataclass
@@ -94,7 +94,8 @@ class Summary:
         total = math.comb(classes, 2)
         sampled = self.pairs is not None and self.pairs < total
         count = min(self.pairs or total, total)
-        size = max(1, _BLOCK // width) if sampled else math.isqrt(_BLOCK)
+        numbers = 2**18 if device.type == "cpu" else 2**22  # of a block; fits the cache of the CPU
+        size = max(1, numbers // width) if sampled else math.isqrt(numbers)
         blocks = _random_pairs(classes, count, size, device) if sampled else _all_pairs(classes, size)
         quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
         sums: list[Tensor] = []
@@ -377,7 +378,7 @@ class Pairs(NamedTuple):
     def products(self, rows: Tensor) -> Tensor:
         """Inner products of the two rows of each pair."""
         left, right = rows[self.left], rows[self.right]
-        return self._once(left @ right.T) if isinstance(self.left, slice) else (left * right).sum(dim=1)
+        return self._once(left @ right.T) if isinstance(self.left, slice) else torch.linalg.vecdot(left, right)
 
     def sums(self, values: Tensor) -> Tensor:
         """Sums of the two values of each pair."""
