@@ -98,20 +98,19 @@ class Summary:
         size = max(1, numbers // width) if sampled else math.isqrt(numbers)
         blocks = _random_pairs(classes, count, size, device) if sampled else _all_pairs(classes, size)
         quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-        sums: list[Tensor] = []
-        squares, center = [], self.means.new_zeros(())
+        center: Tensor | None = None
+        summed = squares = self.means.new_zeros(())  # not a list, whose small tensors would fragment the memory
         with tqdm(total=count, desc="Pairs of classes", unit_scale=True, leave=False, delay=5, disable=quiet) as bar:
             for block in blocks:
                 found = values(block)
-                if sampled:  # around a value near the mean, so that nothing cancels
-                    center = center if sums else found.detach().mean()
-                    squares.append((found.detach() - center).square().sum())
-                sums.append(found.sum())
+                center = found.detach().mean() if center is None else center  # near the mean, so that nothing cancels
+                squares = squares + (found.detach() - center).square().sum() if sampled else squares
+                summed = summed + found.sum()
                 bar.update(found.numel())
-        mean = torch.stack(sums).sum() / count
-        if not sampled:
+        mean = summed / count
+        if not sampled or center is None:
             return mean, torch.zeros_like(mean)
-        variance = torch.stack(squares).sum() / count - (mean.detach() - center).square()
+        variance = squares / count - (mean.detach() - center).square()
         return mean, (variance.clamp(min=0) / (count - 1)).sqrt()
 
 
@@ -544,12 +543,12 @@ def check_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_pairs(pairs: float | None) -> int | None:
-    """The number of pairs of classes to sample as an integer: 1e7 is accepted."""
+    """The number of pairs of classes to sample as an integer: 1e6 is accepted."""
     if pairs is None:
         return None
     if not isinstance(pairs, Real) or pairs < 2 or not float(pairs).is_integer():
         raise ValueError(
-            f"pairs must be a whole number of at least 2, such as 1e7, or None for all pairs of classes; got {pairs!r}"
+            f"pairs must be a whole number of at least 2, such as 1e6, or None for all pairs of classes; got {pairs!r}"
         )
     return int(pairs)
 

@@ -61,8 +61,8 @@ class History(list[dict[str, Any]]):
             for row in read_rows(self.path):
                 stage = row.get("stage", "train")
                 self._earlier[stage] = max(_place(row), self._earlier.get(stage, _BEFORE))
-        self._continued = bool(self)
                 super().append(row)
+            self._continued = bool(self)
 
     def append(  # type: ignore[override]
         self,

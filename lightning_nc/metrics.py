@@ -128,7 +128,7 @@ class NeuralCollapse(_ClassifierMetric):
         metrics: ``"paper"``, one name, or several names in :data:`lightning_nc.functional.METRICS`.
         ignore_index: samples with this label are left out, whatever their features hold; None: there are none.
         pairs: estimate the metrics over pairs of classes (``nc1_cdnv``, ``nc2_equiangular``, ``nc2_maxangle``) from that many
-            random pairs if there are more, such as ``1e7``. The pairs are always the same, and the global random streams do
+            random pairs if there are more, such as ``1e6``. The pairs are always the same, and the global random streams do
             not move. ``compute`` then gives the standard error too, ``nc1_cdnv_stderr``; it is 0 for all pairs.
         kwargs: see :class:`torchmetrics.Metric`. Values are not cached, since the weight can change between two calls.
 

@@ -355,7 +355,9 @@ def test_a_layer_with_as_many_features_as_the_labels_have_positions_is_not_measu
         values = measure(net, [batch], layers=["0", "3"], progress=False)
     assert "0/nc1" in values
     assert "3/nc1" not in values
-    assert "3/nc1" in measure(net, [batch], layers=["3"], pool=lambda x: x.repeat(1, 3, 1)[:, :5].flatten(0, 1), progress=False)
+    assert "3/nc1" in measure(
+        net, [batch], layers=["3"], pool=lambda x: x.repeat(1, 3, 1)[:, :5].flatten(0, 1), progress=False
+    )
     with pytest.warns(UserWarning, match=r"pool= returned \(3, 5, 5\).*which axis holds the features is not clear"):
         measure(net, [batch], layers=["3"], pool=lambda x: x.repeat(1, 3, 1)[:, :5], progress=False)
 
