@@ -7,10 +7,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo test test-all lint types docs figures benchmarks clean $(NUMBERED)
+.PHONY: demo language-model test test-all lint types docs figures benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
+
+language-model: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/language_model.py $(ARGS)
 
 # One thread: the models are small, and several threads, or processes with several each, only wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -98,20 +98,19 @@ class Summary:
         size = max(1, numbers // width) if sampled else math.isqrt(numbers)
         blocks = _random_pairs(classes, count, size, device) if sampled else _all_pairs(classes, size)
         quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-        sums: list[Tensor] = []
-        squares, center = [], self.means.new_zeros(())
+        center: Tensor | None = None
+        summed = squares = self.means.new_zeros(())  # not a list, whose small tensors would fragment the memory
         with tqdm(total=count, desc="Pairs of classes", unit_scale=True, leave=False, delay=5, disable=quiet) as bar:
             for block in blocks:
                 found = values(block)
-                if sampled:  # around a value near the mean, so that nothing cancels
-                    center = center if sums else found.detach().mean()
-                    squares.append((found.detach() - center).square().sum())
-                sums.append(found.sum())
+                center = found.detach().mean() if center is None else center  # near the mean, so that nothing cancels
+                squares = squares + (found.detach() - center).square().sum() if sampled else squares
+                summed = summed + found.sum()
                 bar.update(found.numel())
-        mean = torch.stack(sums).sum() / count
-        if not sampled:
+        mean = summed / count
+        if not sampled or center is None:
             return mean, torch.zeros_like(mean)
-        variance = torch.stack(squares).sum() / count - (mean.detach() - center).square()
+        variance = squares / count - (mean.detach() - center).square()
         return mean, (variance.clamp(min=0) / (count - 1)).sqrt()
 
 
@@ -505,20 +504,27 @@ def evaluate(
         result = nan if broken & {*_FORMULAS[name].needs} else _FORMULAS[name].formula(summary)
         values[name], error = result if isinstance(result, tuple) else (result, nan)
         values |= {name + ERROR: error} if name in sampled else {}
-    undefined = [name for name in names if name != "nc1" and values[name].isnan()]
+    undefined = [name for name in names if name != "nc1" and not values[name].isfinite()]
     if undefined:
-        warnings.warn(f"{', '.join(undefined)}: nan, because {_reason(summary, broken)}", stacklevel=2)
+        kind = "nan" if any(values[name].isnan() for name in undefined) else "infinite"
+        reason = _reason(summary, broken, seen.nonzero().flatten())
+        warnings.warn(f"{', '.join(undefined)}: {kind}, because {reason}", stacklevel=2)
     return values
 
 
-def _reason(s: Summary, broken: set[str]) -> str:
-    """Why a metric is nan although all features are finite."""
+def _reason(s: Summary, broken: set[str], classes: Tensor) -> str:
+    """Why a metric is not finite although all features are."""
     if broken:
         return f"the classifier's {' and '.join(sorted(broken))} holds an infinity or a nan"
     if s.weight.dim() and not vector_norm(s.weight, dim=1).all():
         return "the classifier's weight is zero for one or more classes"
     if not vector_norm(s.centered, dim=1).all():
         return "one or more class means coincide with the mean of all"
+    _, place, size = torch.unique(s.means, dim=0, return_inverse=True, return_counts=True)
+    if size.max() > 1:
+        same = (place == size.argmax()).nonzero().flatten()[:2]
+        pair, counts = (" and ".join(str(int(n)) for n in numbers[same]) for numbers in (classes, s.moments.counts))
+        return f"the means of the classes {pair} coincide, which have {counts} samples"
     return "the formula is not defined for these class means"
 
 
@@ -537,12 +543,12 @@ def check_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_pairs(pairs: float | None) -> int | None:
-    """The number of pairs of classes to sample as an integer: 1e7 is accepted."""
+    """The number of pairs of classes to sample as an integer: 1e6 is accepted."""
     if pairs is None:
         return None
     if not isinstance(pairs, Real) or pairs < 2 or not float(pairs).is_integer():
         raise ValueError(
-            f"pairs must be a whole number of at least 2, such as 1e7, or None for all pairs of classes; got {pairs!r}"
+            f"pairs must be a whole number of at least 2, such as 1e6, or None for all pairs of classes; got {pairs!r}"
         )
     return int(pairs)
 

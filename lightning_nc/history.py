@@ -52,6 +52,7 @@ class History(list[dict[str, Any]]):
         super().__init__(map(dict, rows))
         self.path = None if path is None else Path(path).resolve()
         self._earlier: dict[str, tuple[float, float]] = {}  # the last epoch and step by stage that the file had
+        self._continued = False  # the file had rows
         if self.path is None:
             return
         if self.path.suffix.lower() != ".csv":
@@ -61,6 +62,7 @@ class History(list[dict[str, Any]]):
                 stage = row.get("stage", "train")
                 self._earlier[stage] = max(_place(row), self._earlier.get(stage, _BEFORE))
                 super().append(row)
+            self._continued = bool(self)
 
     def append(  # type: ignore[override]
         self,
@@ -102,6 +104,11 @@ class History(list[dict[str, Any]]):
                 row[key] = plain
         if not any(map(is_metric, row)):
             raise ValueError(f"values must hold a metric such as 'nc1' or 'nc/nc1', got {list(values)!r:.300}")
+        if step is None and not self._continued and any(_same_place(row, other) for other in self):
+            rank_zero_warn(
+                f"a row of stage {stage!r} and epoch {row['epoch']} is there already; pass stage= for other data, or step= for "
+                "another measurement in the epoch"
+            )
         super().append(row)
         if self.path is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             if _place(row) <= self._earlier.get(stage, _BEFORE):
@@ -144,6 +151,12 @@ def _logged(key: str, stage: str) -> str:
 def _place(row: Mapping[str, Any]) -> tuple[float, float]:
     """The epoch and step of a row, which grow in the course of a run."""
     return row["epoch"], finite_number("step", row.get("step", 0))
+
+
+def _same_place(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows have a metric in common, of the same epoch and kind of weights."""
+    same = all(row.get(name) == other.get(name) for name in ("epoch", "weights"))
+    return same and any(map(is_metric, row.keys() & other.keys()))
 
 
 def _own(path: Path) -> bool:

@@ -85,7 +85,9 @@ class _Reference:
             )
         value = self.read() if isinstance(source, Tensor | torch.nn.Module) else None
         if value is not None and not is_lazy(value) and value.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+            one = shape[0] == 2 and len(value) == 1  # a classifier with one output decides by its sign
+            hint = f"; for one output pass a callable that returns torch.cat([-{name}, {name}])" if one else ""
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}{hint}")
         self.given = source is not None and not (isinstance(source, torch.nn.Module) and value is None)
 
     def read(self) -> Tensor | None:
@@ -126,7 +128,7 @@ class NeuralCollapse(_ClassifierMetric):
         metrics: ``"paper"``, one name, or several names in :data:`lightning_nc.functional.METRICS`.
         ignore_index: samples with this label are left out, whatever their features hold; None: there are none.
         pairs: estimate the metrics over pairs of classes (``nc1_cdnv``, ``nc2_equiangular``, ``nc2_maxangle``) from that many
-            random pairs if there are more, such as ``1e7``. The pairs are always the same, and the global random streams do
+            random pairs if there are more, such as ``1e6``. The pairs are always the same, and the global random streams do
             not move. ``compute`` then gives the standard error too, ``nc1_cdnv_stderr``; it is 0 for all pairs.
         kwargs: see :class:`torchmetrics.Metric`. Values are not cached, since the weight can change between two calls.
 
@@ -242,6 +244,8 @@ class NeuralCollapse(_ClassifierMetric):
             raise RuntimeError(
                 "the state holds the samples of all ranks; call reset() or unsync() before the next merge"
             )
+        if incoming_state is self:
+            raise ValueError("a metric cannot be merged with itself: its samples would count twice")
         if isinstance(incoming_state, dict) and incoming_state.keys() != self._defaults.keys():
             raise ValueError(
                 f"a state to merge must hold {', '.join(self._defaults)}, got {', '.join(incoming_state) or 'nothing'}; call "

@@ -10,10 +10,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_nc import measure
 from lightning_nc.measuring.batches import (
     copy_batch,
-    first_rows,
     listed,
     pool_features,
     run_forward,
+    some_rows,
     targets_of,
 )
 
@@ -111,16 +111,16 @@ def test_a_copy_of_a_batch_may_be_changed_and_what_cannot_be_copied_is_given_as_
     assert copy_batch(generator) is generator
 
 
-def test_a_batch_is_shortened_in_every_tensor_that_has_a_row_for_each_sample():
+def test_samples_are_taken_of_every_tensor_that_has_a_row_for_each_sample():
     rows, target = torch.randn(5, 2), torch.arange(5)
     batch = {"x": rows, "more": [target, torch.randn(3, 2), torch.tensor(1.0)], "name": "a"}
-    short = first_rows(batch, 5, 2)
-    assert torch.equal(short["x"], rows[:2])
-    assert short["more"][0].tolist() == [0, 1]
+    short = some_rows(batch, 5, [1, 0])
+    assert torch.equal(short["x"], rows[[1, 0]])
+    assert short["more"][0].tolist() == [1, 0]
     assert torch.equal(short["more"][1], batch["more"][1])
     assert (short["more"][2].item(), short["name"]) == (1, "a")
     short["x"].zero_()
-    assert not torch.equal(rows[:2], short["x"])
+    assert not torch.equal(rows[[1, 0]], short["x"])
 
 
 def test_a_message_lists_at_most_ten_names():

@@ -5,7 +5,7 @@ import torch
 from conftest import Classifier, clusters, loader
 from lightning.pytorch import Trainer, seed_everything
 
-from lightning_nc import NeuralCollapse, NeuralCollapseCallback
+from lightning_nc import NeuralCollapse, NeuralCollapseCallback, measure
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -35,6 +35,13 @@ def test_values_on_the_gpu_are_those_of_the_cpu():
     assert {name: float(value) for name, value in there.compute().items()} == pytest.approx(
         {name: float(value) for name, value in here.compute().items()}, rel=1e-6
     )
+
+
+def test_labels_that_a_function_looks_up_on_the_cpu_meet_features_on_the_gpu():
+    rows, target = clusters(3, 40, 8, 0.3)
+    model, batch = torch.nn.Linear(8, 3).cuda(), (rows, torch.arange(len(rows)))
+    values = measure(model, [batch], target_fn=lambda batch: target[batch[1].cpu()], progress=False)
+    assert values == measure(model, [(rows, target)], progress=False)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])

@@ -112,7 +112,14 @@ def test_layers_at_the_same_positions_are_measured_and_those_of_another_resoluti
     def resampled(output):
         return nn.functional.interpolate(output, size=(4, 6)).movedim(1, -1)
 
-    assert "1/nc1" in measure(net, [batch], layers=["1"], pool=resampled, progress=False)
+    with torch.no_grad():
+        rows = resampled(net[:2](batch[0])).reshape(-1, 6).double().numpy()
+    expected = pytest.approx(reference.nc1(rows, batch[1].flatten().numpy()), rel=1e-5)
+    assert measure(net, [batch], layers=["1"], pool=resampled, progress=False)["1/nc1"] == expected
+    channels_first = measure(net, [batch], layers=["1"], pool=lambda x: resampled(x).movedim(-1, 1), progress=False)
+    assert channels_first["1/nc1"] == expected
+    with pytest.warns(UserWarning, match=r"\(and \(3, 6, 2, 3\) from pool=\)"):
+        measure(net, [batch], layers=["1"], pool=lambda x: x, progress=False)
 
 
 def test_the_order_of_the_positions_is_that_of_the_labels_where_the_model_flattens_them():
@@ -189,7 +196,11 @@ def test_token_labels_that_the_model_shifts_by_itself_are_refused_without_next_t
         ),
         (torch.tensor(1), "must hold class indices"),
         (torch.zeros(6, dtype=torch.complex64), "must hold class indices"),
-        ([0, 1, 2, 0, 1, 2], "must be a tensor.*got list"),
+        ([0, 1, 2, 0, 1, 2], "must be a tensor.*got list; pass target_fn"),
+        (
+            torch.tensor([[-100.0, -100.0, -100.0]]).repeat(6, 1),
+            r"the row \[-100.0, -100.0, -100.0\]; neural.*ignore_index",
+        ),
     ],
 )
 def test_a_label_error_names_its_cause(labels, message):
@@ -203,6 +214,7 @@ def test_a_label_error_names_its_cause(labels, message):
     ("labels", "message"),
     [
         (torch.rand(6), "whole numbers, got 0.*soft labels, or a regression"),
+        (torch.tensor([0, 1, torch.nan, 0, 1, 0]), r"got nan; for labels that are missing.*nan_to_num\(-100\)"),
         (torch.tensor([-1, 1, -1, 1, 1, 1]), r"-1 and 1 pass target_fn, such as lambda batch: \(batch\[1\] > 0\)"),
         (torch.tensor([0, 1, 2, 1, 0, 1]), r"lie in \[0, 2\)"),
     ],
@@ -218,8 +230,9 @@ def test_soft_labels_of_a_later_batch_are_not_taken_for_classes():
     with pytest.raises(ValueError, match="soft row"):
         measure(nn.Linear(4, 3), [hard, mixed], progress=False)
     indices = torch.randn(6, 4), torch.arange(6) % 3
-    with pytest.raises(ValueError, match="whole numbers"):
-        measure(nn.Linear(4, 3), [indices, mixed], progress=False)
+    for batches in ([indices, mixed], [hard, indices]):
+        with pytest.raises(ValueError, match=r"are of another kind than those of the first batch.*takes both"):
+            measure(nn.Linear(4, 3), batches, progress=False)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float64, torch.int8, torch.uint8, torch.int64])
@@ -252,6 +265,184 @@ def test_labels_that_may_be_one_hot_rows_or_positions_are_refused():
     with pytest.raises(ValueError, match="may be one-hot rows or a class index per position"):
         measure(model, [(rows, hot)], progress=False)
     assert measure(model, [(rows, torch.arange(18).view(6, 3) % 3)], progress=False)
+
+
+def test_one_hot_maps_are_read_along_their_classes_where_the_image_is_as_wide():
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 1)
+    images, target = torch.randn(5, 3, 4, 4), torch.randint(4, (5, 4, 4))
+    expected = measure(model, [(images, target)], progress=False)
+    hot = nn.functional.one_hot(target, 4)
+    for rows in (hot.movedim(-1, 1), hot, hot.movedim(-1, 1).float()):
+        assert measure(model, [(images, rows)], progress=False) == expected
+    with pytest.raises(ValueError, match="along more than one axis"):
+        measure(
+            model, [(images, (sum(torch.meshgrid(*[torch.arange(4)] * 3, indexing="ij")) % 4 == 0).expand(5, 4, 4, 4))]
+        )
+
+
+def test_a_column_of_labels_is_one_per_sample_for_every_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 1))
+    images, target = torch.randn(12, 3, 5, 5), (torch.arange(12) % 2).float()
+    expected = measure(model, [(images, target)], layers=["0"], progress=False)
+    assert "0/nc1" in expected
+    assert measure(model, [(images, target[:, None])], layers=["0"], progress=False) == expected
+
+
+class Shuffling(nn.Module):
+    """Gives the classifier its rows in another order: one time step of all samples after the other, or samples reversed."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x.flip(0) if self.kind == "reversed" else x.transpose(0, 1).reshape(-1, 4))
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5])
+@pytest.mark.parametrize("kind", ["reversed", "time first"])
+def test_rows_in_another_order_than_the_labels_are_refused_in_batches_of_any_size(kind, samples):
+    torch.manual_seed(0)
+    positions = () if kind == "reversed" else (5,)
+    batches = [(torch.randn(samples, *positions, 4), torch.randint(3, (samples, *positions))) for _ in range(4)]
+    with pytest.raises(LookupError, match="another order than the labels"):
+        measure(Shuffling(kind), batches, progress=False)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4), (4, 4)])
+def test_flattened_positions_whose_order_no_run_can_tell_are_pointed_out(sizes):
+    torch.manual_seed(0)
+    model = Shuffling("time first")
+
+    def whole_batches_only(model, batch):
+        assert len(batch[0]) in sizes
+        return model(batch[0])
+
+    batches = [(torch.randn(n, 5, 4), torch.randint(3, (n, 5))) for n in sizes]
+    with pytest.warns(
+        UserWarning, match=r"rows of 'head' are taken to be all positions of the first sample.*\(T, B, d\)"
+    ):
+        measure(model, batches, forward_fn=whole_batches_only, progress=False)
+
+
+def test_layers_of_torchs_encoder_that_drop_the_padding_are_measured_at_its_positions():
+    torch.manual_seed(0)
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+            self.body, self.encoder, self.head = nn.Embedding(7, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask):
+            return self.head(self.encoder(self.body(input_ids), src_key_padding_mask=attention_mask == 0))
+
+    tokens, mask = sequences()
+    target = torch.randint(3, tokens.shape).masked_fill(mask == 0, -100)
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": target}
+    values = measure(Tagger(), [batch], layers=["encoder.layers.1"], progress=False)
+    assert values["encoder.layers.1/nc1"] == pytest.approx(values["nc1"], rel=1e-5)
+
+
+def test_a_layer_with_as_many_features_as_the_labels_have_positions_is_not_measured_across():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Flatten(1), nn.Unflatten(1, (2, 20)), nn.Linear(20, 5), nn.Linear(5, 20))
+    net.extend([nn.Flatten(1), nn.Unflatten(1, (5, 8)), nn.Linear(8, 3)])
+    batch = torch.randn(9, 5, 4), torch.randint(3, (9, 5))  # five positions; layer 3 has two positions of five features
+    with pytest.warns(UserWarning, match=r"layer '3' is left out.*got \(3, 2, 5\) for labels \(3, 5\)"):
+        values = measure(net, [batch], layers=["0", "3"], progress=False)
+    assert "0/nc1" in values
+    assert "3/nc1" not in values
+    assert "3/nc1" in measure(
+        net, [batch], layers=["3"], pool=lambda x: x.repeat(1, 3, 1)[:, :5].flatten(0, 1), progress=False
+    )
+    with pytest.warns(UserWarning, match=r"pool= returned \(3, 5, 5\).*which axis holds the features is not clear"):
+        measure(net, [batch], layers=["3"], pool=lambda x: x.repeat(1, 3, 1)[:, :5], progress=False)
+
+
+def test_an_encoder_with_a_decoder_has_labels_of_its_own_positions():
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 12, "d_kv": 6, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=7, decoder_start_token_id=0, dropout_rate=0.0, **sizes)
+    )
+    tokens = torch.randint(7, (9, 6))
+    for target in (torch.randint(7, (9, 4)), tokens):  # a copy task has the labels of its inputs
+        batch = {"input_ids": tokens, "labels": target}
+        with torch.no_grad():
+            rows = model(**batch, output_hidden_states=True).decoder_hidden_states[-1].double().reshape(-1, 12)
+        expected = reference.nc1(rows.numpy(), target.flatten().numpy())
+        assert measure(model, [batch], progress=False)["nc1"] == pytest.approx(expected, rel=2e-5)
+        with pytest.raises((LookupError, ValueError), match="shifts its inputs instead: leave target_fn out"):
+            measure(model, [batch], target_fn="next_token", progress=False)
+    with pytest.raises(LookupError, match=r"the same shape as the input tokens, got \(9, 4\) and \(9, 3, 20\)"):
+        measure(model, [{"input_features": torch.randn(9, 3, 20), "labels": target[:, :4]}], target_fn="next_token")
+
+
+def test_a_mask_in_the_place_of_the_labels_is_refused():
+    tokens, mask = sequences()
+    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 2))
+    for batch, target_fn in (
+        ((tokens, mask, mask), None),
+        ((tokens, mask.bool()), None),
+        ((tokens, mask), "next_token"),
+    ):
+        with pytest.raises(ValueError, match=r"seems to be the attention mask.*batch\[2\]"):
+            measure(model, [batch], target_fn=target_fn, progress=False)
+    tags = tokens % 2
+    assert measure(model, [(tokens, tags, mask)], progress=False) == measure(model, [(tokens, tags)], progress=False)
+    column = torch.arange(7)[:, None]
+    assert measure(nn.Sequential(*model, nn.Flatten(1), nn.Linear(2, 1)), [(column, column % 2)], progress=False)
+
+
+def test_labels_that_equal_the_tokens_are_found_under_any_key_and_after_batches_of_ignored_labels():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Embedding(7, 6), nn.Linear(6, 7)
+
+        def forward(self, tokens):
+            return self.head(self.body(tokens))
+
+    tokens, _ = sequences()
+    batch = {"tokens": tokens, "labels": tokens}
+    nothing = {"tokens": tokens, "labels": torch.full_like(tokens, -100)}
+    for batches in ([batch], [nothing, nothing, batch]):
+        with pytest.raises(ValueError, match="equal its input tokens"):
+            measure(Reader(), batches, progress=False)
+    values = measure(Reader(), [nothing, batch], target_fn="next_token", progress=False)
+    assert values.keys() == measure(Reader(), [{"tokens": tokens, "labels": tokens % 3}], progress=False).keys()
+
+
+def test_packed_sequences_end_where_their_positions_start_again():
+    torch.manual_seed(0)
+    order = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])
+    packed = {"input_ids": torch.randint(7, (1, 10)), "position_ids": order}
+    labeled = {**packed, "labels": packed["input_ids"].masked_fill(order == 0, -100)}
+    model = gpt2()
+    assert measure(model, [packed], target_fn="next_token", progress=False) == measure(
+        model, [labeled], target_fn="next_token", progress=False
+    )
+
+
+def test_a_mask_that_does_not_belong_to_the_positions_of_the_classifier_is_pointed_out():
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Embedding(7, 6), nn.Linear(6, 2)
+
+        def forward(self, input_ids, attention_mask):
+            rows = self.body(input_ids)
+            return self.head(torch.cat([rows[:, :2], rows], dim=1))[:, -1]
+
+    tokens, mask = sequences()
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": torch.arange(12) % 2}
+    with pytest.warns(UserWarning, match=r"attention_mask has the shape \(12, 9\).*'head' receives 11 positions"):
+        measure(Prompted(), [batch], pool="last", progress=False)
 
 
 def test_the_last_token_that_is_not_padding_is_what_a_causal_classifier_uses():

@@ -13,15 +13,16 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 __all__ = [
+    "LABEL_KEYS",
     "POOLS",
     "Pool",
     "copy_batch",
     "feature_axes",
-    "first_rows",
     "listed",
     "pool_features",
     "rows_at_positions",
     "run_forward",
+    "some_rows",
     "targets_of",
 ]
 
@@ -61,12 +62,11 @@ def copy_batch(batch: Any) -> Any:
         return batch
 
 
-def first_rows(batch: Any, size: int, rows: int, reverse: bool = False) -> Any:
-    """A copy of a batch of ``size`` samples with its first ``rows`` samples, in reverse order if asked for."""
-    order = list(range(rows))[:: -1 if reverse else 1]
+def some_rows(batch: Any, size: int, order: Sequence[int]) -> Any:
+    """A copy of a batch of ``size`` samples with the samples ``order``, in that order."""
 
     def shorten(tensor: Tensor) -> Tensor:
-        return tensor[order] if tensor.dim() and len(tensor) == size else tensor.clone()
+        return tensor[list(order)] if tensor.dim() and len(tensor) == size else tensor.clone()
 
     return apply_to_collection(batch, Tensor, shorten)
 
@@ -122,6 +122,8 @@ def pool_features(features: Tensor, pool: Pool = "mean", axis: int | None = None
 
 def feature_axes(features: Tensor, positions: tuple[int, ...]) -> list[int]:
     """The axes of features (B, ...) that may hold the features, so that the others are the ``positions``."""
+    if features.is_nested:  # its sequences have no common length, see rows_at_positions
+        return [features.dim() - 1]
     shape = tuple(features.shape)
     return [axis for axis in range(1, len(shape)) if shape[1:axis] + shape[axis + 1 :] == positions]
 
@@ -133,10 +135,13 @@ def rows_at_positions(
 
     Args:
         features: the output of a layer: (B, ...) with the positions of the labels, or (N, d). A callable ``pool`` is called on
-            other features of more than two dimensions, and returns (B, *positions, d) or (N, d).
+            other features of more than two dimensions, and returns (B, *positions, d), (B, d, *positions) or (N, d).
         labels: the shape of the labels.
         pool: see above.
         axis: the axis of the features.
+
+    Raises:
+        ValueError: if ``pool`` returns features whose axis is not clear.
     """
     features = features.detach()
     if features.is_nested:
@@ -146,8 +151,15 @@ def rows_at_positions(
         features = torch.nested.to_padded_tensor(features, 0.0, (*labels, features.unbind()[0].shape[-1]))
     fits = axis is not None and axis in feature_axes(features, labels[1:]) and len(features) == labels[0]
     if not fits and callable(pool) and features.dim() > 2:
-        features, axis = pool(features).detach(), len(labels)
-        fits = features.shape[:-1] == labels
+        features = pool(features).detach()
+        ends = {1, features.dim() - 1}  # the conventions
+        axes = [axis for axis in feature_axes(features, labels[1:]) if axis in ends and len(features) == labels[0]]
+        if len(axes) > 1:
+            raise ValueError(
+                f"pool= returned {tuple(features.shape)} for labels {labels}, and which axis holds the features is not clear; "
+                "return (N, d), a row per label"
+            )
+        fits, axis = bool(axes), axes[0] if axes else None
     if fits:
         assert axis is not None
         rows = features.movedim(axis, -1).flatten(end_dim=-2)

@@ -214,9 +214,7 @@ def find_classifier(
             "itself: write self.fc(x) instead of F.linear(x, self.fc.weight), or name a layer with layers=[...]"
         )
     candidates = [name for name in asked if name in heads] or asked or heads
-    fitting = [name for name in candidates or names if outputs_of(layers[name]) == num_classes]
-    if num_classes == 2 and not fitting:  # one output decides by its sign
-        fitting = [name for name in candidates or names if outputs_of(layers[name]) == 1]
+    fitting = _with_outputs(layers, candidates or names, num_classes)
     if len(candidates) > 1 and len(fitting) != 1:
         by = "names" if asked else "returns the outputs of"
         raise LookupError(f"the model {by} several linear layers, {listed(candidates)}; name one with classifier=...")
@@ -253,6 +251,12 @@ def _is_linear(module: nn.Module) -> bool:
     sizes = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
     own = "weight" in module._parameters or "weight" in module._buffers or hasattr(module, "base_layer")
     return isinstance(module, nn.Linear) or (sizes and own)
+
+
+def _with_outputs(layers: Mapping[str, nn.Module], names: Sequence[str], num_classes: int | None) -> list[str]:
+    """The layers with as many outputs as classes; for two classes else those with one, which decides by its sign."""
+    found = [name for name in names if outputs_of(layers[name]) == num_classes]
+    return found or (_with_outputs(layers, names, 1) if num_classes == 2 else [])
 
 
 def _named_by_model(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:

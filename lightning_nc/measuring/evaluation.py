@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -79,12 +80,11 @@ def measure(  # noqa: D417
         The metrics by key, each a float without unit; nan where a metric is not defined.
 
     Raises:
-        LookupError: if the classifier, layers, features or labels cannot be found.
-        ValueError: for names, features or labels that do not fit.
+        LookupError, ValueError: for a classifier, layers, features or labels that cannot be found or do not fit.
+        RuntimeError: if other ranks do not call ``measure`` within ten minutes.
 
     Example:
         >>> import torch
-        >>> from lightning_nc import measure
         >>> data = [(torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4))]
         >>> values = measure(torch.nn.Linear(3, 3), data, metrics=("nc1", "nc2_of"), progress=False)
         >>> {name: round(value, 6) for name, value in values.items()}
@@ -222,16 +222,19 @@ class Collector:
         target = target[:own]
         rows, self.samples, target = slice(target.numel()), self.samples + len(target), target.flatten()
         for layer, values in features.items():
+            labels = target.to(
+                values.device
+            )  # a target_fn may look them up elsewhere, and a model may span several devices
             if self.spans:
                 if layer in self.spans:
-                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], target)
+                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], labels)
             elif (metric := self._metric(layer, values.shape[1], values.device)) is not None:
                 if metric.num_features != values.shape[1]:
                     raise ValueError(
                         f"features must have {metric.num_features} columns as in the first batch, got {values.shape[1]}; inputs "
                         "of varying size need pool='mean' or a callable"
                     )
-                metric.update(values[rows], target)
+                metric.update(values[rows], labels)
 
     def prepare(self, device: torch.device) -> None:
         """Create the metrics, so that a rank without samples has them too."""
@@ -289,10 +292,10 @@ class Collector:
                 "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
             )
         values: dict[str, float] = {}
-        for layer, metric in self.metrics.items():
-            computed = metric.compute()
-            if layer in self.projected:
-                computed = {**computed, **self.projected[layer].compute()}
+        for layer in self.metrics:
+            with self._naming(layer, stage):
+                computed = {**self.metrics[layer].compute()}
+                computed |= self.projected[layer].compute() if layer in self.projected else {}
             kept = [name for name in computed if name.removesuffix(ERROR) in self.names]
             values |= {make_key(name, layer, stage, loader): float(computed[name]) for name in kept}
         if not values:
@@ -300,6 +303,16 @@ class Collector:
                 f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier"
             )
         return values
+
+    @contextmanager
+    def _naming(self, layer: str, stage: str | None) -> Iterator[None]:
+        """Let the warnings of a metric name its layer and stage, and appear once in a run."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        where = (f"layer {layer!r}" if layer else "classifier's input") + (f", stage {stage!r}" if stage else "")
+        for warning in caught:
+            self.probe.warn_once(f"{where}: {warning.message}", f"{where}: {warning.message}")
 
     def class_means(self) -> tuple[Tensor, list[int]] | None:
         """The means of the classifier's input, (K, d), of the classes that have samples; and these classes."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_nc.measuring.batches import listed, targets_of
+from lightning_nc.measuring.batches import LABEL_KEYS, listed, targets_of
 from lightning_nc.moments import check_dense
 
 __all__ = ["NEXT_TOKEN", "Labels", "check_shift", "check_type", "find_labels", "next_token"]
@@ -29,15 +30,27 @@ class Labels:
         ignore_index: the label of samples and positions that are left out.
         class_axis: the axis of one-hot rows, or of a single column; None for labels that are class indices already.
         classifier: name of the classifier, for messages.
+        shape: that of the labels of the first batch.
     """
 
     num_classes: int
     ignore_index: int
     class_axis: int | None
     classifier: str
+    shape: tuple[int, ...]
 
     def indices(self, raw: Tensor) -> Tensor:
-        """Class indices, (B,) or (B, *positions), int64. A label that is no class becomes one out of range."""
+        """Class indices, (B,) or (B, *positions), int64. A label that is no class becomes one out of range.
+
+        Raises:
+            ValueError: for labels of another number of dimensions than those of the first batch.
+        """
+        if raw.dim() != len(self.shape):
+            raise ValueError(
+                f"labels of shape {tuple(raw.shape)} are of another kind than those of the first batch, {self.shape}: one-hot or "
+                "soft rows in one dataloader and class indices in another, for example; pass target_fn, a function from a batch "
+                "to class indices that takes both"
+            )
         if self.class_axis is not None and raw.shape[self.class_axis] > 1:
             rows = raw.movedim(self.class_axis, -1)
             rows = rows.byte() if rows.dtype == torch.bool else rows
@@ -64,13 +77,17 @@ class Labels:
             return (
                 f"labels must be whole numbers, got {value:g}: soft labels, or a regression, which has no classes; for soft "
                 "labels pass target_fn, a function from a batch to class indices, such as lambda batch: batch[1].round()"
+                if math.isfinite(value)
+                else f"labels must be whole numbers, got {value:g}; for labels that are missing pass target_fn, such as lambda "
+                f"batch: batch[1].nan_to_num({self.ignore_index}), since {self.ignore_index} (ignore_index) is left out"
             )
         row = [round(value, 3) for value in raw.movedim(self.class_axis, -1)[tuple(at)].tolist()]
         shown = f"{row[:8]}".replace("]", ", ...]" if len(row) > 8 else "]")
-        if all(value in (0, 1) for value in row):
+        if all(value in (0, 1) or not 0 <= value <= 1 for value in row):
+            classes = f" with {int(sum(row))} classes" if set(row) <= {0, 1} else ""
             return (
-                f"labels must name one class per sample, got the row {shown} with {int(sum(row))} classes; neural collapse is "
-                "about samples of one class each: pass target_fn, a function from a batch to class indices; it gives "
+                f"labels must name one class per sample, got the row {shown}{classes}; neural collapse is about samples of one "
+                "class each: pass target_fn, a function from a batch to class indices; it gives "
                 f"{self.ignore_index} (ignore_index) for samples to leave out"
             )
         return (
@@ -117,7 +134,7 @@ def find_labels(
         num_classes: K.
         outputs: number of outputs of the classifier, if it is known.
         ignore_index: the label of what is left out.
-        classifier: its name.
+        classifier: its name, for messages.
         received: the shapes of its inputs, for a message.
 
     Raises:
@@ -125,34 +142,40 @@ def find_labels(
     """
 
     def found(axis: int | None) -> Labels:
-        return Labels(num_classes, ignore_index, axis, classifier)
+        return Labels(num_classes, ignore_index, axis, classifier, tuple(raw.shape))
 
     tail = tuple(raw.shape[1:])
-    floating = raw.is_floating_point()
     axes = list(_class_axes(tail, fits, {1, num_classes, outputs}))
-    hot = [axis for axis in axes if raw.shape[axis] > 1]
-    if floating and outputs != 1:
-        if hot:
-            return found(hot[0])
+    columns, hot = ([axis for axis in axes if (raw.shape[axis] == 1) == single] for single in (True, False))
+    clear = [axis for axis in hot if bool((found(axis).indices(raw) != _INVALID).all())]
+    floats = raw.is_floating_point() and outputs != 1
+    indices = not floats and fits(tail)
+    if clear and len(clear) + indices > 1:
+        other = "or a class index per position" if indices else "along more than one axis"
         raise ValueError(
-            f"labels are floats of shape {tuple(raw.shape)}, which are no class indices"
-            + (f" and no rows of {num_classes} classes" if tail else "")
-            + "; if they are whole numbers, pass target_fn, such as lambda batch: batch[1].long()"
+            f"labels of shape {tuple(raw.shape)} may be one-hot rows {other}; pass target_fn, a function from a batch to class "
+            "indices"
         )
-    if fits(tail):
-        if hot and tail and bool((found(hot[0]).indices(raw) != _INVALID).all()):
-            raise ValueError(
-                f"labels of shape {tuple(raw.shape)} may be one-hot rows or a class index per position; pass target_fn, a "
-                "function from a batch to class indices"
-            )
-        return found(None)
-    if axes:
-        return found((hot or axes)[0])
-    whose = f"the classifier {classifier!r}" if classifier else "the classifier"
+    if clear or (hot and floats):
+        return found((clear or hot)[0])
+    if not floats and (columns or indices or hot):
+        return found(columns[0] if columns else None if indices else hot[0])
     raise ValueError(
-        f"labels of shape {tuple(raw.shape)} do not fit what {whose} receives, {received}; labels are class indices (B,), "
-        f"one-hot rows (B, {num_classes}), or one label for each position at which the classifier is called. Pass target_fn, "
-        "a function from a batch to such labels, or name another layer with classifier="
+        _misfit(tuple(raw.shape), floats, num_classes, f"the classifier {classifier!r} receives, {received}")
+    )
+
+
+def _misfit(shape: tuple[int, ...], floats: bool, num_classes: int, inputs: str) -> str:
+    if floats:
+        return (
+            f"labels are floats of shape {shape}, which are no class indices and no rows of {num_classes} classes; if they are "
+            "whole numbers, pass target_fn, such as lambda batch: batch[1].long()"
+        )
+    return (
+        f"labels of shape {shape} do not fit what {inputs}; labels are class indices (B,), one-hot rows (B, {num_classes}), or "
+        "one label for each position at which the classifier is called. Pass target_fn, a function from a batch to such labels; "
+        "or forward_fn, such as lambda model, batch: model(*batch), if training calls the classifier at more positions; or name "
+        "another layer with classifier="
     )
 
 
@@ -167,7 +190,10 @@ def _class_axes(
 def check_type(raw: Any) -> None:
     """Raise ValueError unless labels are a dense tensor of real numbers with an axis of samples. Reads no value."""
     if not isinstance(raw, Tensor):
-        raise ValueError(f"labels must be a tensor, such as class indices of shape (B,), got {type(raw).__name__}")
+        raise ValueError(
+            f"labels must be a tensor, such as class indices of shape (B,), got {type(raw).__name__}; pass target_fn, a function "
+            "from a batch to such a tensor"
+        )
     check_dense("labels", raw)
     if not raw.dim() or raw.is_complex() or raw.is_quantized:
         kind = str(raw.dtype).removeprefix("torch.")
@@ -179,14 +205,24 @@ def check_type(raw: Any) -> None:
 def next_token(batch: Any, ignore_index: int) -> Tensor:
     """The label of each position: the next entry of ``labels``, else of ``input_ids``, (B, T).
 
-    The last position and those at padding, where ``attention_mask`` is zero, hold ``ignore_index``.
+    The last position and those at padding, where ``attention_mask`` is zero, hold ``ignore_index``. Without ``labels``, so does
+    the last position of a packed sequence, after which ``position_ids`` do not grow.
 
     Raises:
-        LookupError: if the batch has neither.
+        LookupError: if the batch has neither, or labels of another shape than its tokens.
     """
-    labels, mask = _tokens(batch), None
-    if isinstance(batch, Mapping):
-        labels, mask = batch.get("labels", labels), batch.get("attention_mask")
+    given = batch if isinstance(batch, Mapping) else {}
+    labels, mask, order = given.get("labels"), given.get("attention_mask"), given.get("position_ids")
+    if isinstance(labels, Tensor):
+        order = None
+        inputs = [given["input_ids"]] if "input_ids" in given else [v for k, v in given.items() if k not in LABEL_KEYS]
+        if not any(isinstance(value, Tensor) and value.shape[:2] == labels.shape for value in inputs):
+            raise LookupError(
+                f"target_fn={NEXT_TOKEN!r} needs labels of the same shape as the input tokens, got {tuple(labels.shape)} and "
+                f"{listed(tuple(value.shape) for value in inputs if isinstance(value, Tensor))}. An encoder with a decoder (T5, "
+                "Whisper) shifts its inputs instead: leave target_fn out. Else pass a function from a batch to the labels"
+            )
+    labels = _tokens(batch) if labels is None else labels
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         raise LookupError(
             f"target_fn={NEXT_TOKEN!r} needs a batch with labels or input_ids, integers of shape (B, T); a batch "
@@ -198,23 +234,39 @@ def next_token(batch: Any, ignore_index: int) -> Tensor:
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
         real = mask.bool()
         target[:, :-1].masked_fill_(~(real[:, 1:] & real[:, :-1]), ignore_index)
+    if isinstance(order, Tensor) and order.shape == labels.shape:
+        target[:, :-1].masked_fill_(order[:, 1:] <= order[:, :-1], ignore_index)
     return target
 
 
-def check_shift(batch: Any, target_fn: Any, ignore_index: int) -> None:
-    """Raise ValueError if token labels are paired with the wrong position. Reads the values.
+def check_shift(batch: Any, target_fn: Any, ignore_index: int, model: nn.Module) -> bool:
+    """Raise ValueError if token labels are paired with the wrong position, or are a mask; False if they are all ignored.
 
-    A causal language model shifts ``labels`` by itself, so they equal ``input_ids``.
+    A causal language model shifts ``labels`` by itself, so they equal its tokens. An encoder with a decoder shifts its inputs.
+    Reads the values.
     """
+    if any(_shifts_inputs(module) for module in model.modules()):
+        if target_fn == NEXT_TOKEN:
+            raise ValueError(
+                f"target_fn={NEXT_TOKEN!r} is for a causal language model, got an encoder with a decoder, which shifts its "
+                "inputs instead: leave target_fn out"
+            )
+        return True
     tokens = _tokens(batch)
+    if tokens is None and isinstance(batch, Mapping):
+        tokens = next((value for key, value in batch.items() if key not in LABEL_KEYS and _is_tokens(value)), None)
     try:
         labels = targets_of(batch)
     except LookupError:
-        return
-    if not isinstance(tokens, Tensor) or not isinstance(labels, Tensor) or labels.shape != tokens.shape:
-        return
-    if tokens.dim() != 2 or tokens.is_floating_point() or labels.is_floating_point():
-        return
+        return True
+    if not _is_tokens(tokens) or not _is_tokens(labels) or labels.shape != tokens.shape or callable(target_fn):
+        return True
+    if not isinstance(batch, Mapping) and _is_mask(labels):
+        raise ValueError(
+            "the second item of a batch is 0 and 1, with the 0 of a row on one side, so it seems to be the attention mask of the "
+            "tokens and not their labels; give batches as mappings with the keys input_ids, attention_mask and labels, or pass "
+            "target_fn, such as lambda batch: batch[2]"
+        )
     kept = labels != ignore_index
     same = bool((labels == tokens)[kept].all())
     if target_fn is None and same and kept.any():
@@ -228,6 +280,23 @@ def check_shift(batch: Any, target_fn: Any, ignore_index: int) -> None:
             f"target_fn={NEXT_TOKEN!r} takes labels that equal the input tokens where they are not ignored, got others: if they "
             "are shifted already, leave target_fn out"
         )
+    return bool(kept.any())
+
+
+def _shifts_inputs(module: nn.Module) -> bool:
+    """Whether a module is an encoder with a decoder of transformers, which makes the decoder's inputs of the labels."""
+    return getattr(getattr(module, "config", None), "is_encoder_decoder", False) is True
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+def _is_mask(labels: Tensor) -> bool:
+    """Whether labels (B, T) look like the mask of padding on one side: 0 and 1, in one order along each row."""
+    steps = labels.long().diff(dim=1)
+    sided = (steps <= 0).all(dim=1) | (steps >= 0).all(dim=1)
+    return labels.shape[1] > 1 and bool(((labels == 0) | (labels == 1)).all() and labels.any() and sided.all())
 
 
 def _tokens(batch: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -37,6 +37,15 @@ __all__ = ["INPUT", "NotCalledError", "Probe", "match_layers"]
 
 _T = TypeVar("_T")
 
+_ORDER = (
+    "the rows of {} are taken to be all positions of the first sample, then of the second; this was not checked, because the "
+    "first batch has one sample or the model runs on whole batches only. If the model flattens (T, B, d), transpose it first"
+)
+_MASK = (
+    "attention_mask has the shape {}, but the classifier {} receives {} positions, so padding is not left out; pass pool=, a "
+    "function from (B, T, d) to (B, d)"
+)
+
 
 @dataclass
 class Probe:
@@ -61,6 +70,8 @@ class Probe:
     _axes: dict[str, int] = field(init=False, repr=False, default_factory=dict)
     _labels: Labels | None = field(init=False, repr=False, default=None)
     _target: Tensor | None = field(init=False, repr=False, default=None)
+    _model: nn.Module | None = field(init=False, repr=False, default=None)  # until a batch tells how it shifts labels
+    _unchecked: list[str] = field(init=False, repr=False, default_factory=list)
     _said: set[str] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
@@ -96,7 +107,7 @@ class Probe:
         """
         self.detach()
         raw = self.targets(copy_batch(batch))
-        check_shift(batch, self.target_fn, self.ignore_index)
+        self._model = None if check_shift(batch, self.target_fn, self.ignore_index, model) else model
         names = self._match(model)
         with forward_context():
             trial = Trial(model, batch, len(raw), self.forward, self.targets, self.pool)
@@ -118,7 +129,7 @@ class Probe:
         for hooks in (self._recorder, self.head):
             if hooks is not None:
                 hooks.remove()
-        self._recorder = self.head = None
+        self._recorder = self.head = self._model = None
 
     def reset(self) -> None:
         """Prepare for another run."""
@@ -168,10 +179,17 @@ class Probe:
         assert self._recorder is not None
         assert self._labels is not None
         raw = self.targets(batch)
+        if self._model is not None and check_shift(batch, self.target_fn, self.ignore_index, self._model):
+            self._model = None
         self._target = self._labels.indices(raw)
         if raw.device.type == "cpu":
             self._labels.check(raw, self._target)
-        self._recorder.start(partial(self._pool, batch.get("attention_mask") if hasattr(batch, "get") else None))
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if self.pool == "last" and mask is None and isinstance(batch, Mapping) and "input_ids" in batch:
+            self.warn_once(
+                "no mask", "the batch has no attention_mask, so pool='last' takes the last position, also of padding"
+            )
+        self._recorder.start(partial(self._pool, mask))
 
     def pause(self) -> None:
         """Record no more of this batch: the backward pass may run layers again."""
@@ -203,6 +221,8 @@ class Probe:
                     raise type(error)(f"the layer {name!r} cannot be measured: {error}") from error
                 del self.widths[name]
                 self.warn_once(f"left out {name}", f"the layer {name!r} is left out from here on: {error}")
+        if self._unchecked and len(self._target) > 1:
+            self.warn_once("order", _ORDER.format(listed(self._unchecked)))
         own = [rows for name, rows in calls if name == INPUT and rows is not None and len(rows) == len(target)]
         if len(own) > 1:
             self.warn_once(
@@ -221,9 +241,15 @@ class Probe:
         if self._target.dim() > 1:
             rows = rows_at_positions(tensor, tuple(self._target.shape), self.pool, axis)
             return tensor if rows is None else rows
+        if name == INPUT and isinstance(mask, Tensor) and axis is not None and tensor.dim() == 3:
+            self._check_mask(mask, tensor.shape[3 - axis])
         # A function may turn another layout, that of a sequence-first layer for example, into one row per sample.
         pooled = tensor.dim() and (tensor.size(0) == len(self._target) or (callable(self.pool) and tensor.dim() > 2))
         return pool_features(tensor, self.pool, axis, mask) if pooled else tensor
+
+    def _check_mask(self, mask: Tensor, positions: int) -> None:
+        if self.pool != "flatten" and not callable(self.pool) and mask.shape[1:] != (positions,):
+            self.warn_once("mask", _MASK.format(tuple(mask.shape), self._title(INPUT), positions))
 
     def targets(self, batch: Any) -> Tensor:
         """The labels of a batch, as it holds them."""
@@ -330,6 +356,7 @@ class Probe:
             named = ", ".join(map(repr, those))
             kind = f"the layer {named} is" if len(those) == 1 else f"the layers {named} are"
             self.warn_once(f"left out {named}", f"{kind} left out: {reason}")
+        self._unchecked = trial.unchecked
         if trial.dependent:
             self.warn_once(
                 "dependent",

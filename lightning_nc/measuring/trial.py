@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,9 @@ from lightning_nc.measuring.batches import (
     Pool,
     copy_batch,
     feature_axes,
-    first_rows,
     pool_features,
     rows_at_positions,
+    some_rows,
 )
 from lightning_nc.measuring.distributed import is_sharded
 from lightning_nc.measuring.hooks import Call, trace
@@ -53,29 +54,33 @@ class Trial:
         targets: Callable[[Any], Tensor],
         pool: Pool,
     ) -> None:
-        def run(rows: int, reverse: bool = False) -> Any:
-            return forward(model, first_rows(batch, size, rows, reverse))
+        def run(order: Sequence[int]) -> Any:
+            return forward(model, some_rows(batch, size, order))
 
         self.pool, self.sharded = pool, is_sharded(model)
         self.rows = min(3, size), max(min(3, size) - 1, 1)
-        self.reverse = True  # whether the second run is on samples 1 and 0
-        self.run: Callable[[], Any] = partial(run, self.rows[0])
+        self.order: list[int] = [1, 0][: self.rows[1]] if size > 1 else []
+        """The samples of the second run; empty if they are the first ones, in their order."""
+        self.run: Callable[[], Any] = partial(run, range(self.rows[0]))
         try:
-            if any(len(targets(first_rows(batch, size, rows))) != rows for rows in self.rows):
+            if any(len(targets(some_rows(batch, size, range(rows)))) != rows for rows in self.rows):
                 raise ValueError("the batch cannot be shortened")
             self.output, self.calls = trace(model, self.run)
             try:
-                _, self.fewer = trace(model, partial(run, self.rows[1], reverse=True))
+                _, self.fewer = trace(model, partial(run, self.order or [0]))
             except Exception:  # a model that takes sorted samples only
-                self.reverse = False
-                _, self.fewer = trace(model, partial(run, self.rows[1]))
-            if not any(self._has_rows(a.output, b.output) for a, b in zip(self.calls, self.fewer, strict=False)):
+                self.order = []
+                _, self.fewer = trace(model, partial(run, range(self.rows[1])))
+            pairs = [(call.output, other.output) for call, other in zip(self.calls, self.fewer, strict=False)]
+            if not any(self._has_rows(*pair) or self._is_shortened(*pair) for pair in pairs):
                 raise ValueError("a part of the batch was not shortened")
         except Exception:  # a graph, or a model for one batch size: run it on the batch as it is
             self.run = lambda: forward(model, copy_batch(batch))
             self.output, self.calls = trace(model, self.run)
-            self.fewer, self.rows, self.reverse = self.calls, (size, size), False
+            self.fewer, self.rows, self.order = self.calls, (size, size), []
         self.layout = Layout(self.calls)
+        self.unchecked: list[str] = []
+        """Those with rows (N, d) for labels (B, *positions) in an order that the two runs could not tell."""
         self.dependent: list[str] = []
         """The layers whose features of a sample change with the other samples of the batch, among those asked for."""
 
@@ -122,14 +127,18 @@ class Trial:
         assert tensor is not None
         assert other is not None
         axis = self._axis(fitting[-1], tensor, name, positions)
+        if axis is not None and positions and axis not in feature_axes(tensor, positions):
+            raise LookupError(self._misfit(layer, tensors, positions))
         if axis is not None:
             axes[name] = axis
         rows, fewer_rows = (
             self._rows(t, n, axis, positions) for t, n in ((tensor, self.rows[0]), (other, self.rows[1]))
         )
         check_batch(rows, torch.zeros(len(rows), dtype=torch.long))
-        if self.reverse and self.rows == (3, 2):
+        if self.order:
             self._check_order(layer, rows, fewer_rows)
+        elif math.prod(positions) > 1 and tensor.dim() == 2:
+            self.unchecked.append(layer)
         return rows.shape[1]
 
     def rows_into(self, layer: str) -> Tensor | None:
@@ -143,21 +152,22 @@ class Trial:
             return last[(slice(8), slice(None), *[slice(1)] * (last.dim() - 2))].clone()
         return last.flatten(end_dim=-2)[:8].clone()
 
-    def _check_order(self, layer: str, three: Tensor, two: Tensor) -> None:
-        """Compare the rows of samples 0, 1, 2 with those of samples 1 and 0, one or more for each sample.
+    def _check_order(self, layer: str, first: Tensor, second: Tensor) -> None:
+        """Compare the rows of the first run, one or more for each sample, with those of the second, on the samples ``order``.
 
         Raises:
             LookupError: if they are in another order than the labels.
         """
-        if three.shape[1] != two.shape[1] or len(three) * 2 != len(two) * 3:
+        if first.shape[1] != second.shape[1] or len(first) * self.rows[1] != len(second) * self.rows[0]:
             return
-        long, short = three.float().view(3, -1), two.float().view(2, -1)
+        runs = list(zip((first.float(), second.float()), self.rows, strict=True))
+        long, short = (rows.reshape(samples, -1) for rows, samples in runs)
         distances = torch.cdist(short, long, compute_mode="donot_use_mm_for_euclid_dist")
-        own, size = distances[[0, 1], [1, 0]], torch.linalg.vector_norm(long)
+        own, size = distances[range(len(self.order)), self.order], torch.linalg.vector_norm(long)
         others = distances.min(dim=1).values
-        if len(three) > 3:  # one position after the other, each with all samples
-            crossed, shorter = (t.float().view(-1, n, t.shape[1]).transpose(0, 1) for t, n in ((three, 3), (two, 2)))
-            others = torch.linalg.vector_norm((crossed[[1, 0]] - shorter).flatten(1), dim=1).minimum(others)
+        if len(first) > self.rows[0]:  # one position after the other, each with all samples
+            crossed, shorter = (rows.reshape(-1, samples, rows.shape[1]).transpose(0, 1) for rows, samples in runs)
+            others = torch.linalg.vector_norm((crossed[self.order] - shorter).flatten(1), dim=1).minimum(others)
         if ((own > 1e-3 * size) & (others < 1e-3 * own)).any():
             raise LookupError(
                 f"the rows of the last call of {layer!r} are in another order than the labels of the batch (the model sorts or "
@@ -167,6 +177,12 @@ class Trial:
         # Far more than rounding in a half precision, and not little beside the distance of two samples.
         if (own > 0.02 * size).all() and (own > 0.1 * torch.linalg.vector_norm(long[0] - long[1])).all():
             self.dependent.append(layer)
+
+    def _is_shortened(self, tensor: Tensor | None, other: Tensor | None) -> bool:
+        """Whether the outputs of one call have as many rows for each sample in both runs."""
+        if tensor is None or other is None or not tensor.dim() or not other.dim():
+            return False
+        return tensor.size(0) * self.rows[1] == other.size(0) * self.rows[0]
 
     def _is_square(self, positions: tuple[int, ...]) -> bool:
         """Whether the batch could not be shortened, and has as many samples as positions along an axis."""
@@ -179,11 +195,15 @@ class Trial:
         own = feature_axes(tensor, positions) if positions else list(range(1, tensor.dim()))
         if tensor.dim() < 3 or not own or (not positions and (callable(self.pool) or self.pool == "flatten")):
             return None
-        if len(own) == 1:
-            return own[0]
         if self.pool in ("mean_channels_first", "mean_channels_last"):
             return 1 if self.pool == "mean_channels_first" else tensor.dim() - 1
-        return self.layout.feature_axis(call, outputs=name != INPUT)
+        try:  # that it has as many features as the labels have positions does not make an axis one of positions
+            axis = self.layout.feature_axis(call, outputs=name != INPUT)
+        except LookupError:
+            if len(own) > 1:
+                raise
+            axis = own[0]
+        return None if positions and axis not in own and callable(self.pool) else axis
 
     def _rows(self, tensor: Tensor, samples: int, axis: int | None, positions: tuple[int, ...]) -> Tensor:
         if not positions:
@@ -196,6 +216,9 @@ class Trial:
         shapes = _shapes(tensors)
         if self._is_square(positions):
             shapes += " (as many samples as positions, so which axis is which is not clear: choose another batch size)"
+        if positions and callable(self.pool):
+            wide = [tensor for tensor in tensors if tensor is not None and tensor.dim() > 2]
+            shapes += f" (and {_shapes([self.pool(tensor) for tensor in wide])} from pool=)" * bool(wide)
         if positions:
             return (
                 f"no call of {layer!r} has a feature vector for each label, got {shapes} for labels "
@@ -229,7 +252,8 @@ class Trial:
 
 
 def _shapes(tensors: list[Tensor | None]) -> str:
-    return ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in tensors)
+    shapes = (None if tensor is None else "nested" if tensor.is_nested else tuple(tensor.shape) for tensor in tensors)
+    return ", ".join(map(str, shapes))
 
 
 def _tensor(call: Call, name: str) -> Tensor | None:
