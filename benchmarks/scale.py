@@ -69,7 +69,7 @@ def product_rate(size: int = 2048) -> float:
     return 2 * size**3 / min(cost(lambda: torch.mm(rows, rows))[0] for _ in range(3))
 
 
-def rank_costs(rank: int, case: Case, port: int, queue: "mp.Queue[dict[str, float]]") -> None:
+def rank_costs(rank: int, case: Case, port: int, queue: "mp.SimpleQueue[dict[str, float]]") -> None:
     """What one rank measures; the first one reports it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=case.ranks)
@@ -81,9 +81,7 @@ def rank_costs(rank: int, case: Case, port: int, queue: "mp.Queue[dict[str, floa
     for state in metric.metric_state.values():
         state.add_(0)  # memory counts once it is written to
     metric.update(features, target)
-    metric.update(
-        torch.randn(case.classes, 1).expand(-1, case.features), torch.arange(case.classes)
-    )  # every class is seen
+    metric.update(torch.zeros(case.classes, 1).expand(-1, case.features), torch.arange(case.classes))  # all are seen
     found = {"rate": product_rate()}
 
     def update() -> None:
@@ -97,6 +95,9 @@ def rank_costs(rank: int, case: Case, port: int, queue: "mp.Queue[dict[str, floa
         found[name], found[f"{name} bytes"] = cost(function)
         if name == "sync":
             metric.unsync()
+    if rank:
+        metric.to("meta")  # makes room
+    dist.barrier()
     if rank == 0:
         found["compute"], found["compute bytes"] = cost(metric.compute)
         queue.put(found)
