@@ -50,13 +50,16 @@ def memory(entry: str) -> int:
 
 
 def cost(function: Callable[[], object]) -> tuple[float, int]:
-    """Seconds that a call takes, and bytes of memory that it takes besides what is there."""
+    """Seconds of one core that a call takes, and bytes of memory that it takes besides what is there.
+
+    Time of the process, not of the clock: waiting for the other rank does not count.
+    """
     ctypes.CDLL(None).malloc_trim(0)  # gives memory that was freed back, which the call would use again
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = memory("VmRSS"), time.process_time()
     function()
-    return time.perf_counter() - start, memory("VmHWM") - before
+    return time.process_time() - start, memory("VmHWM") - before
 
 
 def product_rate(size: int = 2048) -> float:
@@ -66,7 +69,7 @@ def product_rate(size: int = 2048) -> float:
     return 2 * size**3 / min(cost(lambda: torch.mm(rows, rows))[0] for _ in range(3))
 
 
-def rank_costs(rank: int, case: Case, port: int, queue: "mp.Queue[dict[str, float]]") -> None:
+def rank_costs(rank: int, case: Case, port: int, queue: "mp.SimpleQueue[dict[str, float]]") -> None:
     """What one rank measures; the first one reports it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=case.ranks)
@@ -78,9 +81,7 @@ def rank_costs(rank: int, case: Case, port: int, queue: "mp.Queue[dict[str, floa
     for state in metric.metric_state.values():
         state.add_(0)  # memory counts once it is written to
     metric.update(features, target)
-    metric.update(
-        torch.randn(case.classes, 1).expand(-1, case.features), torch.arange(case.classes)
-    )  # every class is seen
+    metric.update(torch.zeros(case.classes, 1).expand(-1, case.features), torch.arange(case.classes))  # all are seen
     found = {"rate": product_rate()}
 
     def update() -> None:
@@ -94,6 +95,9 @@ def rank_costs(rank: int, case: Case, port: int, queue: "mp.Queue[dict[str, floa
         found[name], found[f"{name} bytes"] = cost(function)
         if name == "sync":
             metric.unsync()
+    if rank:
+        metric.to("meta")  # makes room
+    dist.barrier()
     if rank == 0:
         found["compute"], found["compute bytes"] = cost(metric.compute)
         queue.put(found)
@@ -113,29 +117,30 @@ def run(case: Case) -> dict[str, float]:
 
 
 def sizes_table(cases: list[Case]) -> None:
-    """Time and memory at each size. Memory is what a call takes besides the state, in units of the state."""
+    """Time, next to its bound, and peak memory at each size."""
     print(
-        "| K | d | state | update, 1000 samples | its bound | its memory | merge | its bound | its memory | sync | "
-        "its memory | compute | its bound | its memory |"
+        "| K | d | state, MB | update with 1000 samples | besides the state, MB | merge of 2 ranks | peak / state | `sync()` | "
+        "peak / state | `compute()` | peak / state |"
     )
-    print("|" + "---|" * 14)
+    print("|" + "---|" * 11)
     for case in cases:
         found = run(case)
-        square, rate = case.features**2, found["rate"]
-        bounds = {
-            "update": 1000 * square / rate,
-            "merge": case.classes * square / rate,
-            "compute": 2 * case.classes * case.features * min(case.classes, case.features) / rate,
-        }
+        classes, features, rate = case.classes, case.features, found["rate"]
         found["update"] *= 1000 / case.samples
-        cells = [f"{case.classes:,}", f"{case.features:,}", f"{case.state / 1e6:,.0f} MB"]
-        for name in ("update", "merge", "sync", "compute"):
-            if name not in found:
-                cells += ["-", "-"]
-                continue
-            extra = found[f"{name} bytes"]
-            cells += [seconds(found[name]), *([seconds(bounds[name])] if name in bounds else [])]
-            cells += [f"{extra / 1e6:.0f} MB" if name == "update" else f"{extra / case.state:.2f}"]
+        bounds = {
+            "update": 1000 * features**2 / rate,
+            "merge": classes * features**2 / rate,
+            "sync": classes * features**2 / rate,
+            "compute": 2 * classes * features * min(classes, features) / rate,
+        }
+        cells = [f"{classes:,}", f"{features:,}", f"{case.state / 1e6:,.0f}"]
+        for name, bound in bounds.items():
+            if name in found:
+                extra = found[f"{name} bytes"]
+                peak = f"{extra / 1e6:.0f}" if name == "update" else f"{1 + extra / case.state:.2f}"
+                cells += [f"{seconds(found[name])} ({seconds(bound)})", peak]
+            else:
+                cells += ["", ""]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -140,7 +140,7 @@ class ClassStatistics:
         """
         with torch.no_grad():
             offset, contrasts = self._offset(), self.means[:0]
-            for part in self.means[1:].split(4 * len(offset)):  # reduced to d rows or less, without a copy of all
+            for part in self.means[1:].split(2 * len(offset)):  # reduced to d rows or less, without a copy of all
                 contrasts = torch.cat([contrasts, part - offset])
                 if len(contrasts) > len(offset):
                     contrasts = torch.linalg.qr(contrasts, mode="r").R
