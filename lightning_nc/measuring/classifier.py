@@ -160,15 +160,20 @@ def _part(module: nn.Module, name: str) -> Tensor | None:
 
 @contextmanager
 def _eval(module: nn.Module) -> Iterator[None]:
-    """Eval mode by flags alone: a spectral norm takes a step whenever its weight is read in training mode."""
-    flags = {inner: inner.training for inner in module.modules()}
+    """Eval mode by flags alone, then all attributes as before.
+
+    A spectral norm takes a step whenever its weight is read in training mode, and its old form replaces the weight by one
+    without a gradient.
+    """
+    attributes = {inner: dict(vars(inner)) for inner in module.modules()}
     try:
-        for inner in flags:
+        for inner in attributes:
             inner.training = False
         yield
     finally:
-        for inner, training in flags.items():
-            inner.training = training
+        for inner, before in attributes.items():
+            vars(inner).clear()
+            vars(inner).update(before)
 
 
 def outputs_of(module: nn.Module) -> int | None:
