@@ -296,8 +296,9 @@ def nc3(
 
 def _nc3(weight: Tensor, means: Tensor) -> Tensor:
     lengths, rows = (vector_norm(weight), vector_norm(means)), max(1, _BLOCK // means.shape[1])
-    parts = zip(weight.split(rows), means.split(rows), strict=True)
-    distance: Tensor = vector_norm(torch.stack([vector_norm(w / lengths[0] - m / lengths[1]) for w, m in parts]))
+    distance = means.new_zeros(())
+    for w, m in zip(weight.split(rows), means.split(rows), strict=True):
+        distance = vector_norm(torch.stack([distance, vector_norm(w / lengths[0] - m / lengths[1])]))
     return distance
 
 

@@ -167,8 +167,9 @@ class ClassStatistics:
         """Rounding error of an entry of each feature, (d,), and by what factor sums in earlier layers can increase it."""
         info, own = torch.finfo(self.precision), torch.finfo(self.means.dtype)
         eps = info.eps + own.eps * self.drift
-        parts = zip(self.counts.split(_CLASSES), self.means.split(_CLASSES), strict=True)
-        square = (torch.stack([n @ m.square() for n, m in parts]).sum(dim=0) + self.columns) / self.samples
+        square = self.columns / self.samples
+        for counts, means in zip(self.counts.split(_CLASSES), self.means.split(_CLASSES), strict=True):
+            square = square + counts @ means.square() / self.samples
         # float16 and bfloat16 are summed in float32.
         return eps * square.sqrt().clamp(min=info.smallest_normal) / math.sqrt(12), 8 if info.bits > 16 else 4
 
