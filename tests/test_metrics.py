@@ -502,7 +502,7 @@ def _one_rank(rank, world_size, port, queue):
 
 
 @pytest.mark.filterwarnings("ignore:nc1 leaves out")
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_real_processes_agree_with_one(world_size):
     context = mp.get_context("spawn")
     queue = context.Queue()
