@@ -111,13 +111,17 @@ class History(list[dict[str, Any]]):
             )
         super().append(row)
         if self.path is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-            if _place(row) <= self._earlier.get(stage, _BEFORE):
-                rank_zero_warn(
-                    f"{self.path} has rows of an earlier run, up to epoch {self._earlier[stage][0]} of stage {stage!r}, and "
-                    f"epoch {row['epoch']} is appended to them; delete the file, or pass another path, for a run of its own"
-                )
-                self._earlier.clear()
+            self._warn_of_earlier_run(row)
             _write(self.path, row)
+
+    def _warn_of_earlier_run(self, row: Mapping[str, Any]) -> None:
+        stage = row["stage"]
+        if _place(row) <= self._earlier.get(stage, _BEFORE):
+            rank_zero_warn(
+                f"{self.path} has rows of an earlier run, up to epoch {self._earlier[stage][0]} of stage {stage!r}, and epoch "
+                f"{row['epoch']} is appended to them; delete the file, or pass another path, for a run of its own"
+            )
+            self._earlier.clear()
 
     @classmethod
     def read(cls, path: str | Path) -> History:
