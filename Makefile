@@ -53,6 +53,7 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/exact_pass.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/many_classes.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/ufm.py
 
 # A torch that was built locally (2.13.0+cpu, say) satisfies torchvision's demand for 2.13.0, but the two do not import
