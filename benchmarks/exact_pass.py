@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 import torchvision
@@ -60,31 +61,39 @@ def cost(layers: list[str] | None = None, count: int = 1024, repeats: int = 5) -
     )
 
 
-def tokens(few: int = 2, many: int = 10, length: int = 1024, repeats: int = 3) -> None:
-    """Time of a pass over the tokens of a GPT-2, every token a sample, and of the bare forward pass, taking turns.
+def tokens(count: int = 12, length: int = 1024) -> None:
+    """Time of a pass over the tokens of a GPT-2, every token a sample; the bare forward pass runs before each of its steps.
 
-    Two passes of different lengths tell the cost of a token from what is paid once: the trial, ``compute`` and the like.
+    Time of one core, on one thread: what else the machine does counts less.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-    batches = [{"input_ids": torch.randint(model.config.vocab_size, (1, length))} for _ in range(many)]
-    times: dict[int, list[tuple[float, float]]] = {few: [], many: []}
-    for count in tqdm([few, *[few, many] * repeats], "passes over GPT-2"):
-        start = time.perf_counter()
-        with torch.no_grad():
-            for batch in batches[:count]:
+    times: list[tuple[float, float]] = []
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for _ in tqdm(range(count), "GPT-2"):
+            batch = {"input_ids": torch.randint(model.config.vocab_size, (1, length))}
+            start = time.process_time()
+            with torch.no_grad():
                 model(**batch)
-        middle = time.perf_counter()
-        measure(model, batches[:count], target_fn="next_token", progress=False)
-        times[count].append((middle - start, time.perf_counter() - middle))
-    pairs = list(zip(times[few][1:], times[many], strict=True))  # the first pass warms up
-    bare = [(long[0] - short[0]) / (many - few) for short, long in pairs]
-    ours = [(long[1] - short[1]) / (many - few) for short, long in pairs]
-    once = sorted(long[1] - many * each for (_, long), each in zip(pairs, ours, strict=True))[repeats // 2]
-    ratios, forward = sorted(mine / each for mine, each in zip(ours, bare, strict=True)), sorted(bare)[repeats // 2]
+            middle = time.process_time()
+            yield batch  # comes back after the step of the pass
+            times.append((middle - start, time.process_time() - middle))
+
+    start = time.process_time()
+    measure(model, batches(), target_fn="next_token", progress=False)
+    total = time.process_time() - start
+    bare, ours = (sorted(column)[count // 2] for column in zip(*times, strict=True))
+    ratios = sorted(mine / forward for forward, mine in times)
+    once = (
+        total - sum(map(sum, times)) + times[0][1] - ours
+    )  # the trial before the first step, and what follows the last one
+    torch.set_num_threads(threads)
     print(
-        f"exact pass of GPT-2 (K = 50,257, d = 768), every token a sample: {ratios[repeats // 2]:.3f} times the bare forward "
-        f"pass ({forward:.2f} s for {length} tokens); between {ratios[0]:.3f} and {ratios[-1]:.3f}; besides {once:.1f} s once, "
-        f"which is {once / forward / 128:.3f} of the forward pass over {128 * length:,} tokens"
+        f"exact pass of GPT-2 (K = 50,257, d = 768), every token a sample: {ratios[count // 2]:.3f} times the bare forward pass "
+        f"({bare:.2f} s for {length} tokens); most between {ratios[count // 4]:.3f} and {ratios[3 * count // 4]:.3f}; besides "
+        f"{once:.1f} s once, which is {once / bare / 128:.3f} of the forward pass over {128 * length:,} tokens"
     )
 
 
