@@ -184,7 +184,7 @@ class Probe:
         self._target = self._labels.indices(raw)
         if raw.device.type == "cpu":
             self._labels.check(raw, self._target)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        mask = batch.get("attention_mask") if hasattr(batch, "get") else None
         if self.pool == "last" and mask is None and isinstance(batch, Mapping) and "input_ids" in batch:
             self.warn_once(
                 "no mask", "the batch has no attention_mask, so pool='last' takes the last position, also of padding"
