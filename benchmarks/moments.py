@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from lightning_nc import NC1
-from lightning_nc.functional import evaluate
+from lightning_nc.functional.table import evaluate
 from lightning_nc.moments import ClassMoments
 
 BATCHES = 16

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nc.functional import check_metrics
+from lightning_nc.functional.table import check_metrics
 from lightning_nc.history import History
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_nc.functional import check_metrics
+from lightning_nc.functional.table import check_metrics
 from lightning_nc.history import History
 from lightning_nc.keys import parse_key
 from lightning_nc.measuring.batches import Pool

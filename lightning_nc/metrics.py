@@ -16,7 +16,10 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_nc.functional import METRICS, FrameName, check_metrics, check_pairs, evaluate, nc2_name, nc4
+from lightning_nc.functional import METRICS, nc4
+from lightning_nc.functional.frames import FrameName, nc2_name
+from lightning_nc.functional.pairs import check_pairs
+from lightning_nc.functional.table import check_metrics, evaluate
 from lightning_nc.moments import ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse"]

@@ -25,6 +25,7 @@ __all__ = [
     "check_dense",
     "check_labels",
     "check_target",
+    "keep_rows",
     "state_dtype",
 ]
 
@@ -234,7 +235,7 @@ class ClassMoments(ClassStatistics):
         used = valid & ~ignored
         self.mislabeled += (~(valid | ignored)).sum()
         target = target.clamp(0, self.counts.numel() - 1)
-        features = _keep_rows(features, used)
+        features = keep_rows(features, used)
         self.inexact += _inexact(features)
         features = features.to(self.means.dtype)
         self.nonfinite += (~features.sum(dim=1).isfinite()).sum()
@@ -405,7 +406,7 @@ def _bits(features: Tensor) -> Tensor:
     return features.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
 
 
-def _keep_rows(features: Tensor, kept: Tensor) -> Tensor:
+def keep_rows(features: Tensor, kept: Tensor) -> Tensor:
     """A copy in which the rows that are not ``kept``, (N,), are zero, whatever they hold."""
     bits = _bits(features)
     return (bits & -kept.to(bits).unsqueeze(1)).view(features.dtype)  # -1 has all bits; nan times zero would be nan

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_nc.functional import METRICS, evaluate
+from lightning_nc.functional import METRICS
+from lightning_nc.functional.table import evaluate
 from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, state_dtype
 
 WEIGHTLESS = [name for name, metric in METRICS.items() if not metric.needs]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_nc.functional import METRICS, check_metrics
+from lightning_nc.functional import METRICS
+from lightning_nc.functional.table import check_metrics
 from lightning_nc.keys import ERROR, make_key
 from lightning_nc.measuring.batches import Pool, copy_batch
 from lightning_nc.measuring.distributed import (

@@ -15,7 +15,7 @@ import numpy
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_nc.functional import check_pairs
+from lightning_nc.functional.pairs import check_pairs
 from lightning_nc.keys import is_reserved
 from lightning_nc.measuring.batches import (
     POOLS,

@@ -1,0 +1,80 @@
+"""NC1: how far samples scatter around the mean of their class."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from lightning_nc.functional.table import MetricSpec, Summary, compute
+
+__all__ = ["VARIABILITY", "nc1", "nc1_cdnv", "nc1_trace"]
+
+
+def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    r"""Within-class variability relative to the separation of the classes.
+
+    .. math:: \mathrm{NC}_1 = \tfrac1K \operatorname{tr}(\Sigma_W \Sigma_B^\dagger)
+
+    Computed by projecting the deviations on the span of the centered class means, which is exact down to 1e-25 and never
+    negative; the d x d matrices are not formed. Directions in which the class means differ by no more than the rounding of
+    the features are left out of the pseudoinverse, with a warning that says how many. Source: Tirer & Bruna (2022),
+    equation (26); Papyan et al. (2020).
+
+    Example:
+        >>> import torch
+        >>> from lightning_nc.functional import nc1
+        >>> nc1(torch.tensor([[2.0], [4.0], [-2.0], [-4.0]]), torch.tensor([0, 0, 1, 1]))
+        tensor(0.0556, dtype=torch.float64)
+    """
+    return compute("nc1", features, target, num_classes)
+
+
+def _nc1(s: Summary) -> Tensor:
+    directions, values = s.moments.directions()
+    if not len(values):
+        return values.new_full((), math.nan)
+    whitening = directions / values
+    if s.means.requires_grad:
+        # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
+        # pseudoinverse exists for equal singular values too, that of V does not.
+        contrasts = s.moments.contrasts()
+        if len(values) < min(contrasts.shape):
+            contrasts = contrasts @ directions @ directions.T
+        whitening = torch.linalg.pinv(contrasts, atol=values.min() / 2, rtol=0)
+    return s.moments.within(whitening).sum() / s.moments.samples
+
+
+def nc1_trace(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    r""":math:`\operatorname{tr} \Sigma_W / \operatorname{tr} \Sigma_B`. Source: arXiv 2210.16658."""
+    return compute("nc1_trace", features, target, num_classes)
+
+
+def _nc1_trace(s: Summary) -> Tensor:
+    between: Tensor = vector_norm(s.centered).square() / len(s.means)
+    return s.moments.spread.sum() / s.moments.samples / between
+
+
+def nc1_cdnv(features: Tensor, target: Tensor, num_classes: int | None = None, pairs: float | None = None) -> Tensor:
+    r"""Class-distance normalized variance: the mean over pairs of classes of
+    :math:`(s_i^2 + s_j^2) / (2 \|\mu_i - \mu_j\|^2)`, with :math:`s_k^2` the mean squared distance to :math:`\mu_k`.
+    Source: arXiv 2112.15121.
+
+    ``pairs`` estimates it from that many random pairs if there are more, always the same ones;
+    :class:`lightning_nc.NeuralCollapse` gives the standard error too.
+    """
+    return compute("nc1_cdnv", features, target, num_classes, pairs=pairs)
+
+
+def _nc1_cdnv(s: Summary) -> tuple[Tensor, Tensor]:
+    variance = s.moments.spread / s.moments.counts
+    return s.mean_over_pairs(lambda pairs: pairs.sums(variance) / (2 * pairs.squared_distances(s.centered)))
+
+
+VARIABILITY = {
+    "nc1": MetricSpec(_nc1, "NC1, within-class variability", within=True, scatter=True),
+    "nc1_trace": MetricSpec(_nc1_trace, "NC1, ratio of traces", within=True),
+    "nc1_cdnv": MetricSpec(_nc1_cdnv, "NC1, class-distance normalized variance", within=True, pairwise=True),
+}
