@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["ERROR", "STAGES", "Key", "is_reserved", "make_key", "natural_order", "parse_key"]
+__all__ = ["ERROR", "STAGES", "TRAIN_MEANS", "Key", "is_reserved", "make_key", "natural_order", "parse_key"]
 
 STAGES = {"train": "nc", "validate": "nc/val", "test": "nc/test"}
 """How the keys of each stage begin."""
 
 ERROR = "_stderr"
 """How the key of the standard error of a metric ends, after the key of the metric."""
+
+TRAIN_MEANS = "_train_means"
+"""How the key of a metric of held-out samples ends that is taken around the class means of the training data."""
 
 _STAGE_PART = re.compile(r"(val|test)(?:_(\d+))?")
 
