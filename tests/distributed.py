@@ -242,6 +242,24 @@ def measured_in_a_loop():
     return {"all": measure(model, padded, progress=False), "own": own}
 
 
+def everything(rank, ranks):
+    """All metrics of float64 data, a share on each rank, with samples that are kept and with a second pass."""
+    model = plain().double()
+
+    def share(data):
+        rows, target = data.tensors
+        own = slice(rank * len(rows) // ranks, (rank + 1) * len(rows) // ranks)
+        return list(zip(rows[own].double().split(6), target[own].split(6), strict=True))
+
+    other = {"reference": share(OTHER), "ood_dataloader": share(OTHER)}
+    both = {**other, "baseline": True, "intervals": 0.9}
+    results = {}
+    for name, arguments in {"kept": both, "second pass": {**both, "feature_budget": 0}, "own means": {}}.items():
+        found = measure(model, share(TRAIN), layers=["0"], metrics="all", progress=False, **arguments)
+        results[name] = {**found}, found.geometry, found.per_class, found.baseline, found.intervals
+    return results
+
+
 def measured_by_the_first_rank_alone():
     """What it raises, and the values when all ranks measure afterward, more than once."""
     rank, patience = torch.distributed.get_rank(), distributed.PATIENCE
@@ -323,11 +341,15 @@ def main(part, folder):
         trainer, model = fit([callback], num_nodes=2, devices=1)
         assert (trainer.num_nodes, trainer.world_size) == (2, 2)
         results = {"history": callback.history, "state": state_of(model)}
+    if part == "everything":
+        torch.distributed.init_process_group("gloo")
+        results["everything"] = everything(torch.distributed.get_rank(), torch.distributed.get_world_size())
     if part == "sharded":
         import huggingface_ranks  # which takes a while, and the other parts do without
 
         torch.distributed.init_process_group("gloo")
         results["steps"] = steps()
+        results["everything"] = everything(torch.distributed.get_rank(), torch.distributed.get_world_size())
         results["is sharded"] = [is_sharded(wrap(plain())) for wrap in (fsdp2, fsdp, DistributedDataParallel)]
         results["FSDP, flat parameters"] = sharded(lambda model: fsdp(model, False))
         results["FSDP, original parameters"] = sharded(fsdp)
