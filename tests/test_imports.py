@@ -16,7 +16,7 @@ FLOORS = [
     {"functional.pairs"},
     {"functional.table"},
     {"functional.variability", "functional.frames", "functional.samples"},
-    {"functional.alignment"},
+    {"functional.alignment", "functional.geometry"},
     {"functional.__init__"},
     {"metrics"},
     {"measuring.hooks", "measuring.loaders", "measuring.distributed"},
