@@ -23,7 +23,7 @@ from resnet18_data import Images
 from resnet18_report import report
 from torch import Tensor, nn
 
-from lightning_nc import NeuralCollapseCallback
+from lightning_nc import NeuralCollapseCallback, SimplexETF
 
 RESULTS = Path("results")
 DEMO = Path(__file__).parent / "configs" / "digits.yaml"
@@ -40,6 +40,7 @@ class ResNet18(LightningModule):
             equation 3 takes half the sum over the classes. It is num_classes / 2 times as steep and diverges at this
             learning rate.)
         bias: whether the last layer has a bias.
+        head: linear, or etf for a last layer that is fixed to a simplex ETF, without a bias.
         lr: learning rate of SGD with momentum 0.9.
         lr_milestones: epochs after which the learning rate is divided by ten.
         weight_decay: L2 regularization of all weights.
@@ -54,6 +55,7 @@ class ResNet18(LightningModule):
         num_classes: int = 10,
         loss: Literal["cross_entropy", "mse"] = "cross_entropy",
         bias: bool = True,
+        head: Literal["linear", "etf"] = "linear",
         lr: float = 0.05,
         lr_milestones: tuple[int, ...] = (40, 80, 120),
         weight_decay: float = 5e-4,
@@ -69,7 +71,10 @@ class ResNet18(LightningModule):
         narrow(self.network, width)
         self.network.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.network.maxpool = nn.Identity()
-        self.network.fc = nn.Linear(8 * width, num_classes, bias=bias)
+        if head == "etf":
+            self.network.fc = SimplexETF(8 * width, num_classes)
+        else:
+            self.network.fc = nn.Linear(8 * width, num_classes, bias=bias)
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -3,6 +3,7 @@
 python distributed.py {ddp,nodes,sharded} FOLDER
 """
 
+import copy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from lightning_nc import NeuralCollapseCallback, measure
+from lightning_nc import NeuralCollapseCallback, SimplexETF, measure
 from lightning_nc.measuring import collector, distributed
 from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes, is_sharded
 
@@ -221,6 +222,19 @@ def plain():
     return nn.Sequential(body, nn.Sequential(nn.Linear(9, 7), nn.ReLU()), nn.Linear(7, 3))
 
 
+def with_fixed_head(model):
+    model[2] = SimplexETF(7, 3)
+    return model
+
+
+def fixed_head():
+    """The weight that a rank drew, what is left of it in DDP, and the values of sharded models with one weight."""
+    own = SimplexETF(7, 3, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+    together = DistributedDataParallel(nn.Sequential(nn.Linear(7, 7), copy.deepcopy(own)))
+    values = [sharded(lambda model, wrap=wrap: wrap(with_fixed_head(model))) for wrap in (fsdp, fsdp2)]
+    return {"own": own.weight, "together": together.module[1].weight, "values": values}
+
+
 def share_of(data):
     """Batches of six samples; the ranks have 6 and 3 batches."""
     rows, target = data.tensors
@@ -354,6 +368,7 @@ def main(part, folder):
         results["FSDP, flat parameters"] = sharded(lambda model: fsdp(model, False))
         results["FSDP, original parameters"] = sharded(fsdp)
         results["FSDP2"] = sharded(fsdp2)
+        results["fixed head"] = fixed_head()
         results["loop"] = measured_in_a_loop()
         results["alone"] = measured_by_the_first_rank_alone()
         results["huggingface"] = huggingface_ranks.results(folder)

@@ -261,3 +261,14 @@ def test_a_model_whose_parameters_are_sharded_gives_the_values_of_the_whole_one(
     values = measure(distributed.plain(), DataLoader(TRAIN, 51), layers=["0", "1.0"], progress=False)
     assert {"nc1", "nc3", "0/nc1", "1.0/nc2_of"} < values.keys()
     assert first == second == pytest.approx(values, rel=1e-5)
+
+
+def test_all_ranks_have_the_same_fixed_head_and_measure_it_in_a_sharded_model():
+    first, second = (rank["fixed head"] for rank in run("sharded")[0])
+    assert not first["own"].equal(second["own"])
+    assert first["together"].equal(first["own"])
+    assert second["together"].equal(first["own"])
+    model = distributed.with_fixed_head(distributed.plain())
+    values = measure(model, DataLoader(TRAIN, 51), layers=["0", "1.0"], progress=False)
+    assert "nc3_centered" in values
+    assert first["values"] == second["values"] == [pytest.approx(values, rel=1e-5)] * 2
