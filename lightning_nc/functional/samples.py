@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_nc.comparison import pair_scale
 from lightning_nc.functional.table import MetricSpec, Summary, compute
 from lightning_nc.moments import state_dtype
 
@@ -71,12 +72,13 @@ def nc1_cdnv_directional(features: Tensor, target: Tensor, num_classes: int | No
 
 def _nc1_cdnv_directional(s: Summary) -> Tensor:
     assert s.comparison is not None
-    means, along = s.centered.detach(), s.comparison.along
+    means, along, raw = s.centered.detach(), s.comparison.along, s.means.detach()
     summed = along.new_zeros(())
     size = max(1, _BLOCK // means.numel())
     for start in range(0, len(means), size):
         rows = slice(start, start + size)
-        squares = (means[rows].unsqueeze(1) - means).square().sum(dim=2)
+        scale = pair_scale(raw[rows], raw).unsqueeze(2)
+        squares = ((means[rows].unsqueeze(1) - means) / scale).square().sum(dim=2)
         own = torch.arange(start, start + len(squares), device=means.device).unsqueeze(1)
         squares = squares.scatter(1, own, 1)  # a class has no direction to itself, where ``along`` is zero
         summed += (along[rows] / squares.square() / s.comparison.compared[rows].unsqueeze(1)).sum()
