@@ -244,17 +244,23 @@ class NeuralCollapse(_ClassifierMetric):
         comparison = self._comparison() if self.compares else None
         if comparison is not None and self.features:
             comparison = self._compare_kept()
-        rest = (self._weight.read(), self._bias.read(), self.pairs, comparison)
-        ood = self.ood_sum / self.ood_count if "nc5" in self.metrics else None
+        rest: dict[str, Any] = {
+            "weight": self._weight.read(),
+            "bias": self._bias.read(),
+            "pairs": self.pairs,
+            "comparison": comparison,
+        }
+        if "nc5" in self.metrics:
+            rest["ood_mean"] = self.ood_sum / self.ood_count
         with torch.no_grad():
             if self.centers is None:
-                return evaluate(self.metrics, moments, *rest, ood)
-            return self._around_centers(moments, rest, ood)
+                return evaluate(self.metrics, moments, **rest)
+            return self._around_centers(moments, rest)
 
-    def _around_centers(self, moments: ClassMoments, rest: Any, ood: Tensor | None) -> dict[str, Tensor]:
+    def _around_centers(self, moments: ClassMoments, rest: Any) -> dict[str, Tensor]:
         """The values of samples that were compared with the class means of other data."""
         own = [name for name in self.metrics if not METRICS[name].samples]
-        values = evaluate(own, moments, *rest, ood_mean=ood)
+        values = evaluate(own, moments, **rest)
         seen, means = self._held_centers().seen, self._held_centers().means
         names = [name for name in self.metrics if METRICS[name].samples or METRICS[name].within]
         lost = (moments.counts > 0) & ~seen
@@ -266,7 +272,7 @@ class NeuralCollapse(_ClassifierMetric):
             )
             names = [name for name in names if METRICS[name].samples]
             moments = replace(moments, counts=moments.counts * seen)
-        other = evaluate(names, moments.around(means), *rest)
+        other = evaluate(names, moments.around(means), **rest)
         return values | {
             name if name in names and METRICS[name].samples else name + TRAIN_MEANS: v for name, v in other.items()
         }
@@ -343,6 +349,7 @@ class NeuralCollapse(_ClassifierMetric):
             for field in fields(Comparison):
                 setattr(self, field.name, getattr(found, field.name))
             self.features, self.target = [], []
+        if self.keeps_samples or (self.compares and self.centers is not None):
             self.merge_comparison_over_ranks(group)
         if "nc5" in self.metrics:
             torch.distributed.all_reduce(self.ood_sum, group=group)
