@@ -7,6 +7,7 @@ A multilayer perceptron learns the handwritten digits of scikit-learn with cross
 `NeuralCollapseCallback` measures all metrics at the classifier's input and behind every hidden layer.
 """
 
+import math
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ FAMILIES = {
     "energy": (("Energy of the class means", "gnc2_log"), ("Its spread over pairs", "gnc2_log_spread")),
 }
 LINEAR = ("ranks", "samples")  # values that are no distances from zero
+# nc2_of at an exact simplex ETF, and nc2_etf at an exact orthogonal frame.
+OTHER_FRAME = math.sqrt(2 - 2 * math.sqrt((CLASSES - 1) / CLASSES))
 
 
 class Perceptron(LightningModule):
@@ -97,8 +100,11 @@ def draw(axis: Axes, title: str, names: str, history: History, logarithmic: bool
         curves = {name: f"nc/{name}" for name in names.split()}
     for (label, key), color in zip(curves.items(), DEPTH if names.endswith("*") else COLORS, strict=False):
         axis.plot(epochs, [row[key] for row in history], color=color, label=label, linewidth=1.6)
-    for value in {METRICS[name.strip("*")].value_at_collapse(CLASSES) for name in names.split()} - {0}:
-        axis.axhline(value, color="#7F7F7F", linewidth=1, linestyle=(0, (2, 2)), label="at collapse", zorder=0)
+    lines = {METRICS[name.strip("*")].value_at_collapse(CLASSES): "at collapse" for name in names.split()}
+    lines |= {OTHER_FRAME: "exact other frame"} if "nc2_of" in names.split() else {}
+    for value, label in lines.items():
+        if value:
+            axis.axhline(value, color="#7F7F7F", linewidth=1, linestyle=(0, (2, 2)), label=label, zorder=0)
     axis.set(title=title, xlabel="epoch", xscale="log", yscale="log" if logarithmic else "linear")
     axis.title.set_fontsize(9)
     axis.xaxis.label.set_fontsize(8)
@@ -127,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     history = train(args.epochs, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     for family in FAMILIES:
-        picture(family, history).savefig(args.out / f"measures-{family}.png", dpi=110)
+        picture(family, history).savefig(args.out / f"measures-{family}.png", dpi=100)
     print(f"pictures of {len(FAMILIES)} families in {args.out}")
 
 

@@ -96,7 +96,9 @@ def test_the_messages_in_the_table_of_remedies_are_those_of_the_code():
 def rows_of_metrics():
     """Name, formula, range, value at collapse, needs and source of each metric on the page of metrics."""
     page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
-    tables = [table for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE) if table.startswith("| Name | Formula |")]
+    tables = [
+        table for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE) if table.startswith("| Name | Formula |")
+    ]
     rows = [line.strip("|").split(" | ") for table in tables for line in table.splitlines()[2:]]
     return {name.strip(" `"): [cell.strip(" `") for cell in cells] for name, *cells in rows}
 
