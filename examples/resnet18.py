@@ -182,10 +182,10 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the table and draw the figure."""
-        history = next(c for c in self.trainer.callbacks if isinstance(c, NeuralCollapseCallback)).history
+        measured = next(c for c in self.trainer.callbacks if isinstance(c, NeuralCollapseCallback))
         directory = Path(self.trainer.log_dir or ".")  # a collective: all processes read it
-        if history and self.trainer.is_global_zero:
-            report(history, self.model.curves, directory)
+        if measured.history and self.trainer.is_global_zero:
+            report(measured.history, self.model.curves, directory, measured.per_class)
 
 
 def main(args: ArgsType = None) -> None:

@@ -202,7 +202,9 @@ def _geometry(rows: Run) -> str:
         return ""
     name = row["geometry"]
     value = next((value for key, value in metrics_of(row).items() if parse_key(key)[2:] == ("", name)), None)
-    return f"nearest frame: {FRAMES_IN_WORDS[name]}" + (f" ({METRICS[name].title}: {value:.2g})" if value is not None else "")
+    return f"nearest frame: {FRAMES_IN_WORDS[name]}" + (
+        f" ({METRICS[name].title}: {value:.2g})" if value is not None else ""
+    )
 
 
 def _layers(keys: Sequence[Key], sort: bool) -> list[str]:

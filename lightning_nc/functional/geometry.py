@@ -16,6 +16,7 @@ from lightning_nc.functional.table import METRICS, MetricSpec, Summary, compute,
 from lightning_nc.moments import ClassDeviations, ClassMoments, state_dtype
 
 __all__ = [
+    "FRAMES_IN_WORDS",
     "GEOMETRY",
     "Geometry",
     "nc2_orthoplex",
@@ -26,7 +27,7 @@ __all__ = [
     "random_directions",
 ]
 
-_TITLES = {
+FRAMES_IN_WORDS = {
     "nc2_etf_centered": "simplex ETF",
     "nc2_of": "orthogonal frame",
     "nc2_seli": "SELI",
@@ -191,7 +192,7 @@ class Geometry:
 
     def _distance(self, name: str, word: str = "") -> str:
         distance, chance = self.distances[name], self.chance[name]
-        return f"{_TITLES[name]} ({word}{distance:.2g}; random directions: {chance:.2g})"
+        return f"{FRAMES_IN_WORDS[name]} ({word}{distance:.2g}; random directions: {chance:.2g})"
 
 
 def nearest_frame(moments: ClassMoments | ClassDeviations) -> Geometry:

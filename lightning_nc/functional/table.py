@@ -64,7 +64,6 @@ class MetricSpec(NamedTuple):
     Args:
         formula: a function of a :class:`Summary`.
         title: a few words for figures and tables.
-        family: what it is about; a panel of a figure shows the metrics of one family.
         needs: what it reads beside the features: ``weight``, ``bias``, ``ood``.
         collapse: the value at perfect collapse: a number, or a function of the number of classes.
         direction: ``"falls"`` or ``"rises"`` toward that value, or ``"approaches"`` it from either side.
@@ -73,11 +72,11 @@ class MetricSpec(NamedTuple):
         pairwise: whether it returns what :meth:`Summary.mean_over_pairs` returns: the value and its standard error.
         samples: whether samples must be compared with the class means, in ``comparison``.
         opt_in: whether ``metrics="all"`` leaves it out, because it is slow or needs other data.
+        family: what it is about; a panel of a figure shows the metrics of one family.
     """
 
     formula: Callable[[Summary], Any]
     title: str = ""
-    family: str = "other metrics"
     needs: tuple[str, ...] = ()
     collapse: float | Callable[[int], float] = 0.0
     direction: Literal["falls", "rises", "approaches"] = "falls"
@@ -86,6 +85,7 @@ class MetricSpec(NamedTuple):
     pairwise: bool = False
     samples: bool = False
     opt_in: bool = False
+    family: str = "other metrics"
 
     def value_at_collapse(self, num_classes: int) -> float:
         """The value at perfect collapse of ``num_classes`` classes."""
