@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,15 +15,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nc.functional.table import check_metrics
 from lightning_nc.history import History
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
-from lightning_nc.measuring.evaluation import Collector
+from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Wish, warn_of_own_centers
+from lightning_nc.measuring.evaluation import names_to_measure
 from lightning_nc.measuring.loaders import check_loader
 from lightning_nc.measuring.loops import RunningLoops, is_ready
 from lightning_nc.measuring.probe import Probe
 from lightning_nc.measuring.snapshot import fingerprint
+from lightning_nc.results import Results
 from lightning_nc.schedule import check_schedule, is_due
 from lightning_nc.trainers import (
     attach,
@@ -39,9 +40,6 @@ from lightning_nc.trainers import (
     use_epoch_as_axis,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 __all__ = ["NeuralCollapseCallback"]
 
 _NO_VALIDATION = (
@@ -50,7 +48,7 @@ _NO_VALIDATION = (
 )
 
 
-class NeuralCollapseCallback(Callback):
+class NeuralCollapseCallback(Results, Callback):
     r"""Measures neural collapse on the training data at the end of an epoch, and changes nothing in the training.
 
     The classifier (the last linear layer) is detected; its input is measured over all training samples, in eval mode, in an
@@ -62,8 +60,8 @@ class NeuralCollapseCallback(Callback):
         layers: names (shell patterns allowed) of modules whose outputs are measured too.
         classifier: name of the last linear layer; detected by default.
         num_classes: K; by default the classifier's number of outputs.
-        metrics: ``"paper"`` (six metrics), or a name or names in :data:`lightning_nc.functional.METRICS`. Metrics that need the
-            classifier's weight exist for the classifier's input alone.
+        metrics: ``"paper"`` (six metrics), ``"all"``, or a name or names in :data:`lightning_nc.functional.METRICS`. Metrics that
+            need the classifier's weight exist for the classifier's input alone.
         stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured from the batches of their loops, without
             an extra pass, under ``nc/val/`` and ``nc/test/`` (``nc/val_1/`` for a second dataloader).
         mode: ``"exact"`` measures the training data in an extra pass in eval mode; ``"online"`` reuses the features computed
@@ -81,6 +79,9 @@ class NeuralCollapseCallback(Callback):
             padding, ``"flatten"``, or a callable. Features at positions that have labels of their own are not pooled.
         strict: raise when a measurement fails; by default it warns once, says why, and training goes on.
         ignore_index: samples and positions with this label are left out.
+        ood_dataloader: data of no class, for ``nc5``, which is measured on the training data in ``"exact"`` mode.
+        feature_budget: bytes of features that may be kept, on each rank, for metrics that compare samples with the class means
+            (``nc4``, ``ncc_error``, ``nc1_cdnv_directional``); beyond it the exact pass takes a second one.
         pairs: estimate metrics over pairs of classes from so many random pairs; see :class:`lightning_nc.NeuralCollapse`.
 
     Raises:
@@ -106,11 +107,14 @@ class NeuralCollapseCallback(Callback):
         pool: Pool = "mean",
         strict: bool = False,
         ignore_index: int = -100,
+        ood_dataloader: Iterable[Any] | None = None,
+        feature_budget: float = FEATURE_BUDGET,
         pairs: float | None = None,
     ) -> None:
         try:
-            self.metrics = check_metrics(metrics)
+            self.metrics = names_to_measure(metrics, ood_dataloader)
             check_loader(dataloader)
+            check_loader(ood_dataloader)
             check_schedule(every_n_epochs, stages)
             probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         except ValueError as error:
@@ -119,8 +123,9 @@ class NeuralCollapseCallback(Callback):
         self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history, self.previous_histories = History(), list[History]()
-        self.class_means: Tensor | None = None
-        self._classes: list[int] = []  # the classes of these means
+        self.ood_dataloader, self._wish = ood_dataloader, Wish(budget=feature_budget)
+        self._centers: dict[str, Tensor] = {}  # the class means of the training data by layer
+        self._weights_of_centers = ""  # fingerprint of the weights that they are of
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step of the last measurement of training data
@@ -134,10 +139,6 @@ class NeuralCollapseCallback(Callback):
         return self._generate_state_key(
             layers=self._probe.layers, stages=self.stages, mode=self.mode, names=self.metrics
         )
-
-    def plot(self) -> Figure:
-        """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
-        return self.history.plot(num_classes=len(self._classes) or None)
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
@@ -175,9 +176,11 @@ class NeuralCollapseCallback(Callback):
         history = [row for callback in every for row in callback.history]
         if every[0] is not self or not trainer.is_global_zero or not history:
             return
-        means, classes = next(((c.class_means, c._classes) for c in every if c.class_means is not None), (None, []))
+        classes = next((c.measured_classes for c in every if c.measured_classes is not None), None)
+        if classes is not None:
+            rank_zero_info(f"neural collapse: {classes.geometry}")
         for logger in trainer.loggers:
-            publish_figures(logger, history, means, classes)
+            publish_figures(logger, history, classes)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -209,7 +212,7 @@ class NeuralCollapseCallback(Callback):
             self._epoch_began = perf_counter()
             due = self.should_measure(trainer)
             self._validation_due = self._validation_due or due
-            self._loops.begin("train", due and self.mode == "online" and "train" in self.stages)
+            self._loops.begin("train", due and self.mode == "online" and "train" in self.stages, self._wish)
             self._partial = batch_idx > 0
         self._start(trainer, pl_module, "train", batch)
         if first and self._loops.is_active("train"):  # after the start, which may run the model itself
@@ -267,7 +270,7 @@ class NeuralCollapseCallback(Callback):
             return
         # If validation is less frequent, the next loop after an epoch that is due is measured.
         due = trainer.state.fn != "fit" or self._validation_due or self.should_measure(trainer)
-        self._loops.begin("validate", due)
+        self._begin_held_out(trainer, pl_module, "validate", due)
         self._validation_due = False
         self._swapped = due and trainer.state.fn == "fit" and has_other_weights(trainer, pl_module, self._weights)
         if self._swapped:
@@ -301,7 +304,7 @@ class NeuralCollapseCallback(Callback):
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._loops.begin("test", "test" in self.stages)
+        self._begin_held_out(trainer, pl_module, "test", "test" in self.stages)
 
     @override
     def on_test_batch_start(
@@ -332,6 +335,14 @@ class NeuralCollapseCallback(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, loader: int = 0) -> None:
         self._loops.start(stage, loader, pl_module, batch, lambda: attach(trainer, pl_module, self._probe, batch))
 
+    def _begin_held_out(self, trainer: Trainer, pl_module: LightningModule, stage: str, due: bool) -> None:
+        """Measure held-out data around the class means of the training data, if these are of the same weights."""
+        known = due and bool(self._centers) and not has_other_weights(trainer, pl_module, self._weights_of_centers)
+        if due and not known:
+            warn_of_own_centers(self._probe, self.metrics, stage)
+        wish = replace(self._wish, centers=self._centers if known else None, keep_weight=True)
+        self._loops.begin(stage, due, wish)
+
     def _finish_loop(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self._loops.is_active(stage):
             return
@@ -342,15 +353,16 @@ class NeuralCollapseCallback(Callback):
         marks: dict[str, Any] = {"partial": True} if stage == "train" and self._partial else {}
         marks |= {"weights": "swapped"} if stage == "validate" and self._swapped else {}
         for loader, collector in self._loops.end(stage, len(batches) if trainer.world_size > 1 else None).items():
-            if self._probe.attempt(partial(collector.synchronize, ranks_of(trainer))):
+            if self._probe.attempt(partial(collector.conclude, ranks_of(trainer))):
                 log_values(trainer, pl_module, self._remember(trainer, collector, epoch, stage, loader, **marks))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, **marks: Any) -> dict[str, float]:
         """Measure the training data; the values by key, also appended to the history."""
         self._measured, began = (trainer.current_epoch, trainer.global_step), perf_counter()
         self._weights = fingerprint(pl_module)
-        collector = Collector(self._probe, self.metrics)
-        done = self._probe.attempt(lambda: run_exact_pass(trainer, pl_module, collector, self.dataloader))
+        collector = Collector(self._probe, self.metrics, self._wish)
+        data = self.dataloader, self.ood_dataloader
+        done = self._probe.attempt(lambda: run_exact_pass(trainer, pl_module, collector, *data))
         values = self._remember(trainer, collector, epoch, "train", **marks) if done else {}
         if not self._uses_loops():
             self._probe.detach()
@@ -362,11 +374,10 @@ class NeuralCollapseCallback(Callback):
         self, trainer: Trainer, collector: Collector, epoch: int, stage: str, loader: int = 0, **marks: Any
     ) -> dict[str, float]:
         """Append a row to the history; the values by the keys under which they are logged."""
-        values = self._probe.attempt(lambda: collector.values(stage, loader)) or {}
-        if values:
-            self.history.append(values, epoch=epoch, step=trainer.global_step, stage=stage, **marks)
-            if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
-                self.class_means, self._classes = means
+        at = {"epoch": epoch, "step": trainer.global_step}
+        values = self._probe.attempt(lambda: self.remember(collector, stage, loader, **at, **marks)) or {}
+        if stage == "train" and values and self.mode == "exact":
+            self._centers, self._weights_of_centers = collector.centers(), self._weights
         return values
 
 

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.linalg import vector_norm
 
 from lightning_nc.moments import ClassDeviations, keep_rows
 
-__all__ = ["Centers", "Comparison"]
+__all__ = ["Centers", "Comparison", "pair_scale"]
 
 _BLOCK = 2**22
 """Numbers that are processed together."""
@@ -33,6 +34,12 @@ class Centers(NamedTuple):
     bias: Tensor | None = None
 
 
+def pair_scale(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of the norms of each row of ``left`` (B, d) and ``right`` (K, d), (B, K): fourth powers would leave the range."""
+    norms: Tensor = vector_norm(left, dim=1, keepdim=True) + vector_norm(right, dim=1)
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
+
+
 @dataclass
 class Comparison:
     """What a look at the samples shows once the class means are known. It takes O(K) memory, and O(K^2) with ``along``.
@@ -42,7 +49,7 @@ class Comparison:
         misplaced: those of them whose nearest class mean is that of another class, (K,).
         disagreeing: those of them whose nearest class mean is not the decision of the classifier, (K,).
         along: sum over the samples of class i of the squared product of their deviation and the difference of the class
-            means i and j, (K, K). Of shape (0, 0) if it is not kept.
+            means i and j, both in units of :func:`pair_scale`, (K, K). Of shape (0, 0) if it is not kept.
     """
 
     compared: Tensor
@@ -99,7 +106,8 @@ class Comparison:
                 if len(self.along):
                     deviations = (rows - means[labels]) * kept.unsqueeze(1)
                     own = (deviations * centered[labels]).sum(dim=1, keepdim=True)
-                    self.along.index_add_(0, labels, (deviations @ centered.T - own).square())
+                    products = (deviations @ centered.T - own) / pair_scale(means[labels], means).square()
+                    self.along.index_add_(0, labels, products.square())
 
     def merge(self, other: Comparison) -> None:
         """Add the samples of ``other``, compared with the same class means, in place."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_nc.functional.table import check_metrics
 from lightning_nc.history import History
 from lightning_nc.keys import parse_key
 from lightning_nc.measuring.batches import Pool
+from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Wish, warn_of_own_centers
 from lightning_nc.measuring.distributed import all_max, ranks_on
-from lightning_nc.measuring.evaluation import Collector, every_sample_once, run_over
+from lightning_nc.measuring.evaluation import every_sample_once, names_to_measure, run_over
 from lightning_nc.measuring.loaders import check_loader, measurement_loader, rank_of
 from lightning_nc.measuring.probe import Probe
 from lightning_nc.measuring.snapshot import fingerprint
+from lightning_nc.results import Results
 from lightning_nc.schedule import check_schedule, is_due
 
 try:
@@ -28,7 +30,6 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["NeuralCollapseCallback"]
@@ -36,7 +37,7 @@ __all__ = ["NeuralCollapseCallback"]
 _Load = Callable[[], tuple[Iterable[Any], int | None]]
 
 
-class NeuralCollapseCallback(TrainerCallback):
+class NeuralCollapseCallback(Results, TrainerCallback):
     r"""Measures neural collapse at the end of an epoch of a ``transformers.Trainer``, and changes nothing in the training.
 
     The classifier (the last linear layer) is detected; its input is measured over all training samples, in eval mode, in an
@@ -48,8 +49,8 @@ class NeuralCollapseCallback(TrainerCallback):
     The arguments are those of :class:`lightning_nc.NeuralCollapseCallback`, with these differences:
 
     Args:
-        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, strict, ignore_index, pairs: the
-            same.
+        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, strict, ignore_index, ood_dataloader,
+            feature_budget, pairs: the same.
         stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured in an extra pass over the data that
             ``trainer.evaluate`` and ``trainer.predict`` have gone through, in training as often as an epoch is due, under
             ``nc/val/`` and ``nc/test/``. What is evaluated with a ``metric_key_prefix`` that begins with ``"test"`` is of the
@@ -85,6 +86,8 @@ class NeuralCollapseCallback(TrainerCallback):
         pool: Pool = "mean",
         strict: bool = False,
         ignore_index: int = -100,
+        ood_dataloader: Iterable[Any] | None = None,
+        feature_budget: float = FEATURE_BUDGET,
         pairs: float | None = None,
     ) -> None:
         if mode != "exact":
@@ -92,24 +95,22 @@ class NeuralCollapseCallback(TrainerCallback):
                 f"mode must be 'exact', got {mode!r}: a callback of transformers does not see the training batches. If an extra "
                 "pass takes too long, measure less often with every_n_epochs=, or fewer samples with dataloader="
             )
-        self.metrics = check_metrics(metrics)
+        self.metrics = names_to_measure(metrics, ood_dataloader)
         check_loader(dataloader)
+        check_loader(ood_dataloader)
         check_schedule(every_n_epochs, stages)
         self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         self.stages, self.every_n_epochs, self.dataloader = tuple(stages), every_n_epochs, dataloader
         self.history, self.previous_histories = History(), list[History]()
-        self.class_means: Tensor | None = None
-        self._classes: list[int] = []  # the classes of these means
+        self.ood_dataloader, self._wish = ood_dataloader, Wish(budget=feature_budget)
+        self._centers: dict[str, Tensor] = {}  # the class means of the training data by layer
+        self._weights_of_centers = ""  # fingerprint of the weights that they are of
         self._measured: int | None = None  # step of the last measurement of training data
         self._weights = ""  # fingerprint of the weights at the end of the last epoch
         self._training = self._has_trained = False
         self._evaluation_due = False  # an epoch was due and has not been evaluated
         self._evaluated: int | None = None  # step of the last measurement of an evaluation in training
         self._prefixes: dict[str, list[str]] = {}  # of the metrics of each stage's data sets
-
-    def plot(self) -> Figure:
-        """The paper's panels, NC1, NC2 and NC3 over the epochs of ``history``, as a matplotlib figure."""
-        return self.history.plot(num_classes=len(self._classes) or None)
 
     def should_measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
         """Whether the current epoch is measured: first, last as far as is known, or ``every_n_epochs``. May be overridden."""
@@ -218,23 +219,30 @@ class NeuralCollapseCallback(TrainerCallback):
         **marks: Any,
     ) -> dict[str, float]:
         """Run the model over data; the values by the keys under which they are logged, also kept in both histories."""
-        collector = Collector(self._probe, self.metrics)
+        weights, ranks = fingerprint(model), ranks_on(args.device)
+        centers = self._centers if stage != "train" and self._centers else None
+        if centers is not None:
+            moved = weights != self._weights_of_centers
+            centers = None if (moved if ranks is None else all_max(moved, ranks)) else centers
+        if stage != "train" and centers is None:
+            warn_of_own_centers(self._probe, self.metrics, stage)
+        collector = Collector(self._probe, self.metrics, replace(self._wish, centers=centers, keep_weight=True))
         progress = state.is_local_process_zero and not args.disable_tqdm
+        at = {"epoch": state.epoch or 0, "step": state.global_step}
 
         def run() -> dict[str, float]:
-            run_over(collector, model, load, args.device, progress, ranks_on(args.device))
-            return collector.values(stage, loader)
+            ood = self.ood_dataloader if stage == "train" else None
+            run_over(collector, model, load, args.device, progress, ranks, ood)
+            return self.remember(collector, stage, loader, **at, **marks)
 
         try:
             values = self._probe.attempt(run) or {}
         finally:
             self._probe.detach()
         if values:
-            at = {"epoch": state.epoch or 0, "step": state.global_step}
-            self.history.append(values, stage=stage, **at, **marks)
             state.log_history.append({**marks, **values, **at})
-            if (stage == "train" or "train" not in self.stages) and (means := collector.class_means()) is not None:
-                self.class_means, self._classes = means
+            if stage == "train":
+                self._centers, self._weights_of_centers = collector.centers(), weights
         return values
 
     def _report(

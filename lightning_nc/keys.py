@@ -5,13 +5,30 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["ERROR", "STAGES", "Key", "is_reserved", "make_key", "natural_order", "parse_key"]
+__all__ = [
+    "DEPTH",
+    "ERROR",
+    "STAGES",
+    "TRAIN_MEANS",
+    "Key",
+    "base_name",
+    "is_reserved",
+    "make_key",
+    "natural_order",
+    "parse_key",
+]
 
 STAGES = {"train": "nc", "validate": "nc/val", "test": "nc/test"}
 """How the keys of each stage begin."""
 
 ERROR = "_stderr"
 """How the key of the standard error of a metric ends, after the key of the metric."""
+
+TRAIN_MEANS = "_train_means"
+"""How the key of a metric of held-out samples ends that is taken around the class means of the training data."""
+
+DEPTH = "effective_depth"
+"""The one value that is about all layers together."""
 
 _STAGE_PART = re.compile(r"(val|test)(?:_(\d+))?")
 
@@ -51,6 +68,11 @@ def parse_key(key: str) -> Key:
         return Key("train", 0, "/".join(parts), metric)
     stage = "validate" if found[1] == "val" else "test"
     return Key(stage, int(found[2] or 0), "/".join(parts[1:]), metric)
+
+
+def base_name(metric: str) -> str:
+    """The name in the table of metrics: without the ending of a standard error, or of the means of the training data."""
+    return metric.removesuffix(ERROR).removesuffix(TRAIN_MEANS)
 
 
 def is_reserved(layer: str) -> bool:

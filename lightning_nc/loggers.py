@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
+from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.runs import metrics_of
 
 if TYPE_CHECKING:
@@ -22,13 +22,11 @@ __all__ = ["publish_figures"]
 _MOST_CLASSES = 1000  # a larger Gram matrix has less than a pixel per pair
 
 
-def publish_figures(
-    logger: Any, history: Sequence[Mapping[str, Any]], class_means: Tensor | None, classes: Sequence[int] | None = None
-) -> None:
+def publish_figures(logger: Any, history: Sequence[Mapping[str, Any]], classes: MeasuredClasses | None) -> None:
     """Log the panels of :func:`~lightning_nc.plotting.plot_history` and the Gram matrix of the class means.
 
-    W&B gets images and a table of the final values, TensorBoard and MLflow get figures. For a logger that takes none of
-    these but has a directory, PNG files are saved there. Does nothing if matplotlib is not installed.
+    W&B gets images and tables of the final values and of the classes, TensorBoard and MLflow get figures. For a logger that
+    takes none of these but has a directory, PNG files are saved there. Does nothing if matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
         rank_zero_info(
@@ -37,10 +35,10 @@ def publish_figures(
         return
     from lightning_nc.plotting import plot_gram, plot_history
 
-    figures = {"neural_collapse": plot_history(history, num_classes=None if class_means is None else len(class_means))}
-    if class_means is not None and len(class_means) <= _MOST_CLASSES:
-        unit = torch.nn.functional.normalize(class_means - class_means.mean(dim=0), dim=1)
-        figures["class_means"] = plot_gram(unit @ unit.T, classes)
+    figures = {"neural_collapse": plot_history(history, num_classes=None if classes is None else len(classes.labels))}
+    if classes is not None and len(classes.labels) <= _MOST_CLASSES:
+        unit = torch.nn.functional.normalize(classes.means - classes.means.mean(dim=0), dim=1)
+        figures["class_means"] = plot_gram(unit @ unit.T, classes.labels)
     try:
         for name, figure in figures.items():
             _publish(logger, name, figure, step=history[-1]["step"])
@@ -48,6 +46,11 @@ def publish_figures(
             last = {key: value for row in history for key, value in metrics_of(row).items()}
             rows = [list(item) for item in last.items()]
             logger.log_table("figures/final_values", columns=["metric", "value"], data=rows)
+            if "class_means" in figures and classes is not None:
+                columns = classes.table
+                logger.log_table(
+                    "figures/classes", [*columns], [list(row) for row in zip(*columns.values(), strict=True)]
+                )
     except Exception as error:  # a full disk or a server that is gone: the run itself is done and saved
         rank_zero_warn(
             f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -14,17 +14,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from lightning_nc.functional import METRICS, nc4
+from lightning_nc.comparison import Centers, Comparison
+from lightning_nc.functional import METRICS
 from lightning_nc.functional.frames import FrameName, nc2_name
 from lightning_nc.functional.pairs import check_pairs
 from lightning_nc.functional.table import check_metrics, evaluate
+from lightning_nc.keys import TRAIN_MEANS
 from lightning_nc.moments import ClassMoments, check_batch, check_labels, state_dtype
 
 __all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse"]
 
 Weight = Tensor | torch.nn.Module | Callable[[], Tensor]
+
+_Statistics = TypeVar("_Statistics", ClassMoments, Comparison)
 
 
 class _ClassifierMetric(Metric):
@@ -128,11 +131,16 @@ class NeuralCollapse(_ClassifierMetric):
             replaces the parameter, and a metric that holds the old one cannot follow. Without ``weight`` the metrics
             that need it are left out.
         bias: the classifier's bias, (K,), likewise. A layer without a bias counts as not given.
-        metrics: ``"paper"``, one name, or several names in :data:`lightning_nc.functional.METRICS`.
+        metrics: ``"paper"``, ``"all"``, one name, or several names in :data:`lightning_nc.functional.METRICS`. Those with
+            ``samples=True`` (``nc4``, ``ncc_error``, ``nc1_cdnv_directional``) compare samples with the class means, which must
+            be known first, so the features are kept in their own precision: N d numbers. ``nc5`` needs :meth:`update_ood`.
         ignore_index: samples with this label are left out, whatever their features hold; None: there are none.
         pairs: estimate the metrics over pairs of classes (``nc1_cdnv``, ``nc2_equiangular``, ``nc2_maxangle``) from that many
             random pairs if there are more, such as ``1e6``. The pairs are always the same, and the global random streams do
             not move. ``compute`` then gives the standard error too, ``nc1_cdnv_stderr``; it is 0 for all pairs.
+        centers: class means of other data, those of training for held-out samples: the state ``means`` of another metric, (K, d),
+            in which a row of nan is a class without a mean. Samples are compared with them.
+            ``compute`` gives NC1 around them beside NC1 around the samples' own class means: ``nc1_train_means``.
         kwargs: see :class:`torchmetrics.Metric`. Values are not cached, since the weight can change between two calls.
 
     Raises:
@@ -152,6 +160,12 @@ class NeuralCollapse(_ClassifierMetric):
 
     counts: Tensor
     means: Tensor
+    features: list[Tensor]
+    target: list[Tensor]
+    along: Tensor
+    ood_sum: Tensor
+    ood_count: Tensor
+    centers: Tensor | None
 
     def __init__(
         self,
@@ -162,54 +176,148 @@ class NeuralCollapse(_ClassifierMetric):
         metrics: str | Sequence[str] = "paper",
         ignore_index: int | None = -100,
         pairs: float | None = None,
+        centers: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, num_features, weight, bias, ignore_index, **kwargs)
         self.pairs = check_pairs(pairs)
         names = check_metrics(metrics)
-        given = {part.name for part in (self._weight, self._bias) if part.given}
+        given = {"ood"} | {part.name for part in (self._weight, self._bias) if part.given}
         self.metrics = tuple(name for name in names if given.issuperset(METRICS[name].needs))
         if not self.metrics:
             raise ValueError(f"no metric is left: {', '.join(names)} need the classifier's weight or bias")
-        scatter = any(METRICS[name].scatter for name in self.metrics)
-        empty = ClassMoments.zeros(num_classes, num_features, scatter=scatter)
+        rows = [METRICS[name] for name in self.metrics]
+        empty = ClassMoments.zeros(num_classes, num_features, scatter=any(row.scatter for row in rows))
         for field in fields(ClassMoments):
             self.add_state(field.name, getattr(empty, field.name))
         # torchmetrics keeps a copy of each state for reset(): one number stands for the zeros of the matrices.
         for name in ("means", "scatter"):
             self._defaults[name] = empty.counts.new_zeros(()).expand(getattr(empty, name).shape)
+        self.compares = any(row.samples for row in rows)
+        self.keeps_samples = self.compares
+        if self.compares:
+            along = "nc1_cdnv_directional" in self.metrics
+            comparison = Comparison.zeros(num_classes, empty.counts, along)
+            for field in fields(Comparison):
+                self.add_state(field.name, getattr(comparison, field.name))
+            self.add_state("features", [])
+            self.add_state("target", [])
+        if any("ood" in row.needs for row in rows):
+            self.add_state("ood_sum", empty.counts.new_zeros(num_features))
+            self.add_state("ood_count", empty.counts.new_zeros(()))
+        if centers is not None and centers.shape != (num_classes, num_features):
+            raise ValueError(f"centers must have shape {(num_classes, num_features)}, got {tuple(centers.shape)}")
+        self.register_buffer(
+            "centers", None if centers is None else centers.detach().to(empty.counts), persistent=False
+        )
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch: ``features`` (B, d), ``target`` (B,)."""
         self._check(features, target)
-        self._moments().update(features, target, self.ignore_index)
+        self.moments().update(features, target, self.ignore_index)
+        if self.keeps_samples:
+            self.features.append(features.detach().clone())
+            self.target.append(target.long())
+        elif self.centers is not None and self.compares:
+            self.compare(features, target)
+
+    def update_ood(self, features: Tensor) -> None:
+        """Add a batch of features of no class, (B, d), for ``nc5``."""
+        check_batch(features, torch.zeros(len(features), dtype=torch.long), self.num_features)
+        self.ood_sum += features.detach().to(self.ood_sum).sum(dim=0)
+        self.ood_count += len(features)
+
+    def compare(self, features: Tensor, target: Tensor) -> None:
+        """Compare a batch with the class means as they are now: a second pass over data, after a first one with
+        ``keeps_samples = False``, which ``update`` obeys.
+        """
+        self._comparison().update(features.detach(), target, self._held_centers(), self.ignore_index)
 
     def compute(self) -> Any:
         """The metrics by name, each a tensor of shape ()."""
-        moments = self._moments()
+        moments = self.moments()
         if moments.mislabeled:
             raise ValueError(
                 f"targets must lie in [0, {self.num_classes}), got {int(moments.mislabeled)} outside; check num_classes, "
                 "or remove the samples without a class"
             )
+        comparison = self._comparison() if self.compares else None
+        if comparison is not None and self.features:
+            comparison = self._compare_kept()
+        rest: dict[str, Any] = {
+            "weight": self._weight.read(),
+            "bias": self._bias.read(),
+            "pairs": self.pairs,
+            "comparison": comparison,
+        }
+        if "nc5" in self.metrics:
+            rest["ood_mean"] = self.ood_sum / self.ood_count
         with torch.no_grad():
-            return evaluate(self.metrics, moments, self._weight.read(), self._bias.read(), self.pairs)
+            if self.centers is None:
+                return evaluate(self.metrics, moments, **rest)
+            return self._around_centers(moments, rest)
+
+    def _around_centers(self, moments: ClassMoments, rest: Any) -> dict[str, Tensor]:
+        """The values of samples that were compared with the class means of other data."""
+        own = [name for name in self.metrics if not METRICS[name].samples]
+        values = evaluate(own, moments, **rest)
+        seen, means = self._held_centers().seen, self._held_centers().means
+        names = [name for name in self.metrics if METRICS[name].samples or METRICS[name].within]
+        lost = (moments.counts > 0) & ~seen
+        if lost.any():
+            warnings.warn(
+                f"{int(lost.sum())} classes of the samples have no mean among the centers: NC1 around the centers is left out, "
+                "and these samples are not compared with them",
+                stacklevel=3,
+            )
+            names = [name for name in names if METRICS[name].samples]
+            moments = replace(moments, counts=moments.counts * seen)
+        other = evaluate(names, moments.around(means), **rest)
+        return values | {
+            name if name in names and METRICS[name].samples else name + TRAIN_MEANS: v for name, v in other.items()
+        }
 
     def span(self) -> Tensor:
         """Orthonormal columns that span the centered class means, (d, r), without directions that rounding can cause.
 
         ``nc1`` is the same for ``features.double() @ span``. r is 0 if no direction is left.
         """
-        moments = self._moments()
+        moments = self.moments()
         return moments.select(moments.counts > 0).directions()[0]
 
-    def _moments(self) -> ClassMoments:
+    def moments(self) -> ClassMoments:
+        """A view of the state: counts, class means and within-class scatter."""
+        return self._view(ClassMoments)
+
+    def _comparison(self) -> Comparison:
+        return self._view(Comparison)
+
+    def _view(self, kind: type[_Statistics]) -> _Statistics:
         """A view of the state. A tensor that was made in inference mode cannot be updated in place outside of it."""
-        for name in self._defaults:
+        names = [field.name for field in fields(kind)]
+        for name in names:
             if (state := getattr(self, name)).is_inference():
                 with torch.inference_mode(False):
                     setattr(self, name, state.clone())
-        return ClassMoments(**{name: getattr(self, name) for name in self._defaults})
+        return kind(**{name: getattr(self, name) for name in names})
+
+    def _held_centers(self) -> Centers:
+        """What samples are compared with: the class means of this metric, or those that it was given."""
+        means, seen = self.means, self.counts > 0
+        if self.centers is not None:
+            seen = self.centers.isfinite().all(dim=1)
+            means = self.centers.where(seen.unsqueeze(1), 0)
+        weight, bias = self._weight.read(), self._bias.read()
+        return Centers(
+            means, seen, weight if weight is None else weight.detach(), bias if bias is None else bias.detach()
+        )
+
+    def _compare_kept(self) -> Comparison:
+        """The comparison of the samples that are kept."""
+        found, centers = Comparison.zeros(self.num_classes, self.counts, len(self.along) > 0), self._held_centers()
+        for features, target in zip(self.features, self.target, strict=True):
+            found.update(features, target, centers, self.ignore_index)
+        return found
 
     def merge_over_ranks(self, group: ProcessGroup | None = None) -> None:
         """Add the samples of all other ranks to the state, in place. All ranks must call it.
@@ -230,8 +338,26 @@ class NeuralCollapse(_ClassifierMetric):
                 if self._to_sync
                 else "the state holds the samples of all ranks already; call reset() or unsync() first"
             )
-        self._moments().merge_over_ranks(group or self.process_group)
+        self._merge(group or self.process_group)
         self._is_synced, self._should_unsync = True, False
+
+    def _merge(self, group: Any) -> None:
+        """Merge the state over the ranks. Samples that are kept are compared with the class means of all ranks, and dropped."""
+        self.moments().merge_over_ranks(group)
+        if self.keeps_samples:
+            found = self._compare_kept()
+            for field in fields(Comparison):
+                setattr(self, field.name, getattr(found, field.name))
+            self.features, self.target = [], []
+        if self.keeps_samples or (self.compares and self.centers is not None):
+            self.merge_comparison_over_ranks(group)
+        if "nc5" in self.metrics:
+            torch.distributed.all_reduce(self.ood_sum, group=group)
+            torch.distributed.all_reduce(self.ood_count, group=group)
+
+    def merge_comparison_over_ranks(self, group: ProcessGroup | None = None) -> None:
+        """Add what :meth:`compare` found on all other ranks, in place. All ranks must call it."""
+        self._comparison().merge_over_ranks(group or self.process_group)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the samples of another metric, or of its ``state_dict()``, in place; exact. The other stays as it is.
@@ -258,7 +384,15 @@ class NeuralCollapse(_ClassifierMetric):
         self._update_count += 1  # else compute() warns that there are no samples
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        self._moments().merge(ClassMoments(**incoming_state))
+        other = {name: incoming_state[name] for name in self._defaults}
+        self.moments().merge(ClassMoments(**{field.name: other[field.name] for field in fields(ClassMoments)}))
+        if self.compares:
+            self._comparison().merge(Comparison(**{field.name: other[field.name] for field in fields(Comparison)}))
+            self.features += [part.to(self.device) for part in other["features"]]
+            self.target += [part.to(self.device) for part in other["target"]]
+        if "nc5" in self.metrics:
+            self.ood_sum += other["ood_sum"].to(self.ood_sum)
+            self.ood_count += other["ood_count"].to(self.ood_count)
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         # Other metrics of a collection may share the rank's own state, so the copy that sync() has just made is merged.
@@ -267,7 +401,7 @@ class NeuralCollapse(_ClassifierMetric):
         for name, state in copies.items():
             setattr(self, name, state)
         self._cache = own
-        self._moments().merge_over_ranks(process_group or self.process_group)
+        self._merge(process_group or self.process_group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         """Move with the module, but keep the precision: bfloat16 moments would be worthless."""
@@ -276,9 +410,8 @@ class NeuralCollapse(_ClassifierMetric):
             device = fn(state.new_empty(0, dtype=torch.float32)).device
             one_number = state.numel() > 1 and not any(state.stride())
             moved = state[(0,) * state.dim()] if one_number else state
-            return moved.to(device, state_dtype(device) if state.is_floating_point() else state.dtype).expand(
-                state.shape
-            )
+            wide = state.dtype in (torch.float32, torch.float64)  # samples that are kept may be coarser
+            return moved.to(device, state_dtype(device) if wide else state.dtype).expand(state.shape)
 
         return super()._apply(move, *args, **kwargs)
 
@@ -352,11 +485,11 @@ class NC3(_SingleMetric):
         super().__init__(num_classes, num_features, weight=weight, metrics=name, **kwargs)
 
 
-class NC4(_ClassifierMetric):
+class NC4(_SingleMetric):
     """Disagreement of the nearest class mean with the classifier: :func:`lightning_nc.functional.nc4`.
 
-    The class means must be known before the samples are compared with them, so the features are kept: N d numbers, in
-    float32 at least. After synchronization every rank holds those of all ranks.
+    The class means must be known before the samples are compared with them, so the features are kept: N d numbers, in their own
+    precision.
 
     Args:
         num_classes, num_features: K, at least 2, and d, at least 1.
@@ -378,37 +511,7 @@ class NC4(_ClassifierMetric):
 
     plot_upper_bound = 1.0
 
-    features: list[Tensor]
-    target: list[Tensor]
-
     def __init__(
         self, num_classes: int, num_features: int, weight: Weight, bias: Weight | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(num_classes, num_features, weight, bias, **kwargs)
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("target", [], dist_reduce_fx="cat")
-
-    def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch: ``features`` (B, d), ``target`` (B,)."""
-        self._check(features, target)
-        self.features.append(features.detach().to(torch.promote_types(features.dtype, torch.float32)))
-        self.target.append(target.long())
-
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # All ranks must gather tensors of one type, including a rank without samples.
-        none = torch.zeros(0, self.num_features, device=self.device)
-        self.features = [dim_zero_cat([none, *self.features]).to(state_dtype(self.device))]
-        self.target = [dim_zero_cat([none[:, 0].long(), *self.target])]
-        super()._sync_dist(*args, **kwargs)
-
-    def compute(self) -> Tensor:
-        """The share, in [0, 1], a tensor of shape ()."""
-        weight = self._weight.read()
-        assert weight is not None
-        if not len(self.features):
-            return torch.full((), math.nan, dtype=state_dtype(self.device), device=self.device)
-        with torch.no_grad():
-            features, target = dim_zero_cat(self.features), dim_zero_cat(self.target)
-            if self.ignore_index is not None:
-                features, target = features[target != self.ignore_index], target[target != self.ignore_index]
-            return nc4(features, target, weight, self._bias.read(), self.num_classes)
+        super().__init__(num_classes, num_features, weight, bias, metrics="nc4", **kwargs)

@@ -263,6 +263,17 @@ class ClassMoments(ClassStatistics):
         for rows, columns in _upper_blocks(len(self.scatter)):
             self.scatter[rows, columns].addmm_(left[:, rows].T, right[:, columns])
 
+    def around(self, centers: Tensor) -> ClassMoments:
+        """The moments of the same samples around other class means, (K, d); exact. Each class with a sample needs one."""
+        moved = replace(
+            self, means=centers, **{name: getattr(self, name).clone() for name in ("spread", "columns", "scatter")}
+        )
+        for rows in self._class_blocks():
+            delta = (self.means[rows] - centers[rows]) * (self.counts[rows] > 0).unsqueeze(1)
+            classes = torch.arange(rows.start, rows.stop, device=delta.device)
+            moved._add_products(classes, delta * self.counts[rows].unsqueeze(1), delta)
+        return moved
+
     def merge(self, other: ClassMoments) -> None:
         """Add the samples of ``other``, in place; exact. ``other`` stays as it is and may be on another device.
 

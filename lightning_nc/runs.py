@@ -14,7 +14,7 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 
 from lightning_nc.functional import METRICS
-from lightning_nc.keys import ERROR, STAGES, natural_order, parse_key
+from lightning_nc.keys import DEPTH, STAGES, base_name, natural_order, parse_key
 
 __all__ = [
     "FIRST_COLUMNS",
@@ -43,7 +43,8 @@ def is_metric(key: str) -> bool:
         >>> [is_metric(key) for key in ("nc/val/nc1", "layer3/nc1", "nc1_cdnv_stderr", "train_loss")]
         [True, True, True, False]
     """
-    return key.startswith("nc/") or parse_key(key).metric.removesuffix(ERROR) in METRICS
+    name = base_name(parse_key(key).metric)
+    return key.startswith("nc/") or name in METRICS or name == DEPTH
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -146,7 +147,7 @@ def _readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
 
 def _order(key: str) -> tuple[Any, ...]:
     found, names = parse_key(key), list(METRICS)
-    metric = found.metric.removesuffix(ERROR)
+    metric = base_name(found.metric)
     place = names.index(metric) if metric in names else len(names)
     return list(STAGES).index(found.stage), found.loader, natural_order(found.layer), place, found.metric
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from lightning_nc.measuring.collector import Collector
 from lightning_nc.measuring.distributed import all_max
-from lightning_nc.measuring.evaluation import Collector, MappedBatches, exact_pass
+from lightning_nc.measuring.evaluation import MappedBatches, exact_pass
 from lightning_nc.measuring.loaders import (
     has_own_iteration,
     is_distributed,
@@ -57,20 +58,28 @@ def attach(trainer: Trainer, pl_module: LightningModule, probe: Probe, batch: An
 
 
 def run_exact_pass(
-    trainer: Trainer, pl_module: LightningModule, collector: Collector, dataloader: Iterable[Any] | None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    collector: Collector,
+    dataloader: Iterable[Any] | None,
+    ood_dataloader: Iterable[Any] | None = None,
 ) -> bool:
     """Collect the features of the training data, or of ``dataloader``, in a pass of their own; True when done."""
     warn = collector.probe.warn_once
+
+    def moved(batches: Iterable[Any]) -> MappedBatches:
+        return MappedBatches(batches, lambda batch: _to_device(trainer, pl_module, batch))
+
     with evaluation_mode(pl_module, trainer.strategy.root_device, warn):
         try:
             loader, total = _training_data(trainer, dataloader)
         except Exception as error:  # the pass tells the other ranks
             loader, total = _raising(error), None
         progress = _Progress(trainer, loader, total)
-        batches = MappedBatches(progress, lambda batch: _to_device(trainer, pl_module, batch))
-        context = trainer.precision_plugin.forward_context
+        ood = None if ood_dataloader is None else moved(_training_data(trainer, ood_dataloader)[0])
+        context, model = trainer.precision_plugin.forward_context, _model_to_call(trainer, pl_module)
         with warn_if_moved(loader, warn):
-            exact_pass(collector, _model_to_call(trainer, pl_module), batches, context, ranks_of(trainer), total or 0)
+            exact_pass(collector, model, moved(progress), context, ranks_of(trainer), total or 0, ood)
     return True
 
 

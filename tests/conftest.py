@@ -63,13 +63,18 @@ def bottleneck(classes, per_class, features, dtype, seed=0):
         return net.to(dtype)(rows.to(dtype)), target, points
 
 
+# The metrics that need neither a second look at the samples nor other data.
+ONE_PASS = [name for name, spec in functional.METRICS.items() if not spec.samples and "ood" not in spec.needs]
+
+
 def metric_value(name, rows, target, weight, bias, classes=None):
-    """The value of a name of METRICS through the public function that computes it."""
+    """The value of a name of METRICS through the public function that computes it. Every third sample is of no class."""
     if name == "nc2_weight":
         return functional.nc2_weight(weight)
     base, *variant = name.split("_")
-    arguments = {"weight": weight, "bias": bias}
-    arguments = {need: arguments[need] for need in functional.METRICS[name].needs}
+    needs = ("weight", "bias") if name == "nc4" else functional.METRICS[name].needs
+    given = {"weight": weight, "bias": bias, "ood": rows[::3]}
+    arguments = {"ood_features" if need == "ood" else need: given[need] for need in needs}
     if base == "nc2" and variant[0] in ("etf", "of"):
         return functional.nc2(rows, target, classes, frame=variant[0], center="centered" in variant)
     if name == "nc3_centered":

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_nc import NeuralCollapseCallback, measure
-from lightning_nc.measuring import distributed, evaluation
+from lightning_nc.measuring import collector, distributed
 from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes, is_sharded
 
 TRAIN = TensorDataset(*clusters(3, 17, 6, 0.5))  # 51 samples, which two ranks cannot share evenly
@@ -192,10 +192,10 @@ def collectives():
 
 
 def wide():
-    limit, evaluation.SCATTER_LIMIT = evaluation.SCATTER_LIMIT, 0
+    limit, collector.SCATTER_LIMIT = collector.SCATTER_LIMIT, 0
     callback = NeuralCollapseCallback(LAYERS, strict=True)
     _, model = fit([callback])
-    evaluation.SCATTER_LIMIT = limit
+    collector.SCATTER_LIMIT = limit
     return {"history": callback.history, "state": state_of(model)}
 
 

@@ -39,8 +39,10 @@ def cosines(rows):
     return (unit @ unit.T)[np.triu_indices(len(rows), 1)]
 
 
-def all_metrics(features, target, weight, bias):
+def all_metrics(features, target, weight, bias, ood=None):
+    """``ood``, features of no class, are by default every third sample."""
     means, centered, deviations, within, between = moments(features, target)
+    ood_mean = np.asarray(features[::3] if ood is None else ood, dtype=np.float64).mean(0)
     k = len(means)
     counts = np.unique(target, return_counts=True)[1]
     owner = np.searchsorted(np.unique(target), target)
@@ -65,6 +67,10 @@ def all_metrics(features, target, weight, bias):
         "nc3_gram": frame(weight, "etf", centered),
         "nc3_cosine": 1 - cos_weight.mean(),
         "bias_collapse": np.linalg.norm(weight @ means.mean(0) + bias),
+        "nc4": nc4(features, target, weight, bias),
+        "ncc_error": np.mean(nearest(features, target) != owner),
+        "nc1_cdnv_directional": cdnv_directional(features, target),
+        "nc5": np.mean([abs(m @ ood_mean) / np.linalg.norm(m) / np.linalg.norm(ood_mean) for m in means]),
     }
 
 
@@ -77,9 +83,24 @@ def nc1_by_axes(features, target):
     return float((((deviations @ rows[:rank][kept].T) / values[:rank][kept]) ** 2).sum() / len(deviations))
 
 
+def nearest(features, target):
+    """The class whose mean is nearest, sample by sample."""
+    means = moments(features, target)[0]
+    return np.array([((row - means) ** 2).sum(1).argmin() for row in np.asarray(features, dtype=np.float64)])
+
+
 def nc4(features, target, weight, bias):
-    """Sample by sample."""
-    rows, target = np.asarray(features, dtype=np.float64), np.asarray(target)
-    means = np.stack([rows[target == k].mean(axis=0) for k in range(len(weight))])
-    nearest = [((row - means) ** 2).sum(1).argmin() for row in rows]
-    return float(np.mean(np.array(nearest) != (rows @ weight.T + bias).argmax(axis=1)))
+    decision = [(weight @ row + bias).argmax() for row in np.asarray(features, dtype=np.float64)]
+    return float(np.mean(nearest(features, target) != decision))
+
+
+def cdnv_directional(features, target):
+    """Sample by sample: along the unit vectors to the other means, over the squared distances."""
+    means, _, deviations, _, _ = moments(features, target)
+    classes, owner, counts = np.unique(target, return_inverse=True, return_counts=True)
+    total = 0.0
+    for own, deviation in zip(owner, deviations, strict=True):
+        lines = np.delete(means, own, axis=0) - means[own]
+        lengths = np.linalg.norm(lines, axis=1)
+        total += ((lines @ deviation / lengths) ** 2 / lengths**2).sum() / counts[own]
+    return total / (len(classes) * (len(classes) - 1))

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_nc import NeuralCollapseCallback, measure
 from lightning_nc.functional import nc1
-from lightning_nc.measuring import evaluation
-from lightning_nc.measuring.evaluation import Collector
+from lightning_nc.measuring import collector as collecting
+from lightning_nc.measuring.collector import Collector
 from lightning_nc.measuring.probe import Probe
 
 
@@ -147,7 +147,8 @@ def test_batches_are_collected_to_the_values_of_all_samples():
     collector = collected(zip(rows.split(7), target.split(7), strict=True))
     assert (collector.batches, collector.samples) == (5, 30)
     assert collector.values()["nc1"] == pytest.approx(reference.nc1(rows.numpy(), target.numpy()), rel=1e-5)
-    means, classes = collector.class_means()
+    found = collector.classes()
+    means, classes = found.means, found.labels
     assert classes == [0, 1, 2]
     torch.testing.assert_close(means, torch.from_numpy(reference.moments(rows, target)[0]))
 
@@ -163,7 +164,8 @@ def test_samples_that_pad_a_dataloader_are_not_counted():
 
 def test_classes_without_a_sample_have_no_mean():
     rows, target = clusters(2, 10, 6, 0.3)
-    means, classes = collected([(rows, 2 * target)]).class_means()
+    found = collected([(rows, 2 * target)]).classes()
+    means, classes = found.means, found.labels
     assert classes == [0, 2]
     torch.testing.assert_close(means, torch.from_numpy(reference.moments(rows, target)[0]))
 
@@ -193,7 +195,7 @@ def test_inputs_of_varying_size_need_a_pool():
 
 @pytest.fixture
 def _no_scatter(monkeypatch):
-    monkeypatch.setattr(evaluation, "SCATTER_LIMIT", 0)
+    monkeypatch.setattr(collecting, "SCATTER_LIMIT", 0)
 
 
 @pytest.mark.usefixtures("_no_scatter")
@@ -252,7 +254,7 @@ import resource, torch
 from torch import nn
 from lightning_nc import measure
 from lightning_nc.functional import nc1
-from lightning_nc.measuring import evaluation
+from lightning_nc.measuring import collector
 torch.manual_seed(0)
 target = torch.arange(10).repeat(20)
 images = torch.randn(10, 4, 64, 64)[target] + 1e-3 * torch.randn(200, 4, 64, 64)

@@ -11,6 +11,8 @@ from PIL import Image
 
 from lightning_nc import NeuralCollapseCallback
 from lightning_nc.loggers import publish_figures
+from lightning_nc.measuring.classes import MeasuredClasses
+from lightning_nc.moments import ClassMoments
 from lightning_nc.runs import read_run
 
 HISTORY = [
@@ -18,7 +20,18 @@ HISTORY = [
     for epoch in range(4)
     for stage, prefix in (("train", "nc/"), ("validate", "nc/val/"))
 ]
-MEANS = torch.eye(4, 6, dtype=torch.float64)
+
+
+def classes(means):
+    moments = ClassMoments.zeros(*means.shape, scatter=False)
+    moments.update(
+        means.repeat(2, 1) + 0.1 * torch.randn(2 * len(means), means.shape[1]).to(means),
+        torch.arange(len(means)).repeat(2),
+    )
+    return MeasuredClasses(moments, torch.randn(means.shape).double())
+
+
+MEANS = classes(torch.eye(4, 6, dtype=torch.float64))
 
 
 def values(rows):
@@ -73,7 +86,7 @@ def test_mlflow_gets_figures(tmp_path, monkeypatch):
 
 
 def test_the_class_means_are_left_out_if_there_are_none_or_too_many(tmp_path):
-    for index, means in enumerate((None, torch.randn(1001, 2))):
+    for index, means in enumerate((None, classes(torch.randn(1001, 2).double()))):
         publish_figures(CSVLogger(tmp_path / str(index), name="", version=""), HISTORY, means)
         assert [file.name for file in (tmp_path / str(index)).iterdir()] == ["neural_collapse.png"]
 

@@ -428,8 +428,6 @@ def test_nc4_leaves_out_classes_without_a_sample_and_knows_nothing_of_no_samples
     metric = NC4(5, FEATURES, weight)
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         assert metric.compute().isnan()
-    with pytest.raises(ValueError, match=r"use lightning_nc\.NC4 or functional\.nc4"):
-        NeuralCollapse(5, FEATURES, weight, metrics="nc4")
 
 
 def with_list_state():

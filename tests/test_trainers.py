@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_nc import NeuralCollapseCallback
-from lightning_nc.measuring.evaluation import Collector
+from lightning_nc.measuring.collector import Collector
 from lightning_nc.measuring.probe import Probe
 from lightning_nc.measuring.snapshot import fingerprint
 from lightning_nc.trainers import (

@@ -23,7 +23,7 @@ from __future__ import annotations
 from lightning_nc.functional.alignment import ALIGNMENT, bias_collapse, nc3, nc3_cosine, nc3_gram
 from lightning_nc.functional.frames import FRAMES, nc2, nc2_equiangular, nc2_equinorm, nc2_maxangle, nc2_weight
 from lightning_nc.functional.geometry import GEOMETRY, nc2_orthoplex, nc2_seli, nc2_weight_seli, nc3_seli
-from lightning_nc.functional.samples import SAMPLES, nc1_cdnv_directional, nc4, nc5, ncc_error
+from lightning_nc.functional.samples import SAMPLES, effective_depth, nc1_cdnv_directional, nc4, nc5, ncc_error
 from lightning_nc.functional.table import METRICS, MetricSpec
 from lightning_nc.functional.variability import VARIABILITY, nc1, nc1_cdnv, nc1_trace
 
@@ -31,6 +31,7 @@ __all__ = [
     "METRICS",
     "MetricSpec",
     "bias_collapse",
+    "effective_depth",
     "nc1",
     "nc1_cdnv",
     "nc1_cdnv_directional",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_nc.comparison import pair_scale
 from lightning_nc.functional.table import MetricSpec, Summary, compute
 from lightning_nc.moments import state_dtype
 
-__all__ = ["SAMPLES", "nc1_cdnv_directional", "nc4", "nc5", "ncc_error"]
+__all__ = ["SAMPLES", "effective_depth", "nc1_cdnv_directional", "nc4", "nc5", "ncc_error"]
 
 _BLOCK = 2**22  # numbers that are processed together
 
@@ -59,6 +63,25 @@ def _ncc_error(s: Summary) -> Tensor:
     return s.comparison.misplaced.sum() / s.comparison.compared.sum()
 
 
+def effective_depth(errors: Sequence[float], tolerance: float = 0.01) -> float:
+    """The number, from 1, of the first layer whose nearest-class-center error is at most ``tolerance`` above the last layer's.
+
+    Args:
+        errors: :func:`ncc_error` of the layers, from the first to the last; nan gives nan.
+        tolerance: the paper takes a threshold of its own for each network; 0.01 is a choice.
+
+    Source: Galanti et al. (2022), arXiv 2202.09028.
+
+    Example:
+        >>> from lightning_nc.functional import effective_depth
+        >>> effective_depth([0.6, 0.2, 0.005, 0.0])
+        3.0
+    """
+    if any(math.isnan(error) for error in errors):
+        return math.nan
+    return next(depth for depth, error in enumerate(errors, 1) if error <= errors[-1] + tolerance) * 1.0
+
+
 def nc1_cdnv_directional(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
     r"""Directional class-distance normalized variance: the mean over ordered pairs of classes i, j of the variance of class i
     along the line to class j, :math:`\operatorname{mean}_{h \in i} ((h - \mu_i)^\top u_{ij})^2 / \|\mu_i - \mu_j\|^2`, where
@@ -71,12 +94,13 @@ def nc1_cdnv_directional(features: Tensor, target: Tensor, num_classes: int | No
 
 def _nc1_cdnv_directional(s: Summary) -> Tensor:
     assert s.comparison is not None
-    means, along = s.centered.detach(), s.comparison.along
+    means, along, raw = s.centered.detach(), s.comparison.along, s.means.detach()
     summed = along.new_zeros(())
     size = max(1, _BLOCK // means.numel())
     for start in range(0, len(means), size):
         rows = slice(start, start + size)
-        squares = (means[rows].unsqueeze(1) - means).square().sum(dim=2)
+        scale = pair_scale(raw[rows], raw).unsqueeze(2)
+        squares = ((means[rows].unsqueeze(1) - means) / scale).square().sum(dim=2)
         own = torch.arange(start, start + len(squares), device=means.device).unsqueeze(1)
         squares = squares.scatter(1, own, 1)  # a class has no direction to itself, where ``along`` is zero
         summed += (along[rows] / squares.square() / s.comparison.compared[rows].unsqueeze(1)).sum()

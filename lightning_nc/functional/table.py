@@ -137,7 +137,8 @@ def evaluate(
     summary.ood_mean = nan if ood_mean is None else ood_mean.to(moments.means)
     values = {}
     for name in names:
-        result = nan if broken & {*METRICS[name].needs} else METRICS[name].formula(summary)
+        needs = {*METRICS[name].needs, *["bias"] * ("weight" in METRICS[name].needs and METRICS[name].samples)}
+        result = nan if broken & needs else METRICS[name].formula(summary)
         values[name], error = result if isinstance(result, tuple) else (result, nan)
         values |= {name + ERROR: error} if name in sampled else {}
     undefined = [name for name in names if name != "nc1" and not values[name].isfinite()]

@@ -1,25 +1,25 @@
-"""The pass over a dataloader, and the collector that it shares with running loops; ``measure``."""
+"""The pass over a dataloader; ``measure``."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities import move_data_to_device, rank_zero_info
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_nc.functional import METRICS
+from lightning_nc.functional.geometry import Geometry
 from lightning_nc.functional.table import check_metrics
-from lightning_nc.keys import ERROR, make_key
 from lightning_nc.measuring.batches import Pool, copy_batch
+from lightning_nc.measuring.classes import MeasuredClasses
+from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Wish
 from lightning_nc.measuring.distributed import (
     all_max,
     all_raise,
@@ -36,14 +36,35 @@ from lightning_nc.measuring.loaders import (
     unprepared,
     warn_if_moved,
 )
-from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe, match_layers
+from lightning_nc.measuring.probe import Probe, match_layers
 from lightning_nc.measuring.snapshot import evaluation_mode
-from lightning_nc.metrics import NeuralCollapse
 
-__all__ = ["SCATTER_LIMIT", "Collector", "MappedBatches", "every_sample_once", "exact_pass", "measure", "run_over"]
+__all__ = ["MappedBatches", "Measurement", "every_sample_once", "exact_pass", "measure", "names_to_measure", "run_over"]
 
-SCATTER_LIMIT = 2**30
-"""Bytes that the scatter matrices of all layers may take together; features beyond it need a second pass."""
+
+class Measurement(dict[str, float]):
+    """What :func:`measure` returns: the metrics by key, each a float without unit, and what is known beside them.
+
+    Attributes:
+        classes: the statistics of the classes at the classifier's input; None without a classifier.
+        baseline: the values that chance alone gives, by key: ``"permuted"``, with labels permuted at random, and ``"random"``, of
+            random directions in place of class means and weight; None unless asked for.
+        intervals: lower and upper end of the confidence interval by key; None unless asked for.
+    """
+
+    classes: MeasuredClasses | None = None
+    baseline: dict[str, dict[str, float]] | None = None
+    intervals: dict[str, tuple[float, float]] | None = None
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """Which frame the class means of the classifier's input are nearest to; None without a classifier."""
+        return None if self.classes is None else self.classes.geometry
+
+    @property
+    def per_class(self) -> dict[str, list[Any]]:
+        """A table of the classes, by column, as ``pandas.DataFrame`` takes it; empty without a classifier."""
+        return {} if self.classes is None else self.classes.table
 
 
 def measure(  # noqa: D417
@@ -61,8 +82,13 @@ def measure(  # noqa: D417
     progress: bool = True,
     ignore_index: int = -100,
     sync: bool = True,
+    reference: Iterable[Any] | None = None,
+    baseline: bool = False,
+    intervals: float | None = None,
+    ood_dataloader: Iterable[Any] | None = None,
+    feature_budget: float = FEATURE_BUDGET,
     pairs: float | None = None,
-) -> dict[str, float]:
+) -> Measurement:
     """Measure a model on all samples of a dataloader, in eval mode, and leave the model and the random streams unchanged.
 
     A ``DataLoader`` is not iterated itself: the pass uses a copy of it that visits every sample once, in order. Where
@@ -71,14 +97,19 @@ def measure(  # noqa: D417
     Args:
         model: any module; not moved to another device.
         dataloader: gives batches.
-        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, ignore_index, pairs: see
-            :class:`lightning_nc.NeuralCollapseCallback`. The keys of a layer are ``"<layer>/<metric>"``.
+        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, ignore_index, ood_dataloader, feature_budget,
+            pairs: see :class:`lightning_nc.NeuralCollapseCallback`. The keys of a layer are ``"<layer>/<metric>"``.
         device: where batches are moved to; by default the device of the model's first parameter.
         progress: show a progress bar, on rank 0.
         sync: in a process group, return the values of all ranks together, on all ranks; False measures each rank's own data.
+        reference: the training data, if ``dataloader`` gives held-out samples. The model runs on them first, and their class
+            means are the centers: ``nc4`` and ``ncc_error`` compare samples with them, and ``nc1_train_means`` and its kin stand
+            beside the values around the samples' own class means.
+        baseline: also give what chance alone would give, in ``.baseline``.
+        intervals: the level, such as 0.95, of confidence intervals, in ``.intervals``.
 
     Returns:
-        The metrics by key, each a float without unit; nan where a metric is not defined.
+        The metrics by key, each a float without unit; nan where a metric is not defined. See :class:`Measurement`.
 
     Raises:
         LookupError, ValueError: for a classifier, layers, features or labels that cannot be found or do not fit.
@@ -91,26 +122,48 @@ def measure(  # noqa: D417
         >>> {name: round(value, 6) for name, value in values.items()}
         {'nc1': 0.0, 'nc2_of': 0.0}
     """
-    check_loader(dataloader)
+    for loader in (dataloader, reference, ood_dataloader):
+        check_loader(loader)
+    if intervals is not None and not 0 < intervals < 1:
+        raise ValueError(f"intervals must be a level between 0 and 1, such as 0.95, got {intervals!r}")
     probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, ignore_index=ignore_index, pairs=pairs)
-    collector = Collector(probe, check_metrics(metrics))
+    names = names_to_measure(metrics, ood_dataloader)
+    match_layers(model, layers or ())  # a name that is not there raises
     on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
-    return _measure(collector, model, dataloader, on, progress, sync)
-
-
-def _measure(
-    collector: Collector, model: nn.Module, dataloader: Iterable[Any], on: torch.device, progress: bool, sync: bool
-) -> dict[str, float]:
-    match_layers(model, collector.probe.layers or ())  # a name that is not there raises
     ranks = ranks_on(on) if sync else None
     progress = progress and (ranks_on(on) is None or not dist.get_rank())
     if ranks is not None:
         meet()
+
+    def collect(data: Iterable[Any], names: Sequence[str], wish: Wish, ood: Iterable[Any] | None = None) -> Collector:
+        collector = Collector(probe, names, wish)
+        run_over(collector, model, lambda: every_sample_once(data), on, progress, ranks, ood)
+        return collector
+
     try:
-        run_over(collector, model, lambda: every_sample_once(dataloader), on, progress, ranks)
-        return collector.values()
+        centers = None if reference is None else collect(reference, ["nc1_trace"], Wish()).centers()
+        wish = Wish(centers, feature_budget, baseline, intervals is not None, keep_weight=True)
+        return _measurement(collect(dataloader, names, wish, ood_dataloader), baseline, intervals)
     finally:
-        collector.probe.detach()
+        probe.detach()
+
+
+def _measurement(collector: Collector, baseline: bool, level: float | None) -> Measurement:
+    found = Measurement(collector.values())
+    found.classes = collector.classes()
+    if baseline:
+        found.baseline = {"permuted": collector.permuted_values(), "random": collector.random_values()}
+    if level is not None:
+        found.intervals = collector.intervals(level)
+    return found
+
+
+def names_to_measure(metrics: str | Sequence[str], ood_dataloader: Iterable[Any] | None) -> tuple[str, ...]:
+    """The names of the metrics, checked; ``nc5`` among them if there are data for it, and only then."""
+    names = check_metrics(metrics)
+    if ood_dataloader is None and "nc5" in names:
+        raise ValueError("nc5 compares the class means with data of no class; pass ood_dataloader=")
+    return names if ood_dataloader is None else tuple(dict.fromkeys((*names, "nc5")))
 
 
 def run_over(
@@ -120,6 +173,7 @@ def run_over(
     device: torch.device,
     progress: bool,
     ranks: torch.device | None,
+    ood: Iterable[Any] | None = None,
 ) -> None:
     """Run a model over data in eval mode, with a progress bar, and collect.
 
@@ -131,8 +185,13 @@ def run_over(
         device: where batches are moved to.
         progress: show the bar.
         ranks: in a distributed run, the device of its collectives.
+        ood: data of no class.
     """
     warn = collector.probe.warn_once
+
+    def moved(batches: Iterable[Any]) -> MappedBatches:
+        return MappedBatches(batches, lambda batch: move_data_to_device(batch, device))
+
     with evaluation_mode(model, device, warn):
         try:
             loader, total = load()
@@ -142,8 +201,8 @@ def run_over(
             warn_if_moved(loader, warn),
             tqdm(loader, "Neural collapse", total, leave=False, disable=not progress) as bar,
         ):
-            batches = MappedBatches(bar, lambda batch: move_data_to_device(batch, device))
-            exact_pass(collector, model, batches, ranks=ranks, steps=total or 0)
+            others = None if ood is None else moved(every_sample_once(ood)[0])
+            exact_pass(collector, model, moved(bar), ranks=ranks, steps=total or 0, ood=others)
 
 
 def every_sample_once(dataloader: Iterable[Any], rank: int = 0, ranks: int = 1) -> tuple[Iterable[Any], int | None]:
@@ -173,209 +232,6 @@ class MappedBatches:
         return map(self.function, self.loader)
 
 
-class Collector:
-    """The metrics of one dataloader by layer, updated batch by batch.
-
-    In a running loop nothing is raised before :meth:`synchronize`, where all ranks of a distributed run meet.
-
-    Args:
-        probe: what to measure of a batch.
-        names: the names of the metrics.
-        keep_weight: use the classifier's weight as it is at the first batch, because it is replaced before :meth:`values`:
-            averaged weights are swapped out at the end of validation.
-    """
-
-    def __init__(self, probe: Probe, names: Sequence[str], keep_weight: bool = False) -> None:
-        self.probe, self.names, self.keep_weight = probe, names, keep_weight
-        self.metrics: dict[str, NeuralCollapse] = {}
-        self.projected: dict[str, NeuralCollapse] = {}  # NC1 of features that are too wide for a scatter matrix
-        self.spans: dict[str, Tensor] = {}
-        self.batches = self.samples = 0
-        self.error: Exception | None = None
-        self._missed: NotCalledError | None = None  # a step may leave the model out; an error only if all do
-
-    def start(self, batch: Any, attach: Callable[[], None]) -> None:
-        """Before the model runs on a batch; ``attach`` attaches the probe if it is not attached yet."""
-        if self.error is None:
-            try:
-                attach()
-                self.probe.start(batch)
-            except Exception as error:
-                self.error = error
-
-    def finish(self, own: int | None = None) -> None:
-        """After the model ran; of a padded dataloader only the first ``own`` samples in all belong to this rank."""
-        if self.error is None:
-            try:
-                self.update(own)
-                self.batches += 1
-            except NotCalledError as error:
-                self._missed = error
-            except Exception as error:
-                self.error = error
-
-    def update(self, own: int | None = None) -> None:
-        """Update the metrics with the features that the probe recorded."""
-        features, target = self.probe.features()
-        for layer in [layer for layer in self.metrics if layer not in features]:  # left out since this batch
-            self.metrics.pop(layer), self.spans.pop(layer, None), self.projected.pop(layer, None)
-        own = None if own is None else max(own - self.samples, 0)
-        target = target[:own]
-        rows, self.samples, target = slice(target.numel()), self.samples + len(target), target.flatten()
-        for layer, values in features.items():
-            labels = target.to(
-                values.device
-            )  # a target_fn may look them up elsewhere, and a model may span several devices
-            if self.spans:
-                if layer in self.spans:
-                    self.projected[layer].update(values[rows].to(self.spans[layer].dtype) @ self.spans[layer], labels)
-            elif (metric := self._metric(layer, values.shape[1], values.device)) is not None:
-                if metric.num_features != values.shape[1]:
-                    raise ValueError(
-                        f"features must have {metric.num_features} columns as in the first batch, got {values.shape[1]}; inputs "
-                        "of varying size need pool='mean' or a callable"
-                    )
-                metric.update(values[rows], labels)
-
-    def prepare(self, device: torch.device) -> None:
-        """Create the metrics, so that a rank without samples has them too."""
-        for layer, width in self.probe.widths.items():
-            if width:
-                self._metric(layer, width, device)
-
-    def synchronize(self, ranks: torch.device | None) -> bool:
-        """Merge over the ranks, whose collectives are on the device ``ranks``; True when done. Raise what went wrong."""
-        all_raise(self.error or (None if self.batches else self._missed), ranks)
-        if ranks is not None:
-            metrics = self.projected or self.metrics
-            check_same_shapes({layer: metric.num_features for layer, metric in metrics.items()}, ranks)
-            for metric in metrics.values():
-                metric.merge_over_ranks()
-        return True
-
-    def project(self, ranks: torch.device | None) -> bool:
-        """Prepare a second pass, for the NC1 of features that are too wide; False if none are.
-
-        NC1 does not change when the features are projected on the span of the class means.
-        """
-        for layer in self.too_wide():
-            span = self.metrics[layer].span()
-            if not span.shape[1]:  # all class means coincide: nc1 is nan, as it is for features that are not wide
-                span = span.new_zeros(len(span), 1)
-            if ranks is not None:
-                dist.broadcast(span, src=0)
-            self.spans[layer] = span
-            self.projected[layer] = self._create(span.shape[1], ["nc1"], span.device)
-        if self.spans and self.probe.is_new("two passes"):
-            sizes = [f"{layer or 'classifier input'} {width}" for layer, width in self.too_wide().items()]
-            named = ", ".join(sizes[:5]) + f" and {len(sizes) - 5} more" * (len(sizes) > 5)
-            rank_zero_info(
-                f"neural collapse: the features of {named} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} "
-                "GiB together, so their nc1 takes a second pass over the data; fewer layers or pool='mean' avoid it"
-            )
-        return bool(self.spans)
-
-    def too_wide(self) -> dict[str, int]:
-        """The layers, with the widths of their features, whose NC1 needs a second pass."""
-        wanted = any(METRICS[name].scatter for name in self.names)
-        return {
-            layer: metric.num_features
-            for layer, metric in self.metrics.items()
-            if wanted and not any(METRICS[name].scatter for name in metric.metrics)
-        }
-
-    def values(self, stage: str | None = None, loader: int = 0) -> dict[str, float]:
-        """The values by key, see :func:`make_key`; those that need the classifier's weight for its input alone."""
-        if wide := self.too_wide().keys() - self.projected.keys():
-            self.probe.warn_once(
-                "wide",
-                f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
-                "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
-            )
-        values: dict[str, float] = {}
-        for layer in self.metrics:
-            with self._naming(layer, stage):
-                computed = {**self.metrics[layer].compute()}
-                computed |= self.projected[layer].compute() if layer in self.projected else {}
-            kept = [name for name in computed if name.removesuffix(ERROR) in self.names]
-            values |= {make_key(name, layer, stage, loader): float(computed[name]) for name in kept}
-        if not values:
-            raise LookupError(
-                f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier"
-            )
-        return values
-
-    @contextmanager
-    def _naming(self, layer: str, stage: str | None) -> Iterator[None]:
-        """Let the warnings of a metric name its layer and stage, and appear once in a run."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-        where = (f"layer {layer!r}" if layer else "classifier's input") + (f", stage {stage!r}" if stage else "")
-        for warning in caught:
-            self.probe.warn_once(f"{where}: {warning.message}", f"{where}: {warning.message}")
-
-    def class_means(self) -> tuple[Tensor, list[int]] | None:
-        """The means of the classifier's input, (K, d), of the classes that have samples; and these classes."""
-        if INPUT not in self.metrics:
-            return None
-        seen = self.metrics[INPUT].counts > 0
-        return self.metrics[INPUT].means[seen].cpu(), seen.nonzero().flatten().tolist()
-
-    def _metric(self, layer: str, width: int, device: torch.device) -> NeuralCollapse | None:
-        if layer in self.metrics:
-            return self.metrics[layer]
-        weight, bias = self._parts() if layer == INPUT else (None, None)
-        given = {part for part, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
-        names = [name for name in self.names if given.issuperset(METRICS[name].needs)]
-        if not names:
-            return None
-        taken = sum(8 * m.num_features**2 for m in self.metrics.values() if any(METRICS[n].scatter for n in m.metrics))
-        if 8 * width**2 > SCATTER_LIMIT - taken and self.probe.classes < width:  # else a projection gains nothing
-            names = [name for name in names if not METRICS[name].scatter] or ["nc1_trace"]  # for its class means
-        self.metrics[layer] = self._create(
-            width, names, device, weight=self._source(0, weight), bias=self._source(1, bias)
-        )
-        return self.metrics[layer]
-
-    def _create(self, width: int, names: Sequence[str], device: torch.device, **parts: Any) -> NeuralCollapse:
-        with torch.device(device):
-            return NeuralCollapse(
-                self.probe.classes,
-                width,
-                metrics=names,
-                ignore_index=int(self.probe.ignore_index),
-                pairs=self.probe.pairs,
-                sync_on_compute=False,
-                **parts,
-            )
-
-    def _source(self, part: int, tensor: Tensor | None) -> Any:
-        """Where a metric reads the classifier's weight (0) or bias (1), ``tensor`` now."""
-        head = self.probe.head
-        if tensor is None or head is None:
-            return None
-        return tensor.clone() if self.keep_weight else lambda: head.parts()[part]
-
-    def _parts(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of the classifier; says once which metrics are left out without them."""
-        head = self.probe.head
-        weight, bias = (None, None) if head is None else head.parts()
-        part = "weight" if weight is None else "bias"
-        missing = [name for name in self.names if part in METRICS[name].needs]
-        if head is not None and bias is None and missing:
-            reason = (
-                "does not compute x W' + b with a weight that it shows (a cosine head, for example), or cannot be called alone"
-                if weight is None
-                else "has no bias"
-            )
-            self.probe.warn_once(
-                "parts",
-                f"{', '.join(missing)} left out: the classifier {head.name!r}, a {type(head.module).__name__}, {reason}",
-            )
-        return weight, bias
-
-
 def exact_pass(
     collector: Collector,
     model: nn.Module,
@@ -383,8 +239,9 @@ def exact_pass(
     forward_context: Any = nullcontext,
     ranks: torch.device | None = None,
     steps: int = 0,
+    ood: Iterable[Any] | None = None,
 ) -> None:
-    """Run ``model`` over ``batches`` and collect; run it twice if features are too wide for a scatter matrix.
+    """Run ``model`` over ``batches`` and collect; run it twice if the samples must be seen again and cannot be kept.
 
     Args:
         collector: collects the features; its probe is attached on the first batch.
@@ -395,6 +252,7 @@ def exact_pass(
             rank fails, all raise.
         steps: in a distributed run, the number of batches on this rank. The model runs equally often on all ranks, on the
             first batch again if need be, since it may hold collectives.
+        ood: batches of no class, likewise.
     """
     probe, error, spare, taken = collector.probe, None, None, batches
     try:
@@ -419,29 +277,51 @@ def exact_pass(
             probe.forward(model, batch)
 
     _run_all(collector, run, taken, spare, steps)
+    if ood is not None:
+        others = list(ood) if ranks is not None else ood
+        _run_all(
+            collector,
+            run,
+            others,
+            spare,
+            int(all_max(sized_len(others) or 0, ranks)) if ranks is not None else 0,
+            ood=True,
+        )
     collector.synchronize(ranks)
-    if collector.project(ranks):
+    if collector.look_again(ranks, second_pass=True):
         _run_all(collector, run, batches, spare, steps)
         collector.synchronize(ranks)
 
 
-def _run_all(collector: Collector, run: Callable[[Any], None], batches: Iterable[Any], spare: Any, steps: int) -> None:
+def _run_all(
+    collector: Collector,
+    run: Callable[[Any], None],
+    batches: Iterable[Any],
+    spare: Any,
+    steps: int,
+    ood: bool = False,
+) -> None:
     """Run the model on all batches and collect; an error is kept in the collector, and the remaining steps are taken."""
     taken = 0
+    start, update = (
+        (collector.probe.start_unlabeled, collector.update_ood) if ood else (collector.probe.start, collector.update)
+    )
     try:
         for batch in batches:
-            collector.probe.start(batch)
+            start(batch)
             taken += 1
             run(batch)
-            collector.update()
-            collector.batches += 1
+            update()
+            collector.batches += not ood
         if not taken:
             raise LookupError(
-                "the dataloader gave no batch the second time; features too wide for a scatter matrix take two passes, and a "
-                "generator gives its batches only once"
+                "the ood_dataloader gave no batch"
+                if ood
+                else "the dataloader gave no batch the second time; what takes two passes over the data cannot be measured on a "
+                "generator, which gives its batches only once"
             )
     except Exception as error:
-        collector.error = error
+        collector.error = collector.error or error
     try:
         for _ in range(taken, steps):
             run(copy_batch(spare))

@@ -28,7 +28,7 @@ from lightning_nc.measuring.batches import (
     targets_of,
 )
 from lightning_nc.measuring.classifier import Classifier, find_classifier, outputs_of
-from lightning_nc.measuring.hooks import Recorder, named_modules
+from lightning_nc.measuring.hooks import Recorder, named_modules, tensors_in
 from lightning_nc.measuring.labels import NEXT_TOKEN, Labels, check_shift, check_type, find_labels, next_token
 from lightning_nc.measuring.trial import INPUT, NotCalledError, Trial, uncalled
 from lightning_nc.moments import check_batch
@@ -189,6 +189,18 @@ class Probe:
             self.warn_once(
                 "no mask", "the batch has no attention_mask, so pool='last' takes the last position, also of padding"
             )
+        self._recorder.start(partial(self._pool, mask))
+
+    def start_unlabeled(self, batch: Any) -> None:
+        """Record the features of the calls to come, which are on ``batch``, whose samples are of no class."""
+        assert self._recorder is not None
+        if self._target is None or self._target.dim() > 1:
+            raise ValueError("nc5 needs one feature vector per sample, but the labels are per position")
+        first = next((tensor for tensor in tensors_in(batch) if tensor.dim()), None)
+        if first is None:
+            raise LookupError("a batch of ood_dataloader holds no tensor")
+        self._target = self._target.new_zeros(len(first))
+        mask = batch.get("attention_mask") if hasattr(batch, "get") else None
         self._recorder.start(partial(self._pool, mask))
 
     def pause(self) -> None:
