@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from lightning_nc.functional.alignment import ALIGNMENT, bias_collapse, nc3, nc3_cosine, nc3_gram
 from lightning_nc.functional.frames import FRAMES, nc2, nc2_equiangular, nc2_equinorm, nc2_maxangle, nc2_weight
+from lightning_nc.functional.geometry import GEOMETRY, nc2_orthoplex, nc2_seli, nc2_weight_seli, nc3_seli
 from lightning_nc.functional.samples import SAMPLES, effective_depth, nc1_cdnv_directional, nc4, nc5, ncc_error
 from lightning_nc.functional.table import METRICS, MetricSpec
 from lightning_nc.functional.variability import VARIABILITY, nc1, nc1_cdnv, nc1_trace
@@ -39,13 +40,17 @@ __all__ = [
     "nc2_equiangular",
     "nc2_equinorm",
     "nc2_maxangle",
+    "nc2_orthoplex",
+    "nc2_seli",
     "nc2_weight",
+    "nc2_weight_seli",
     "nc3",
     "nc3_cosine",
     "nc3_gram",
+    "nc3_seli",
     "nc4",
     "nc5",
     "ncc_error",
 ]
 
-METRICS |= {**VARIABILITY, **FRAMES, **ALIGNMENT, **SAMPLES}
+METRICS |= {**VARIABILITY, **FRAMES, **ALIGNMENT, **GEOMETRY, **SAMPLES}
