@@ -64,6 +64,7 @@ class MetricSpec(NamedTuple):
     Args:
         formula: a function of a :class:`Summary`.
         title: a few words for figures and tables.
+        family: what it is about; a panel of a figure shows the metrics of one family.
         needs: what it reads beside the features: ``weight``, ``bias``, ``ood``.
         collapse: the value at perfect collapse: a number, or a function of the number of classes.
         direction: ``"falls"`` or ``"rises"`` toward that value, or ``"approaches"`` it from either side.
@@ -76,6 +77,7 @@ class MetricSpec(NamedTuple):
 
     formula: Callable[[Summary], Any]
     title: str = ""
+    family: str = "other metrics"
     needs: tuple[str, ...] = ()
     collapse: float | Callable[[int], float] = 0.0
     direction: Literal["falls", "rises", "approaches"] = "falls"
