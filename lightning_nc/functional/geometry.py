@@ -1,17 +1,19 @@
-"""Which geometry it is: the frames of classes of unequal size and of many classes, the nearest frame, and what chance gives."""
+"""Which geometry it is: SELI and the orthoplex, the nearest of all frames, what chance gives, and a table of the classes."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_nc.functional.frames import frame_distance, unit
+from lightning_nc.functional.pairs import Pairs
 from lightning_nc.functional.table import METRICS, MetricSpec, Summary, compute, evaluate
 from lightning_nc.moments import ClassDeviations, ClassMoments, state_dtype
 
@@ -23,7 +25,9 @@ __all__ = [
     "nc2_weight_seli",
     "nc3_seli",
     "nearest_frame",
+    "per_class",
     "random_directions",
+    "worst",
 ]
 
 _TITLES = {
@@ -32,6 +36,7 @@ _TITLES = {
     "nc2_seli": "SELI",
     "nc2_orthoplex": "orthoplex",
 }
+_PAIRS = 2**20  # pairs of classes that are compared together
 _WORK = 1e9  # multiplications of one set of random directions, about a tenth of a second
 
 
@@ -65,8 +70,8 @@ def _seli(counts: Tensor, inverse: bool) -> Tensor:
     root = (vectors * values.sqrt()) @ vectors.T
     shared = (root - torch.diag(sizes.sqrt())) / torch.outer(ones, ones)
     gram = shared[place][:, place] + torch.diag(sizes.sqrt()[place])
-    gram /= vector_norm(gram)
-    return gram.to(counts)
+    normalized: Tensor = gram / vector_norm(gram)
+    return normalized.to(counts)
 
 
 def _nc2_seli(rows: Tensor, counts: Tensor, inverse: bool) -> Tensor:
@@ -317,6 +322,84 @@ def random_directions(
         for name in known:
             drawn[name].append(float(values[name]))
     return {name: math.fsum(values) / rounds for name, values in drawn.items()}
+
+
+def per_class(moments: ClassMoments | ClassDeviations, weight: Tensor | None = None) -> dict[str, list[Any]]:
+    r"""A table of the classes that have a sample, as a dict of columns: ``pandas.DataFrame(per_class(moments))``.
+
+    =================== ========================================================================================
+    ``class``           class index
+    ``samples``         :math:`N_k`
+    ``nc1_trace_share`` share of :math:`\operatorname{tr} \Sigma_W`, and so of ``nc1_trace``, not of ``nc1``; sums to 1
+    ``mean_norm``       norm of the centered class mean :math:`m_k`
+    ``weight_cosine``   :math:`\cos(w_k, m_k)`; left out without ``weight``
+    ``nearest``         the class j whose mean is nearest; None if there is no other
+    ``nearest_cdnv``    :math:`(s_k^2 + s_j^2) / (2 \|\mu_k - \mu_j\|^2)`, the term of :func:`nc1_cdnv` of this pair
+    =================== ========================================================================================
+
+    What is not defined is nan, which with features that are not finite is everything but the first two columns. All pairs of
+    classes are compared, in blocks of rows.
+
+    Args:
+        moments: the statistics; the scatter matrix is not read.
+        weight: that of the classifier, (K, d), with a row for each class, seen or not.
+    """
+    seen = moments.counts > 0
+    classes, moments = seen.nonzero().flatten(), moments.select(seen)
+    centered, spread = (moments.means - moments.means.mean(dim=0)).detach(), moments.spread.detach()
+    norms, variance = vector_norm(centered, dim=1), spread / moments.counts
+    columns = {"nc1_trace_share": spread / spread.sum(), "mean_norm": norms}
+    if weight is not None:
+        weight = weight[seen].to(centered)
+        columns["weight_cosine"] = torch.linalg.vecdot(weight, centered) / vector_norm(weight, dim=1) / norms
+    nearest: list[int | None] = [None] * len(classes)
+    columns["nearest_cdnv"] = torch.full_like(norms, math.nan)
+    if len(classes) and moments.fault():
+        columns = {name: torch.full_like(norms, math.nan) for name in columns}
+    elif len(classes) > 1:
+        other, squares = _nearest(centered)
+        nearest = classes[other].tolist()
+        columns["nearest_cdnv"] = (variance + variance[other]) / (2 * squares)
+    cdnv = columns.pop("nearest_cdnv").tolist()
+    shown = {name: column.tolist() for name, column in columns.items()}
+    samples = moments.counts.long().tolist()
+    return {"class": classes.tolist(), "samples": samples, **shown, "nearest": nearest, "nearest_cdnv": cdnv}
+
+
+def _nearest(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The other row that is nearest to each of two or more rows, (K,), and the squared distance to it, (K,)."""
+    size, found = max(1, _PAIRS // len(rows)), []
+    for start in range(0, len(rows), size):
+        block = slice(start, min(start + size, len(rows)))
+        # Another slice than the block, even if it is the same rows: each of the block with every row.
+        squares = Pairs(block, slice(None)).squared_distances(rows).view(-1, len(rows))
+        squares.diagonal(start).fill_(math.inf)
+        found.append(squares.min(dim=1))
+    squares, other = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return other, squares
+
+
+def worst(table: Mapping[str, Sequence[Any]], count: int = 10) -> str:
+    """The classes of :func:`per_class` with the largest ``nearest_cdnv`` as text in columns, the largest first.
+
+    Example:
+        >>> import torch
+        >>> from lightning_nc.moments import ClassDeviations
+        >>> features = torch.tensor([[0.0], [1.0], [4.0], [6.0], [20.0], [20.0]])
+        >>> moments = ClassDeviations.of(features, torch.tensor([0, 0, 1, 1, 2, 2]), num_classes=3)
+        >>> print(worst(per_class(moments), count=2))
+        class  samples  nc1_trace_share  mean_norm  nearest  nearest_cdnv
+            0        2              0.2          8        1       0.03086
+            1        2              0.8        3.5        0       0.03086
+    """
+    rows = [row for row in zip(*table.values(), strict=True) if not math.isnan(row[-1])]
+    rows = sorted(rows, key=lambda row: -row[-1])[:count]
+    cells = [
+        list(table),
+        *([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
 
 
 def _weight_seli(s: Summary) -> Tensor:
