@@ -213,7 +213,7 @@ def test_class_means_at_the_vertices_of_an_orthoplex_are_named(classes, features
 
 
 @pytest.mark.parametrize("classes", [4, 10, 40])
-@pytest.mark.parametrize("noise", [0, 0.1, 0.2])
+@pytest.mark.parametrize("noise", [0, 0.05, 0.15])
 def test_an_orthogonal_frame_is_told_from_a_simplex_etf_with_an_offset(classes, noise):
     def named(rows):
         rows = rotated(rows, 48) + noise * torch.randn(classes, 48) / math.sqrt(48)
