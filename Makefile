@@ -36,7 +36,7 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-# The pictures of docs/ufm.md; make -j2 figures draws two at a time.
+# The pictures of docs/ufm.md and docs/metrics.md; make -j2 figures draws two at a time.
 UFM = OMP_NUM_THREADS=1 $(BIN)/python examples/ufm.py --out docs/figures
 NUMBERED = $(addprefix figure-,4 9 8 7 6 3 2 1)
 
@@ -44,6 +44,7 @@ figures: $(NUMBERED)
 	$(UFM) --theorem 5.1
 	$(UFM) --sweep lambda-b
 	$(UFM) --model linear --loss cross-entropy --seeds 8 --iterations 100000 --every 5000
+	OMP_NUM_THREADS=1 $(BIN)/python examples/measures.py --out docs/images
 
 $(NUMBERED): figure-%: $(INSTALLED)
 	$(UFM) --figure $*

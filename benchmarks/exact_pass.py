@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torchvision
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from lightning_nc import measure
+from lightning_nc.functional import METRICS
 
 
 def resnet18() -> nn.Module:
@@ -32,8 +34,13 @@ def images(count: int) -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(count, 3, 32, 32), torch.arange(count) % 10), 128)
 
 
-def cost(layers: list[str] | None = None, count: int = 1024, repeats: int = 5) -> None:
-    """Time of ``measure``, with layers or without, and of the bare forward pass, taking turns."""
+def one_pass() -> list[str]:
+    """The names of all metrics that need no second look at the samples."""
+    return [name for name, spec in METRICS.items() if not (spec.samples or spec.opt_in)]
+
+
+def cost(title: str, layers: list[str] | None = None, count: int = 1024, repeats: int = 5, **arguments: Any) -> None:
+    """Time of ``measure`` with these arguments, and of the bare forward pass, taking turns."""
     model, loader = resnet18(), images(count)
 
     def bare() -> None:
@@ -42,7 +49,7 @@ def cost(layers: list[str] | None = None, count: int = 1024, repeats: int = 5) -
                 model(rows)
 
     def ours() -> None:
-        measure(model, loader, progress=False, classifier="fc", layers=layers)
+        measure(model, loader, progress=False, classifier="fc", layers=layers, **arguments)
 
     ratios, times = [], []
     bare()
@@ -56,7 +63,7 @@ def cost(layers: list[str] | None = None, count: int = 1024, repeats: int = 5) -
         times.append(middle - start)
     middle = sorted(ratios)[repeats // 2]
     print(
-        f"exact pass of ResNet18 with {len(layers or [])} layers over {count} images of 32x32: {middle:.3f} times the bare "
+        f"exact pass of ResNet18, {title}, over {count} images of 32x32: {middle:.3f} times the bare "
         f"forward pass ({sorted(times)[repeats // 2]:.2f} s); between {min(ratios):.3f} and {max(ratios):.3f}"
     )
 
@@ -114,6 +121,10 @@ if __name__ == "__main__":
     print(f"{torch.get_num_threads()} threads")
     few, many = peak(20), peak(2000)
     print(f"peak memory over 5,120 and 512,000 samples: {few} and {many} MiB: {many / few:.2f}")
-    cost()
-    cost(["layer1", "layer2", "layer3", "layer4"])
+    layers = ["layer1", "layer2", "layer3", "layer4"]
+    cost("the paper's six")
+    cost("the paper's six and 4 layers", layers)
+    cost("all metrics that one pass gives", metrics=one_pass())
+    cost("all metrics, with samples compared at 5 layers", layers, metrics="all")
+    cost("the same in two passes", layers, metrics="all", feature_budget=0)
     tokens()

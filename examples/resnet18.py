@@ -23,7 +23,7 @@ from resnet18_data import Images
 from resnet18_report import report
 from torch import Tensor, nn
 
-from lightning_nc import NeuralCollapseCallback
+from lightning_nc import NeuralCollapseCallback, SimplexETF
 
 RESULTS = Path("results")
 DEMO = Path(__file__).parent / "configs" / "digits.yaml"
@@ -40,11 +40,12 @@ class ResNet18(LightningModule):
             equation 3 takes half the sum over the classes. It is num_classes / 2 times as steep and diverges at this
             learning rate.)
         bias: whether the last layer has a bias.
+        head: linear, or etf for a last layer that is fixed to a simplex ETF, without a bias.
         lr: learning rate of SGD with momentum 0.9.
         lr_milestones: epochs after which the learning rate is divided by ten.
         weight_decay: L2 regularization of all weights.
         channels_last: memory layout of the convolutions; faster on GPUs with half precision.
-        compile: compile the network with torch.compile.
+        compile: compile the network with torch.compile; ``reduce-overhead``: with CUDA graphs, faster for small batches.
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class ResNet18(LightningModule):
         num_classes: int = 10,
         loss: Literal["cross_entropy", "mse"] = "cross_entropy",
         bias: bool = True,
+        head: Literal["linear", "etf"] = "linear",
         lr: float = 0.05,
         lr_milestones: tuple[int, ...] = (40, 80, 120),
         weight_decay: float = 5e-4,
         channels_last: bool = False,
-        compile: bool = False,
+        compile: bool | Literal["reduce-overhead"] = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["in_channels", "num_classes"])  # the data determine these two
@@ -69,14 +71,17 @@ class ResNet18(LightningModule):
         narrow(self.network, width)
         self.network.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.network.maxpool = nn.Identity()
-        self.network.fc = nn.Linear(8 * width, num_classes, bias=bias)
+        if head == "etf":
+            self.network.fc = SimplexETF(8 * width, num_classes)
+        else:
+            self.network.fc = nn.Linear(8 * width, num_classes, bias=bias)
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
         if compile:
-            self.network.compile()
+            self.network.compile(mode=None if compile is True else compile)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
@@ -177,10 +182,10 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the table and draw the figure."""
-        history = next(c for c in self.trainer.callbacks if isinstance(c, NeuralCollapseCallback)).history
+        measured = next(c for c in self.trainer.callbacks if isinstance(c, NeuralCollapseCallback))
         directory = Path(self.trainer.log_dir or ".")  # a collective: all processes read it
-        if history and self.trainer.is_global_zero:
-            report(history, self.model.curves, directory)
+        if measured.history and self.trainer.is_global_zero:
+            report(measured.history, self.model.curves, directory, measured.per_class)
 
 
 def main(args: ArgsType = None) -> None:

@@ -4,20 +4,23 @@ import math
 import sys
 from pathlib import Path
 
+from lightning_nc.certainty import worst
 from lightning_nc.plotting import plot_history
 
 History = list[dict]
 
 
-def report(history: History, curves: dict[str, dict[int, float]], directory: Path) -> None:
+def report(history: History, curves: dict[str, dict[int, float]], directory: Path, classes: dict[str, list]) -> None:
     """Print the table, draw the figure, and say where the files are and how to test the checkpoint.
 
     Args:
         history: the rows of ``NeuralCollapseCallback``.
         curves: loss and accuracy on the training data by epoch.
         directory: the directory of the run.
+        classes: the table of the classes.
     """
     print_table(history, list(curves["accuracy"].values()))
+    print(f"\nThe classes that are least separated from another, after the last epoch:\n{worst(classes)}")
     epochs = [row["epoch"] for row in history if row["stage"] == "train"]
     objective = {name: [curve.get(epoch, math.nan) for epoch in epochs] for name, curve in curves.items()}
     picture = directory / "neural_collapse.png"

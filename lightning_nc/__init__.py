@@ -5,7 +5,19 @@ from lightning_nc.history import History
 from lightning_nc.measuring.evaluation import measure
 from lightning_nc.metrics import NC1, NC2, NC3, NC4, NeuralCollapse
 from lightning_nc.schedule import log_spaced
+from lightning_nc.simplex_etf import SimplexETF
 
-__all__ = ["NC1", "NC2", "NC3", "NC4", "History", "NeuralCollapse", "NeuralCollapseCallback", "log_spaced", "measure"]
+__all__ = [
+    "NC1",
+    "NC2",
+    "NC3",
+    "NC4",
+    "History",
+    "NeuralCollapse",
+    "NeuralCollapseCallback",
+    "SimplexETF",
+    "log_spaced",
+    "measure",
+]
 
 __version__ = "0.1.0"

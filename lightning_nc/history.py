@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_warn
 
-from lightning_nc.keys import STAGES, make_key, parse_key
+from lightning_nc.keys import CHANCE, STAGES, make_key, parse_key
+from lightning_nc.measuring.evaluation import Measurement
 from lightning_nc.runs import FIRST_COLUMNS, finite_number, is_metric, plain_value, read_rows, read_run
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class History(list[dict[str, Any]]):
 
         Args:
             values: the metrics by key, as :func:`lightning_nc.measure` returns them (``layer3/nc1``) or as the callback logs
-                them (``nc/test/layer3/nc1``).
+                them (``nc/test/layer3/nc1``). What ``measure`` returns beside them is in the row too: the distances to the frames
+                that exist, the nearest as ``geometry``, and the baseline as ``nc/nc1_permuted`` and ``nc/nc2_etf_random``.
             epoch: a whole number or a fraction; the x axis of figures.
             stage: ``"train"``, ``"validate"`` or ``"test"``.
             step: the number of optimizer steps.
@@ -96,7 +98,8 @@ class History(list[dict[str, Any]]):
         row: dict[str, Any] = {"stage": stage, "epoch": finite_number("epoch", epoch)}
         if step is not None:
             row["step"] = finite_number("step", step)
-        for name, value in (*entries.items(), *values.items()):
+        beside = _beside(values, stage)
+        for name, value in (*entries.items(), *values.items(), *beside.items()):
             key = _logged(name, stage) if is_metric(name) else name
             if key in row:
                 raise ValueError(f"{key!r} is in the row twice; got {[*entries, *values]!r:.300}")
@@ -139,6 +142,22 @@ class History(list[dict[str, Any]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (None, list(self)), vars(self)  # by default, a copy would call append for each row
+
+
+def _beside(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """The entries of what a measurement knows beside its metrics."""
+    if not isinstance(values, Measurement):
+        return {}
+    loader = parse_key(next(iter(values))).loader
+    found: dict[str, Any] = {}
+    if values.geometry is not None:
+        found["geometry"] = values.geometry.nearest or "none"
+        found |= {make_key(name, "", stage, loader): value for name, value in values.geometry.distances.items()}
+    for kind, chance in (values.baseline or {}).items():
+        for key, value in chance.items():
+            found[make_key(parse_key(key).metric + CHANCE[kind], parse_key(key).layer, stage, loader)] = value
+    held = {_logged(key, stage) for key in values}
+    return {key: value for key, value in found.items() if key not in held}
 
 
 def _logged(key: str, stage: str) -> str:

@@ -27,6 +27,9 @@ ERROR = "_stderr"
 TRAIN_MEANS = "_train_means"
 """How the key of a metric of held-out samples ends that is taken around the class means of the training data."""
 
+CHANCE = {"permuted": "_permuted", "random": "_random"}
+"""How the keys of values end that chance alone gives: with permuted labels, and of random directions."""
+
 DEPTH = "effective_depth"
 """The one value that is about all layers together."""
 
@@ -71,8 +74,10 @@ def parse_key(key: str) -> Key:
 
 
 def base_name(metric: str) -> str:
-    """The name in the table of metrics: without the ending of a standard error, or of the means of the training data."""
-    return metric.removesuffix(ERROR).removesuffix(TRAIN_MEANS)
+    """The name in the table of metrics: without the endings :data:`ERROR`, :data:`TRAIN_MEANS` and :data:`CHANCE`."""
+    for ending in (ERROR, *CHANCE.values(), TRAIN_MEANS):
+        metric = metric.removesuffix(ending)
+    return metric
 
 
 def is_reserved(layer: str) -> bool:

@@ -16,22 +16,15 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_nc.keys import ERROR, STAGES, Key, natural_order, parse_key
+from lightning_nc.functional import METRICS
+from lightning_nc.functional.geometry import FRAMES_IN_WORDS
+from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, Key, base_name, natural_order, parse_key
 from lightning_nc.runs import Run, epoch_of, metrics_of
 
 __all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
 
 # The colors of Okabe and Ito, distinct for every kind of color vision, and two more.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
-_TITLES = {
-    "nc1": "NC1, within-class variability",
-    "nc2": "NC2, class means to frame",
-    "nc2_etf": "NC2, class means to ETF",
-    "nc2_etf_centered": "NC2, centered means to ETF",
-    "nc2_of": "NC2, class means to OF",
-    "nc3": "NC3, weight to class means",
-    "nc3_centered": "NC3, weight to centered means",
-}
 _OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
 _INPUT = "classifier input"
@@ -82,7 +75,7 @@ def plot_runs(
     curves = {name: _curves(rows) for name, rows in runs.items()}
     keys = list(dict.fromkeys(key for run in curves.values() for key in run))
     layers = _layers(keys, sort=len(runs) > 1)
-    panels = _panels([key.metric for key in keys], by_family=not layers)
+    panels = _panels([key.metric for key in keys if not _is_chance(key.metric)], by_family=not layers)
     count = len(panels) + bool(objective)
     columns = 3 if count > 4 else count
     lines = -(-count // columns)
@@ -104,7 +97,8 @@ def plot_runs(
         for axis, members in zip(axes[count - len(panels) : count], panels, strict=True):
             _draw_panel(axis, curves[name], members, layers, num_classes)
         _explain(part, axes[:count], keys, layers, most=_MOST_NAMES * lines)
-        part.suptitle(_text(name, 40 * columns), fontsize=10)
+        found = "\n".join(filter(None, (_text(name, 40 * columns), _geometry(runs[name]))))
+        part.suptitle(found, fontsize=10)
     return figure
 
 
@@ -138,10 +132,14 @@ def draw(
     style: Any = "-",
     legend: bool = True,
 ) -> None:
-    """Draw curves by label, each a pair of x and y, on a log axis; zeros are triangles at its lower edge."""
+    """Draw curves by label, each a pair of x and y, on a log axis, where zeros are triangles at its lower edge.
+
+    The axis is linear if a value is negative.
+    """
+    negative = any(numpy.nanmin(ys, initial=0) < 0 for _, ys in curves.values())
     for index, (label, (xs, ys)) in enumerate(curves.items()):
         color, x, y = colors[index % len(colors)], numpy.asarray(xs), numpy.asarray(ys, dtype=float)
-        seen = numpy.isfinite(y) & (y > 0)
+        seen = numpy.isfinite(y) & ((y > 0) | negative)
         alone = seen & ~numpy.append(seen[1:], False) & ~numpy.append(False, seen[:-1])
         known = {line.get_label() for line in axis.lines}
         axis.plot(
@@ -155,9 +153,10 @@ def draw(
             markersize=4,
             markevery=alone.nonzero()[0].tolist(),
         )
-        if (zero := y == 0).any():
+        if not negative and (zero := y == 0).any():
             axis.plot(x[zero], zero[zero] * 0.0, "v", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
-    axis.set_yscale("log")
+    if not negative:
+        axis.set_yscale("log")
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(xlabel)
     axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
@@ -196,6 +195,18 @@ def _curves(rows: Run) -> Curves:
     return {key: ([x for x, _ in points[key]], [y for _, y in points[key]]) for key in keys}
 
 
+def _geometry(rows: Run) -> str:
+    """The frame that the class means were nearest to at last, in words; empty if that is not known."""
+    row = next((row for row in reversed(list(rows)) if row.get("geometry") in FRAMES_IN_WORDS), None)
+    if row is None:
+        return ""
+    name = row["geometry"]
+    value = next((value for key, value in metrics_of(row).items() if parse_key(key)[2:] == ("", name)), None)
+    return f"nearest frame: {FRAMES_IN_WORDS[name]}" + (
+        f" ({METRICS[name].title}: {value:.2g})" if value is not None else ""
+    )
+
+
 def _layers(keys: Sequence[Key], sort: bool) -> list[str]:
     """Layers from first to last, with the classifier's input ("") at the end; empty if only that was measured."""
     layers = list(dict.fromkeys(key.layer for key in keys if key.layer))
@@ -205,29 +216,49 @@ def _layers(keys: Sequence[Key], sort: bool) -> list[str]:
 
 
 def _panels(metrics: Iterable[str], by_family: bool) -> list[list[str]]:
-    """The metrics of each panel: one metric, or those of NC1, NC2, NC3 and all others."""
+    """The metrics of each panel, in the order of :data:`METRICS`: one metric, or those of a family."""
     names = list(dict.fromkeys(metrics))
+    known = {name: place for place, name in enumerate(METRICS)}
+    names.sort(key=lambda name: known.get(base_name(name), len(known)))
     if not by_family:
-        known = list(_TITLES)
-        return [[name] for name in sorted(names, key=lambda n: known.index(n) if n in known else len(known))]
-    families: dict[str, list[str]] = {"nc1": [], "nc2": [], "nc3": [], "": []}
+        return [[name] for name in names]
+    families: dict[str, list[str]] = {}
     for name in names:
-        families[name[:3] if name[:3] in families else ""].append(name)
-    return [members for members in families.values() if members]
+        families.setdefault(_family(name), []).append(name)
+    return list(families.values())
+
+
+def _family(metric: str) -> str:
+    spec = METRICS.get(base_name(metric))
+    return "effective depth" if metric == DEPTH else spec.family if spec else "other metrics"
+
+
+def _title(metric: str) -> str:
+    spec = METRICS.get(metric)
+    return spec.title if spec and spec.title else metric
+
+
+def _is_chance(metric: str) -> bool:
+    return metric.endswith(tuple(CHANCE.values()))
 
 
 def _draw_panel(
     axis: Axes, run: Curves, members: Sequence[str], layers: Sequence[str], num_classes: int | None
 ) -> None:
-    title = _TITLES.get(members[0][:3], "other metrics") if members[1:] else _TITLES.get(members[0], members[0])
+    title = _family(members[0]) if members[1:] else _title(members[0])
     for group in dict.fromkeys(key[:2] for key in run):
         chosen = {key: curve for key, curve in run.items() if key[:2] == group and key.metric in members}
+        chances = [(key, curve) for key, curve in run.items() if key[:2] == group and _is_chance(key.metric)]
         if layers:
             curves = {key.layer or _INPUT: curve for key, curve in chosen.items()}
             colors = [_color(key.layer, layers) for key in chosen]
         else:
             curves = {_text(key.metric): curve for key, curve in chosen.items()}
             colors = [_COLORS[members.index(key.metric) % len(_COLORS)] for key in chosen]
+        for key, (x, y) in chances:
+            own = key._replace(metric=base_name(key.metric))
+            if own in chosen:  # behind its curve: what chance alone would give
+                axis.plot(x, y, color=colors[list(chosen).index(own)], alpha=0.3, linewidth=1, marker="_", zorder=1)
         draw(axis, _text(title), "epoch", curves, colors, _style(*group), legend=not layers and len(members) > 1)
     frames = [_OTHER_FRAME[name] for name in members if name in _OTHER_FRAME]
     if num_classes and frames:

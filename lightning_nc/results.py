@@ -9,10 +9,9 @@ from torch import Tensor
 
 from lightning_nc.functional.geometry import Geometry
 from lightning_nc.history import History
-from lightning_nc.keys import make_key
 from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.collector import Collector
-from lightning_nc.measuring.probe import INPUT
+from lightning_nc.measuring.evaluation import measurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,14 +51,10 @@ class Results:
     ) -> dict[str, float]:
         """Append the values of a collector to the history; the values by the keys under which they are logged.
 
-        The row also has the distances to the frames that exist for these classes, and the name of the nearest.
+        The row also has the distances to the frames that exist for these classes, and the nearest.
         """
-        values, classes, near = collector.values(stage, loader), collector.classes(), {}
-        if classes is not None:
-            found = classes.geometry
-            near = {make_key(name, INPUT, stage, loader): value for name, value in found.distances.items()}
-            marks["geometry"] = found.nearest
-            if stage == "train" or "train" not in self.stages:
-                self.measured_classes = classes
-        self.history.append({**near, **values}, epoch=epoch, step=step, stage=stage, **marks)
-        return values
+        found = measurement(collector, None, stage, loader)
+        if found.classes is not None and (stage == "train" or "train" not in self.stages):
+            self.measured_classes = found.classes
+        self.history.append(found, epoch=epoch, step=step, stage=stage, **marks)
+        return found

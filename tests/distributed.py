@@ -3,6 +3,7 @@
 python distributed.py {ddp,nodes,sharded} FOLDER
 """
 
+import copy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from lightning_nc import NeuralCollapseCallback, measure
+from lightning_nc import NeuralCollapseCallback, SimplexETF, measure
 from lightning_nc.measuring import collector, distributed
 from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes, is_sharded
 
@@ -221,6 +222,19 @@ def plain():
     return nn.Sequential(body, nn.Sequential(nn.Linear(9, 7), nn.ReLU()), nn.Linear(7, 3))
 
 
+def with_fixed_head(model):
+    model[2] = SimplexETF(7, 3)
+    return model
+
+
+def fixed_head():
+    """The weight that a rank drew, what is left of it in DDP, and the values of sharded models with one weight."""
+    own = SimplexETF(7, 3, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+    together = DistributedDataParallel(nn.Sequential(nn.Linear(7, 7), copy.deepcopy(own)))
+    values = [sharded(lambda model, wrap=wrap: wrap(with_fixed_head(model))) for wrap in (fsdp, fsdp2)]
+    return {"own": own.weight, "together": together.module[1].weight, "values": values}
+
+
 def share_of(data):
     """Batches of six samples; the ranks have 6 and 3 batches."""
     rows, target = data.tensors
@@ -240,6 +254,24 @@ def measured_in_a_loop():
     padded = DataLoader(TRAIN, 8, sampler=DistributedSampler(TRAIN, 2, rank, shuffle=True))
     own = measure(model, share_of(TRAIN), sync=False, progress=False)
     return {"all": measure(model, padded, progress=False), "own": own}
+
+
+def everything(rank, ranks):
+    """All metrics of float64 data, a share on each rank, with samples that are kept and with a second pass."""
+    model = plain().double()
+
+    def share(data):
+        rows, target = data.tensors
+        own = slice(rank * len(rows) // ranks, (rank + 1) * len(rows) // ranks)
+        return list(zip(rows[own].double().split(6), target[own].split(6), strict=True))
+
+    other = {"reference": share(OTHER), "ood_dataloader": share(OTHER)}
+    both = {**other, "baseline": True, "intervals": 0.9}
+    results = {}
+    for name, arguments in {"kept": both, "second pass": {**both, "feature_budget": 0}, "own means": {}}.items():
+        found = measure(model, share(TRAIN), layers=["0"], metrics="all", progress=False, **arguments)
+        results[name] = {**found}, found.geometry, found.per_class, found.baseline, found.intervals
+    return results
 
 
 def measured_by_the_first_rank_alone():
@@ -323,15 +355,20 @@ def main(part, folder):
         trainer, model = fit([callback], num_nodes=2, devices=1)
         assert (trainer.num_nodes, trainer.world_size) == (2, 2)
         results = {"history": callback.history, "state": state_of(model)}
+    if part == "everything":
+        torch.distributed.init_process_group("gloo")
+        results["everything"] = everything(torch.distributed.get_rank(), torch.distributed.get_world_size())
     if part == "sharded":
         import huggingface_ranks  # which takes a while, and the other parts do without
 
         torch.distributed.init_process_group("gloo")
         results["steps"] = steps()
+        results["everything"] = everything(torch.distributed.get_rank(), torch.distributed.get_world_size())
         results["is sharded"] = [is_sharded(wrap(plain())) for wrap in (fsdp2, fsdp, DistributedDataParallel)]
         results["FSDP, flat parameters"] = sharded(lambda model: fsdp(model, False))
         results["FSDP, original parameters"] = sharded(fsdp)
         results["FSDP2"] = sharded(fsdp2)
+        results["fixed head"] = fixed_head()
         results["loop"] = measured_in_a_loop()
         results["alone"] = measured_by_the_first_rank_alone()
         results["huggingface"] = huggingface_ranks.results(folder)

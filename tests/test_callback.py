@@ -42,7 +42,7 @@ def test_one_line_measures_the_classifiers_input_in_eval_mode_exactly(tmp_path):
         features, TARGET.numpy(), head.weight.detach().double().numpy(), head.bias.detach().double().numpy()
     )
     last = callback.history[-1]
-    assert list(last) == ["stage", "epoch", "step", *KEYS]
+    assert list(last) == ["stage", "epoch", "step", *KEYS, "geometry"]
     assert (last["stage"], last["epoch"], last["step"]) == ("train", 2, 18)
     for key in KEYS:
         assert last[key] == pytest.approx(expected[key.removeprefix("nc/")], rel=1e-5)

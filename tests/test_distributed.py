@@ -50,6 +50,42 @@ def run(part):
     return ranks, "".join(errors)
 
 
+def check_everything(ranks):
+    alone = distributed.everything(0, 1)
+    assert {name.rsplit("/")[-1] for name in alone["own means"][0]} >= {
+        "nc4",
+        "ncc_error",
+        "nc1_cdnv_directional",
+        "nc3",
+    }
+    for found in ranks:
+        for name, (values, geometry, table, baseline, intervals) in found.items():
+            assert values == pytest.approx(alone[name][0], rel=1e-12, abs=1e-12, nan_ok=True), name
+            assert geometry.nearest == alone[name][1].nearest
+            assert geometry.distances == pytest.approx(alone[name][1].distances, rel=1e-12)
+            for column, entries in table.items():
+                assert entries == pytest.approx(alone[name][2][column], rel=1e-12)
+            assert (baseline is None) == (intervals is None) == (name == "own means")
+        # The order of the samples differs, and with it the permutation; both looks at them take the same.
+        assert found["kept"][3]["permuted"] == pytest.approx(
+            found["second pass"][3]["permuted"], rel=1e-12, nan_ok=True
+        )
+        assert found["kept"][4] == pytest.approx(found["second pass"][4], rel=1e-9, nan_ok=True)
+
+
+def test_two_processes_give_what_one_gives_of_all_metrics():
+    check_everything([rank["everything"] for rank in run("sharded")[0]])
+
+
+@pytest.mark.slow
+def test_three_processes_give_what_one_gives_of_all_metrics(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "--master-port", str(free_port())]
+    subprocess.run([*launcher, SCRIPT, "everything", tmp_path], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    check_everything(
+        [torch.load(tmp_path / f"everything{rank}.pt", weights_only=False)["everything"] for rank in range(3)]
+    )
+
+
 def model_with(state):
     model = Classifier()
     model.load_state_dict(state)
@@ -225,3 +261,14 @@ def test_a_model_whose_parameters_are_sharded_gives_the_values_of_the_whole_one(
     values = measure(distributed.plain(), DataLoader(TRAIN, 51), layers=["0", "1.0"], progress=False)
     assert {"nc1", "nc3", "0/nc1", "1.0/nc2_of"} < values.keys()
     assert first == second == pytest.approx(values, rel=1e-5)
+
+
+def test_all_ranks_have_the_same_fixed_head_and_measure_it_in_a_sharded_model():
+    first, second = (rank["fixed head"] for rank in run("sharded")[0])
+    assert not first["own"].equal(second["own"])
+    assert first["together"].equal(first["own"])
+    assert second["together"].equal(first["own"])
+    model = distributed.with_fixed_head(distributed.plain())
+    values = measure(model, DataLoader(TRAIN, 51), layers=["0", "1.0"], progress=False)
+    assert "nc3_centered" in values
+    assert first["values"] == second["values"] == [pytest.approx(values, rel=1e-5)] * 2

@@ -1,13 +1,18 @@
 """The documentation is true of the code: its examples run, the tests and the messages that it names exist."""
 
 import ast
+import math
 import re
 from pathlib import Path
 
 import pytest
-from conftest import is_picture
+import torch
+from conftest import clusters, is_picture
 
 from lightning_nc import History
+from lightning_nc.functional import METRICS
+from lightning_nc.functional.table import evaluate
+from lightning_nc.moments import ClassDeviations
 from lightning_nc.runs import metrics_of
 
 ROOT = Path(__file__).parents[1]
@@ -86,3 +91,45 @@ def test_the_messages_in_the_table_of_remedies_are_those_of_the_code():
     unknown = [m for m in said if not all(piece.strip(" ,") in text for piece in m.split("...") if piece.strip(" ,"))]
     assert len(said) > 50
     assert not unknown
+
+
+def rows_of_metrics():
+    """Name, formula, range, value at collapse, needs and source of each metric on the page of metrics."""
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    tables = [
+        table for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE) if table.startswith("| Name | Formula |")
+    ]
+    rows = [line.strip("|").split(" | ") for table in tables for line in table.splitlines()[2:]]
+    return {name.strip(" `"): [cell.strip(" `") for cell in cells] for name, *cells in rows}
+
+
+def number(text, classes):
+    """An expression of the page, such as √(K − 1), for K classes."""
+    text = re.sub(r"√(\d)", r"sqrt(\1)", text).replace("√(", "sqrt(").replace("−", "-").replace("∞", "inf")
+    return eval(text.replace("log 2", "log(2)"), {**vars(math), "K": classes, "d": 9})
+
+
+def test_the_page_of_metrics_has_a_row_for_each_of_them_that_agrees_with_the_table():
+    rows = rows_of_metrics()
+    assert set(rows) == set(METRICS)
+    words = {"weight": "W", "bias": "b", "ood": "other data"}
+    for name, (_, _, collapse, needs, _) in rows.items():
+        spec = METRICS[name]
+        needed = [words[need] for need in spec.needs] + ["samples"] * spec.samples + ["opt-in"] * spec.opt_in
+        assert needs.split(", ") == (needed or [""]), name
+        for classes in (4, 10):
+            assert number(collapse, classes) == pytest.approx(spec.value_at_collapse(classes), nan_ok=True), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("classes", [3, 6, 8, 16])
+def test_the_values_of_random_data_lie_in_the_ranges_of_the_page(classes):
+    for seed in range(5):
+        rows, target = clusters(classes, 7, 9, 0.4 * seed, seed=seed, dtype=torch.float64)
+        rows, target = rows[classes + 1 :].relu(), target[classes + 1 :]  # unequal counts
+        weight, bias = torch.randn(classes, 9).double(), torch.randn(classes).double()
+        moments = ClassDeviations.of(rows, target, classes)
+        for name, value in evaluate([*METRICS], moments, weight, bias, ood_mean=rows[::3].mean(0)).items():
+            low, high = rows_of_metrics()[name][1][1:-1].split(", ")
+            low, high = number(low, classes), number(high, classes)
+            assert value.isnan() or low - 1e-9 <= value.item() <= high + 1e-9, name

@@ -48,9 +48,10 @@ def test_what_measure_returns_is_kept_under_the_keys_that_the_callback_logs():
     history = History()
     history.append(values, epoch=0)
     history.append(values, epoch=1, stage="test", step=20)
-    assert history[0] == {"stage": "train", "epoch": 0, **{f"nc/{key}": value for key, value in values.items()}}
+    near = {"geometry": values.geometry.nearest or "none"}
+    assert history[0] == {"stage": "train", "epoch": 0, **{f"nc/{key}": value for key, value in values.items()}, **near}
     expected = {f"nc/test/{key}": value for key, value in values.items()}
-    assert history[1] == {"stage": "test", "epoch": 1, "step": 20, **expected}
+    assert history[1] == {"stage": "test", "epoch": 1, "step": 20, **expected, **near}
     assert "nc/test/0/nc1" in history[1]
 
 

@@ -94,6 +94,13 @@ def test_both_losses_with_and_without_a_bias_train_on_files_of_mnist(mnist, loss
     assert ("network.fc.bias" in checkpoint["state_dict"]) == (bias == "true")
 
 
+def test_a_head_that_is_fixed_to_a_simplex_etf_stays_as_it_is(mnist):
+    run(f"fit --data.dataset mnist --data.root {mnist} --data.batch_size 25 --model.head etf --trainer.max_epochs 1")
+    assert 0 < float(rows()[-1]["nc/nc3_centered"]) < 2
+    weight = torch.load("results/resnet18/version_0/checkpoints/last.ckpt")["state_dict"]["network.fc.weight"]
+    torch.testing.assert_close(weight @ weight.T, (torch.eye(10) - 0.1) / 0.9)
+
+
 def test_validate_and_test_measure_the_test_images_of_the_last_checkpoint(mnist, capsys):
     run(f"fit --data.dataset mnist --data.root {mnist} --trainer.max_epochs 1")
     model = resnet18.ResNet18.load_from_checkpoint("results/resnet18/version_0/checkpoints/last.ckpt", width=4)

@@ -1,6 +1,7 @@
 """What the callback asks of a Trainer, and the callback beside everything else that a Trainer can do."""
 
 import csv
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -270,6 +271,23 @@ def test_a_compiled_model_gives_the_rows_of_the_plain_one(tmp_path, arguments, w
         assert {key: value for key, value in row.items() if key != "stage"} == pytest.approx(
             {key: value for key, value in expected.items() if key != "stage"}, rel=1e-3
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("mode", "error"), [("exact", 0), ("online", 1e-5)])
+def test_compiled_training_is_the_same_in_exact_mode_and_up_to_rounding_in_online_mode(tmp_path, mode, error):
+    def train(callbacks):
+        torch.compiler.reset()
+        seed_everything(3, verbose=False)
+        model = Classifier()
+        model.net = torch.compile(model.net)
+        fit(tmp_path, callbacks, model=model, max_epochs=2)
+        return [*model.state_dict().values(), torch.get_rng_state()]
+
+    measured = train([NeuralCollapseCallback(mode=mode, strict=True)])
+    for a, b in zip(train([]), measured, strict=True):
+        assert (a.double() - b.double()).abs().max() <= error * a.double().abs().max()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

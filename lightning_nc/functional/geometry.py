@@ -18,6 +18,7 @@ from lightning_nc.functional.table import METRICS, MetricSpec, Summary, compute,
 from lightning_nc.moments import ClassDeviations, ClassMoments, state_dtype
 
 __all__ = [
+    "FRAMES_IN_WORDS",
     "GEOMETRY",
     "Geometry",
     "nc2_orthoplex",
@@ -30,7 +31,7 @@ __all__ = [
     "worst",
 ]
 
-_TITLES = {
+FRAMES_IN_WORDS = {
     "nc2_etf_centered": "simplex ETF",
     "nc2_of": "orthogonal frame",
     "nc2_seli": "SELI",
@@ -196,7 +197,7 @@ class Geometry:
 
     def _distance(self, name: str, word: str = "") -> str:
         distance, chance = self.distances[name], self.chance[name]
-        return f"{_TITLES[name]} ({word}{distance:.2g}; random directions: {chance:.2g})"
+        return f"{FRAMES_IN_WORDS[name]} ({word}{distance:.2g}; random directions: {chance:.2g})"
 
 
 def nearest_frame(moments: ClassMoments | ClassDeviations) -> Geometry:

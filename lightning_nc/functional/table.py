@@ -72,6 +72,7 @@ class MetricSpec(NamedTuple):
         pairwise: whether it returns what :meth:`Summary.mean_over_pairs` returns: the value and its standard error.
         samples: whether samples must be compared with the class means, in ``comparison``.
         opt_in: whether ``metrics="all"`` leaves it out, because it is slow or needs other data.
+        family: what it is about; a panel of a figure shows the metrics of one family.
     """
 
     formula: Callable[[Summary], Any]
@@ -84,6 +85,7 @@ class MetricSpec(NamedTuple):
     pairwise: bool = False
     samples: bool = False
     opt_in: bool = False
+    family: str = "other metrics"
 
     def value_at_collapse(self, num_classes: int) -> float:
         """The value at perfect collapse of ``num_classes`` classes."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_nc.measuring.batches import listed
 from lightning_nc.measuring.hooks import Call, named_modules, tensors_in
+from lightning_nc.simplex_etf import SimplexETF
 
 __all__ = ["Classifier", "find_classifier", "outputs_of"]
 
@@ -110,7 +111,12 @@ class Classifier:
                 self._seen[name] = part.clone()
 
     def _see_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and isinstance(module, nn.Linear):
+        if (
+            args
+            and isinstance(args[0], Tensor)
+            and isinstance(output, Tensor)
+            and isinstance(module, nn.Linear | SimplexETF)
+        ):
             self._seen["input"] = args[0].detach().flatten(end_dim=-2)[:8].clone()
             self._seen["output"] = output.detach().flatten(end_dim=-2)[:8].clone()
 
@@ -212,7 +218,7 @@ def find_classifier(
     returned = {_memory(tensor) for tensor in tensors_in(output)}
     heads = [name for name in names if any(c.name == name and _memory(c.output) in returned for c in called)]
     asked = [name for name in names if name in _named_by_model(model, layers)]
-    linear = [name for name in layers if isinstance(layers[name], nn.Linear)]
+    linear = [name for name in layers if isinstance(layers[name], nn.Linear | SimplexETF)]
     if not names or (linear and not heads and not set(linear) & set(names)):
         raise LookupError(
             f"none of the linear layers ({listed(linear)}) was called in the forward pass; hooks see only calls of the module "
@@ -292,7 +298,7 @@ def _check_uncalled(layers: Mapping[str, nn.Module], names: Sequence[str], last:
     uncalled = [
         name
         for name, module in layers.items()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | SimplexETF)
         and name not in names
         and not isinstance(module, internal)
         and order.index(name) > order.index(last)

@@ -39,7 +39,16 @@ from lightning_nc.measuring.loaders import (
 from lightning_nc.measuring.probe import Probe, match_layers
 from lightning_nc.measuring.snapshot import evaluation_mode
 
-__all__ = ["MappedBatches", "Measurement", "every_sample_once", "exact_pass", "measure", "names_to_measure", "run_over"]
+__all__ = [
+    "MappedBatches",
+    "Measurement",
+    "every_sample_once",
+    "exact_pass",
+    "measure",
+    "measurement",
+    "names_to_measure",
+    "run_over",
+]
 
 
 class Measurement(dict[str, float]):
@@ -143,15 +152,18 @@ def measure(  # noqa: D417
     try:
         centers = None if reference is None else collect(reference, ["nc1_trace"], Wish()).centers()
         wish = Wish(centers, feature_budget, baseline, intervals is not None, keep_weight=True)
-        return _measurement(collect(dataloader, names, wish, ood_dataloader), baseline, intervals)
+        return measurement(collect(dataloader, names, wish, ood_dataloader), intervals)
     finally:
         probe.detach()
 
 
-def _measurement(collector: Collector, baseline: bool, level: float | None) -> Measurement:
-    found = Measurement(collector.values())
+def measurement(
+    collector: Collector, level: float | None = None, stage: str | None = None, loader: int = 0
+) -> Measurement:
+    """What a collector has found: the values by key, see :func:`make_key`, and what is known beside them."""
+    found = Measurement(collector.values(stage, loader))
     found.classes = collector.classes()
-    if baseline:
+    if collector.wish.baseline:
         found.baseline = {"permuted": collector.permuted_values(), "random": collector.random_values()}
     if level is not None:
         found.intervals = collector.intervals(level)

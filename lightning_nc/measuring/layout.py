@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nc.measuring.hooks import Call
+from lightning_nc.simplex_etf import SimplexETF
 
 __all__ = ["Layout"]
 
 _Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 _FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm
-_LAST = nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.Bilinear
+_LAST = nn.Linear, SimplexETF, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.Bilinear
 
 
 class _Known(NamedTuple):

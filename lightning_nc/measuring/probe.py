@@ -32,6 +32,7 @@ from lightning_nc.measuring.hooks import Recorder, named_modules, tensors_in
 from lightning_nc.measuring.labels import NEXT_TOKEN, Labels, check_shift, check_type, find_labels, next_token
 from lightning_nc.measuring.trial import INPUT, NotCalledError, Trial, uncalled
 from lightning_nc.moments import check_batch
+from lightning_nc.simplex_etf import SimplexETF
 
 __all__ = ["INPUT", "NotCalledError", "Probe", "match_layers"]
 
@@ -345,7 +346,7 @@ class Probe:
                 self.pool == "mean"
                 and INPUT in self._axes
                 and not positions
-                and isinstance(self.head.module, nn.Linear)
+                and isinstance(self.head.module, nn.Linear | SimplexETF)
             ):
                 self.warn_once(
                     "sequence",
