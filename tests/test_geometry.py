@@ -212,7 +212,7 @@ def test_class_means_at_the_vertices_of_an_orthoplex_are_named(classes, features
     assert str(found).startswith("nearest frame: orthoplex (distance ")
 
 
-@pytest.mark.parametrize("classes", [4, 10, 40])
+@pytest.mark.parametrize("classes", [6, 10, 40])
 @pytest.mark.parametrize("noise", [0, 0.05, 0.15])
 def test_an_orthogonal_frame_is_told_from_a_simplex_etf_with_an_offset(classes, noise):
     def named(rows):
