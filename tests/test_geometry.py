@@ -125,8 +125,20 @@ def test_the_distance_to_an_orthoplex_is_the_smallest_over_all_pairs_near_to_one
 
 @pytest.mark.parametrize(("classes", "features"), [(5, 5), (6, 5), (11, 5), (3, 1)])
 def test_for_other_numbers_of_classes_there_is_no_orthoplex(classes, features):
-    with pytest.warns(UserWarning, match="nc2_orthoplex: nan"):
+    reason = f"nc2_orthoplex: nan, because {classes} classes in {features} dimensions cannot have this geometry"
+    with pytest.warns(UserWarning, match=reason) as caught:
         assert nc2_orthoplex(torch.randn(classes, features), torch.arange(classes)).isnan()
+    assert len(caught) == 1
+
+
+def test_with_more_classes_than_dimensions_and_one_there_is_no_seli():
+    rows, target = clusters(6, 5, 4, 0.3)
+    with pytest.warns(UserWarning, match="nc2_seli, nc2_weight_seli: nan, because 6 classes in 4") as caught:
+        values = evaluate(
+            ("nc2_seli", "nc2_weight_seli", "nc2_of"), ClassDeviations.of(rows, target, 6), torch.randn(6, 4)
+        )
+    assert [value.isnan().item() for value in values.values()] == [True, True, False]
+    assert len(caught) == 1
 
 
 def test_seli_and_the_orthoplex_are_differentiable():

@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 
 from lightning_nc.functional.frames import frame_distance, unit
 from lightning_nc.functional.pairs import Pairs
-from lightning_nc.functional.table import METRICS, MetricSpec, Summary, compute, evaluate
+from lightning_nc.functional.table import METRICS, MetricSpec, compute, evaluate
 from lightning_nc.moments import ClassDeviations, ClassMoments, state_dtype
 
 __all__ = [
@@ -75,12 +75,6 @@ def _seli(counts: Tensor, inverse: bool) -> Tensor:
     return normalized.to(counts)
 
 
-def _nc2_seli(rows: Tensor, counts: Tensor, inverse: bool) -> Tensor:
-    if len(rows) > rows.shape[1] + 1:
-        return rows.new_full((), math.nan)
-    return _gram_distance(rows, _seli(counts, inverse))
-
-
 def _gram_distance(rows: Tensor, target: Tensor) -> Tensor:
     """Distance of the Gram matrix, of Frobenius norm 1, from the ``target``."""
     rows = rows / vector_norm(rows)
@@ -125,8 +119,6 @@ def nc2_orthoplex(features: Tensor, target: Tensor, num_classes: int | None = No
 
 def _nc2_orthoplex(rows: Tensor) -> Tensor:
     classes, features = rows.shape
-    if not features + 2 <= classes <= 2 * features:
-        return rows.new_full((), math.nan)
     left, right = _opposites((rows - rows.mean(dim=0)).detach(), classes - features)
     rows = rows - torch.cat([rows[left], rows[right]]).mean(dim=0)
     rows = rows / vector_norm(rows)
@@ -220,10 +212,10 @@ def nearest_frame(moments: ClassMoments | ClassDeviations) -> Geometry:
         return Geometry({}, {}, None, classes, features)
     means, counts = moments.means.detach(), moments.counts
     exist = {
-        "nc2_etf_centered": classes <= features + 1,
+        "nc2_etf_centered": _has_simplex(classes, features),
         "nc2_of": classes <= features,
-        "nc2_seli": classes <= features + 1 and bool(counts.min() < counts.max()),
-        "nc2_orthoplex": features + 2 <= classes <= 2 * features,
+        "nc2_seli": _has_simplex(classes, features) and bool(counts.min() < counts.max()),
+        "nc2_orthoplex": _has_orthoplex(classes, features),
     }
     names = [name for name, exists in exist.items() if exists]
     distances = {name: float(distance(means)) for name, distance in _frames(names, counts).items()}
@@ -403,17 +395,30 @@ def worst(table: Mapping[str, Sequence[Any]], count: int = 10) -> str:
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
 
 
-def _weight_seli(s: Summary) -> Tensor:
-    return _nc2_seli(s.weight, s.moments.counts, inverse=False)
+def _has_simplex(classes: int, features: int) -> bool:
+    return classes <= features + 1
+
+
+def _has_orthoplex(classes: int, features: int) -> bool:
+    return features + 2 <= classes <= 2 * features
 
 
 GEOMETRY = {
     "nc2_seli": MetricSpec(
-        lambda s: _nc2_seli(s.centered, s.moments.counts, inverse=True), "NC2, centered means to SELI"
+        lambda s: _gram_distance(s.centered, _seli(s.moments.counts, inverse=True)),
+        "NC2, centered means to SELI",
+        exists=_has_simplex,
     ),
-    "nc2_weight_seli": MetricSpec(_weight_seli, "NC2, weight to SELI", ("weight",)),
+    "nc2_weight_seli": MetricSpec(
+        lambda s: _gram_distance(s.weight, _seli(s.moments.counts, inverse=False)),
+        "NC2, weight to SELI",
+        ("weight",),
+        exists=_has_simplex,
+    ),
     "nc3_seli": MetricSpec(
         lambda s: frame_distance(s.weight, "etf", s.centered), "NC3, weight times means to SELI", ("weight",)
     ),
-    "nc2_orthoplex": MetricSpec(lambda s: _nc2_orthoplex(s.means), "NC2, class means to orthoplex", opt_in=True),
+    "nc2_orthoplex": MetricSpec(
+        lambda s: _nc2_orthoplex(s.means), "NC2, class means to orthoplex", opt_in=True, exists=_has_orthoplex
+    ),
 }
