@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 
-from lightning_nc.certainty import worst
+from lightning_nc.functional.geometry import worst
 from lightning_nc.plotting import plot_history
 
 History = list[dict]
