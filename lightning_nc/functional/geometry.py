@@ -49,7 +49,7 @@ def nc2_seli(features: Tensor, target: Tensor, num_classes: int | None = None) -
 
     where :math:`N_k` is the number of samples of class k. Free features and weights that minimize cross-entropy have these
     class means as the regularization goes to zero. With equal :math:`N_k` they are a simplex ETF, and the value is that of
-    ``nc2_etf_centered``. In [0, 2]; 0 at collapse. SELI has rank K - 1: nan if K > d + 1. The paper compares matrices of all
+    ``nc2_etf_centered``. In [0, √2]; 0 at collapse. SELI has rank K - 1: nan if K > d + 1. The paper compares matrices of all
     N samples; the distance of normalized K x K matrices is a choice. Source: Thrampoulidis et al. (2022), arXiv 2208.05512.
     """
     return compute("nc2_seli", features, target, num_classes)
@@ -87,7 +87,7 @@ def nc2_weight_seli(features: Tensor, target: Tensor, weight: Tensor, num_classe
     r"""Distance of the rows of ``weight`` (K, d) from SELI: that of :math:`WW^\top` from :math:`A^{1/2}`, see :func:`nc2_seli`.
 
     Of ``features`` and ``target`` only the number of samples per class is read. If it is equal, the value is that of
-    :func:`nc2_weight`. In [0, 2]; 0 at collapse; nan if K > d + 1.
+    :func:`nc2_weight`. In [0, √2]; 0 at collapse; nan if K > d + 1.
     """
     return compute("nc2_weight_seli", features, target, num_classes, weight)
 
@@ -110,7 +110,7 @@ def nc2_orthoplex(features: Tensor, target: Tensor, num_classes: int | None = No
 
     .. math:: \left\| VV^\top / \|VV^\top\|_F - T / \|T\|_F \right\|_F
 
-    In [0, 2]; 0 at an orthoplex of any offset and scale, without gradient through the choice of the pairs. The distance is
+    In [0, √2]; 0 at an orthoplex of any offset and scale, without gradient through the choice of the pairs. The distance is
     a choice. K vertices with more pairs, so that they span less than d dimensions, are not recognized. Source of the
     geometry: arXiv 2603.20587.
     """
