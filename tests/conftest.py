@@ -63,8 +63,12 @@ def bottleneck(classes, per_class, features, dtype, seed=0):
         return net.to(dtype)(rows.to(dtype)), target, points
 
 
-# The metrics that need neither a second look at the samples nor other data.
-ONE_PASS = [name for name, spec in functional.METRICS.items() if not spec.samples and "ood" not in spec.needs]
+# The metrics that need neither a second look at the samples nor other data, and exist where K <= d + 1.
+ONE_PASS = [
+    name
+    for name, spec in functional.METRICS.items()
+    if not spec.samples and "ood" not in spec.needs and spec.exists(3, 5)
+]
 
 
 def metric_value(name, rows, target, weight, bias, classes=None):

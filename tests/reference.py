@@ -1,5 +1,7 @@
 """An independent float64 computation of every metric: two passes, d x d matrices, pseudoinverses; NumPy only."""
 
+import itertools
+
 import numpy as np
 
 
@@ -28,6 +30,37 @@ def frame(rows, kind, other=None):
     k = len(gram)
     target = np.eye(k) / np.sqrt(k) if kind == "of" else (np.eye(k) - 1 / k) / np.sqrt(k - 1)
     return float(np.linalg.norm(gram / np.linalg.norm(gram) - target))
+
+
+def seli(rows, counts, power):
+    """Distance from a power of A = S diag(counts) S, by its eigenvectors; nan where K - 1 of them have no place."""
+    k, d = rows.shape
+    if k > d + 1:
+        return np.nan
+    center = np.eye(k) - 1 / k
+    values, vectors = np.linalg.eigh(center @ np.diag(counts) @ center)
+    target = (vectors[:, 1:] * values[1:] ** power) @ vectors[:, 1:].T
+    gram = rows @ rows.T
+    return float(np.linalg.norm(gram / np.linalg.norm(gram) - target / np.linalg.norm(target)))
+
+
+def orthoplex(means):
+    """Distance from vertices of which the pairs are chosen one after the other; nan unless d + 2 <= K <= 2d."""
+    k, d = means.shape
+    if not d + 2 <= k <= 2 * d:
+        return np.nan
+    centered = means - means.mean(0)
+    unit = centered / np.linalg.norm(centered, axis=1, keepdims=True)
+    pairs, free = [], set(range(k))
+    for i, j in sorted(itertools.combinations(range(k), 2), key=lambda pair: unit[pair[0]] @ unit[pair[1]]):
+        if {i, j} <= free and len(pairs) < k - d:
+            pairs.append((i, j))
+            free -= {i, j}
+    target, rows = np.eye(k), means - means[np.ravel(pairs)].mean(0)
+    for i, j in pairs:
+        target[i, j] = target[j, i] = -1
+    gram = rows @ rows.T
+    return float(np.linalg.norm(gram / np.linalg.norm(gram) - target / np.linalg.norm(target)))
 
 
 def direction(weight, means):
@@ -61,10 +94,14 @@ def all_metrics(features, target, weight, bias, ood=None):
         "nc2_equinorm": norms.std() / norms.mean(),
         "nc2_equiangular": cosines(centered).std(),
         "nc2_maxangle": np.abs(cosines(centered) + 1 / (k - 1)).mean(),
+        "nc2_seli": seli(centered, counts, -0.5),
+        "nc2_orthoplex": orthoplex(means),
         "nc2_weight": frame(weight, "etf"),
+        "nc2_weight_seli": seli(weight, counts, 0.5),
         "nc3": direction(weight, means),
         "nc3_centered": direction(weight, centered),
         "nc3_gram": frame(weight, "etf", centered),
+        "nc3_seli": frame(weight, "etf", centered),
         "nc3_cosine": 1 - cos_weight.mean(),
         "bias_collapse": np.linalg.norm(weight @ means.mean(0) + bias),
         "nc4": nc4(features, target, weight, bias),

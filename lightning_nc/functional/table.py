@@ -71,7 +71,8 @@ class MetricSpec(NamedTuple):
         scatter: whether it needs the scatter matrix.
         pairwise: whether it returns what :meth:`Summary.mean_over_pairs` returns: the value and its standard error.
         samples: whether samples must be compared with the class means, in ``comparison``.
-        opt_in: whether ``metrics="all"`` leaves it out, because it is slow or needs other data.
+        opt_in: whether ``metrics="all"`` leaves it out, because it is slow, needs other data or seldom exists.
+        exists: for which K and d there is what it compares with; it is nan for others.
         family: what it is about; a panel of a figure shows the metrics of one family.
     """
 
@@ -85,6 +86,7 @@ class MetricSpec(NamedTuple):
     pairwise: bool = False
     samples: bool = False
     opt_in: bool = False
+    exists: Callable[[int, int], bool] = lambda classes, features: True
     family: str = "other metrics"
 
     def value_at_collapse(self, num_classes: int) -> float:
@@ -137,13 +139,16 @@ def evaluate(
         with torch.no_grad():
             summary.comparison = Comparison.of(moments, parts.get("weight"), parts.get("bias"))
     summary.ood_mean = nan if ood_mean is None else ood_mean.to(moments.means)
-    values = {}
+    absent, values = [name for name in names if not METRICS[name].exists(*moments.means.shape)], {}
     for name in names:
         needs = {*METRICS[name].needs, *["bias"] * ("weight" in METRICS[name].needs and METRICS[name].samples)}
-        result = nan if broken & needs else METRICS[name].formula(summary)
+        result = nan if broken & needs or name in absent else METRICS[name].formula(summary)
         values[name], error = result if isinstance(result, tuple) else (result, nan)
         values |= {name + ERROR: error} if name in sampled else {}
-    undefined = [name for name in names if name != "nc1" and not values[name].isfinite()]
+    if absent:
+        size = "{} classes in {} dimensions".format(*moments.means.shape)
+        warnings.warn(f"{', '.join(absent)}: nan, because {size} cannot have this geometry", stacklevel=2)
+    undefined = [name for name in names if name not in ("nc1", *absent) and not values[name].isfinite()]
     if undefined:
         kind = "nan" if any(values[name].isnan() for name in undefined) else "infinite"
         reason = _reason(summary, broken, seen.nonzero().flatten())
