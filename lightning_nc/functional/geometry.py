@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_nc.functional.frames import frame_distance, unit
+from lightning_nc.functional.frames import frame_distance
 from lightning_nc.functional.pairs import Pairs
-from lightning_nc.functional.table import METRICS, MetricSpec, compute, evaluate
+from lightning_nc.functional.table import METRICS, MetricSpec, compute, evaluate, unit
 from lightning_nc.moments import ClassDeviations, ClassMoments, state_dtype
 
 __all__ = [
