@@ -110,7 +110,7 @@ def draw(axis: Axes, title: str, names: str, history: History, logarithmic: bool
     axis.xaxis.label.set_fontsize(8)
     axis.grid(color="#E5E5E5", linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(which="both", labelsize=8)
     axis.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1, 1.05), borderaxespad=0.2)
 
 
