@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_nc.functional.frames import frame_distance, unit
+from lightning_nc.functional.frames import frame_distance
 from lightning_nc.functional.pairs import Pairs
-from lightning_nc.functional.table import METRICS, MetricSpec, compute, evaluate
+from lightning_nc.functional.table import METRICS, MetricSpec, compute, evaluate, unit
 from lightning_nc.moments import ClassDeviations, ClassMoments, state_dtype
 
 __all__ = [
@@ -361,15 +361,17 @@ def per_class(moments: ClassMoments | ClassDeviations, weight: Tensor | None = N
 
 def _nearest(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The other row that is nearest to each of two or more rows, (K,), and the squared distance to it, (K,)."""
-    size, found = max(1, _PAIRS // len(rows)), []
+    size = max(1, _PAIRS // len(rows))
+    least, other = rows.new_empty(len(rows)), torch.empty(len(rows), dtype=torch.long, device=rows.device)
     for start in range(0, len(rows), size):
         block = slice(start, min(start + size, len(rows)))
         # Another slice than the block, even if it is the same rows: each of the block with every row.
         squares = Pairs(block, slice(None)).squared_distances(rows).view(-1, len(rows))
         squares.diagonal(start).fill_(math.inf)
-        found.append(squares.min(dim=1))
-    squares, other = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return other, squares
+        torch.min(
+            squares, dim=1, out=(least[block], other[block])
+        )  # small tensors of its own would fragment the memory
+    return other, least
 
 
 def worst(table: Mapping[str, Sequence[Any]], count: int = 10) -> str:

@@ -303,6 +303,8 @@ class Collector:
                 [name for name in metric.metrics if name in self.names],
                 int((metric.counts > 0).sum()),
                 metric.num_features,
+                counts=metric.counts[metric.counts > 0].cpu(),
+                pairs=self.probe.pairs,
             ).items()
         }
 
