@@ -26,7 +26,7 @@ from lightning_nc.functional import METRICS
 CLASSES, WIDTH, HIDDEN = 10, 64, 4
 LAYERS = {f"body.{index}/": f"layer {index + 1}" for index in range(HIDDEN - 1)} | {"": "classifier input"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DEPTH = ("#C6DBEF", "#6BAED6", "#2171B5", "#08306B")
+DEPTH = ("#C6DBEF", "#6CAFD6", "#2171B5", "#08306B")
 
 # The panels of each picture: a title, and the metrics that it shows. By layer if it is a single metric with a star.
 FAMILIES = {
