@@ -99,7 +99,7 @@ def rows_of_metrics():
     tables = [
         table for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE) if table.startswith("| Name | Formula |")
     ]
-    rows = [line.strip("|").split(" | ") for table in tables for line in table.splitlines()[2:]]
+    rows = [line.strip("|").split("|") for table in tables for line in table.splitlines()[2:]]
     return {name.strip(" `"): [cell.strip(" `") for cell in cells] for name, *cells in rows}
 
 
