@@ -12,7 +12,7 @@ PACKAGE = Path(lightning_nc.__file__).parent
 # A module imports only from floors that stand before its own. CONTRIBUTING.md shows the same house as a picture.
 FLOORS = [
     {"moments", "keys", "theory", "simplex_etf"},
-    {"comparison", "schedule"},
+    {"comparison", "schedule", "mergeable"},
     {"functional.pairs"},
     {"functional.table"},
     {"functional.variability", "functional.frames", "functional.samples"},
