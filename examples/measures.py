@@ -100,7 +100,7 @@ def draw(axis: Axes, title: str, names: str, history: History, logarithmic: bool
         curves = {name: f"nc/{name}" for name in names.split()}
     for (label, key), color in zip(curves.items(), DEPTH if names.endswith("*") else COLORS, strict=False):
         axis.plot(epochs, [row[key] for row in history], color=color, label=label, linewidth=1.6)
-    lines = {METRICS[name.strip("*")].value_at_collapse(CLASSES): "at collapse" for name in names.split()}
+    lines = {METRICS[name.strip("*")].value_at_collapse(CLASSES, WIDTH): "at collapse" for name in names.split()}
     lines |= {OTHER_FRAME: "exact other frame"} if "nc2_of" in names.split() else {}
     for value, label in lines.items():
         if value:

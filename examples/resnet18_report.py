@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 
-from lightning_nc.certainty import worst
+from lightning_nc.functional.geometry import worst
 from lightning_nc.plotting import plot_history
 
 History = list[dict]
@@ -48,7 +48,7 @@ def paper_metrics(history: History) -> History:
 
     If none of them was measured, all metrics are kept.
     """
-    shown = ("stage", "epoch", "nc1", "nc2_etf_centered", "nc3_centered")
+    shown = ("stage", "epoch", "geometry", "nc1", "nc2_etf_centered", "nc3_centered")
     rows = [{key: value for key, value in row.items() if key.split("/")[-1] in shown} for row in history]
     chosen = rows if any(key.startswith("nc/") for row in rows for key in row) else history
     return [{key.replace("network.", ""): value for key, value in row.items()} for row in chosen]

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_nc.history import History
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
-from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Wish, warn_of_own_centers
+from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options, without_centers
 from lightning_nc.measuring.evaluation import names_to_measure
 from lightning_nc.measuring.loaders import check_loader
 from lightning_nc.measuring.loops import RunningLoops, is_ready
@@ -123,7 +123,7 @@ class NeuralCollapseCallback(Results, Callback):
         self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history, self.previous_histories = History(), list[History]()
-        self.ood_dataloader, self._wish = ood_dataloader, Wish(budget=feature_budget)
+        self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget)
         self._centers: dict[str, Tensor] = {}  # the class means of the training data by layer
         self._weights_of_centers = ""  # fingerprint of the weights that they are of
         self._loops = RunningLoops(self._probe, self.metrics)
@@ -212,7 +212,7 @@ class NeuralCollapseCallback(Results, Callback):
             self._epoch_began = perf_counter()
             due = self.should_measure(trainer)
             self._validation_due = self._validation_due or due
-            self._loops.begin("train", due and self.mode == "online" and "train" in self.stages, self._wish)
+            self._loops.begin("train", due and self.mode == "online" and "train" in self.stages, self._options)
             self._partial = batch_idx > 0
         self._start(trainer, pl_module, "train", batch)
         if first and self._loops.is_active("train"):  # after the start, which may run the model itself
@@ -337,11 +337,12 @@ class NeuralCollapseCallback(Results, Callback):
 
     def _begin_held_out(self, trainer: Trainer, pl_module: LightningModule, stage: str, due: bool) -> None:
         """Measure held-out data around the class means of the training data, if these are of the same weights."""
+        names = self.metrics
         known = due and bool(self._centers) and not has_other_weights(trainer, pl_module, self._weights_of_centers)
         if due and not known:
-            warn_of_own_centers(self._probe, self.metrics, stage)
-        wish = replace(self._wish, centers=self._centers if known else None, keep_weight=True)
-        self._loops.begin(stage, due, wish)
+            names = without_centers(self._probe, names, stage, "train" in self.stages and self.mode == "exact")
+        options = replace(self._options, centers=self._centers if known else None, keep_weight=True)
+        self._loops.begin(stage, due, options, names)
 
     def _finish_loop(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self._loops.is_active(stage):
@@ -360,7 +361,7 @@ class NeuralCollapseCallback(Results, Callback):
         """Measure the training data; the values by key, also appended to the history."""
         self._measured, began = (trainer.current_epoch, trainer.global_step), perf_counter()
         self._weights = fingerprint(pl_module)
-        collector = Collector(self._probe, self.metrics, self._wish)
+        collector = Collector(self._probe, self.metrics, self._options)
         data = self.dataloader, self.ood_dataloader
         done = self._probe.attempt(lambda: run_exact_pass(trainer, pl_module, collector, *data))
         values = self._remember(trainer, collector, epoch, "train", **marks) if done else {}

@@ -1,4 +1,11 @@
-"""How sure a metric is: confidence intervals by the jackknife."""
+"""How sure a metric is: confidence intervals by the jackknife.
+
+They are about the choice of the samples. In simulations of Gaussian classes they cover the value of infinitely many samples
+as often as they say, within 2 %, and up to 4 % less often for ``nc2_maxangle``, a mean of absolute values. That value must be
+well inside its range. A distance of class means that would be zero is never measured as zero: the noise of the means adds to
+it, and the jackknife takes off about half of that. Its interval tells how the measured value varies, and reaches down to zero
+less often than it says. Weight and bias count as given: the interval of a metric of the weight alone is a point.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +36,7 @@ def jackknife(
     level: float,
     pairs: float | None = None,
 ) -> dict[str, tuple[float, float]]:
-    r"""Confidence intervals of the named metrics: what other samples of the same classes, as many, would give.
+    r"""Confidence intervals of the named metrics: see above for what they mean.
 
     With :math:`\theta` the metric of all samples, :math:`\theta_s` that of all but shard s of S, and
     :math:`\bar\theta` the mean of these, the interval is
@@ -38,13 +45,8 @@ def jackknife(
         t_{S - 1} \Big( \tfrac{S - 1}{S} \sum_s (\theta_s - \bar\theta)^2 \Big)^{1/2}
 
     with the quantile of Student's distribution. The first part is the metric without its bias, to first order in 1/N. NC1 and
-    its kin are ratios of variances: their logarithms take the place of the values. The interval ends at the value at collapse.
-
-    It covers the value of infinitely many samples as often as ``level`` says if that value is well inside its range. A
-    distance of class means that would be zero is never measured as zero: the noise of the means adds to it, the jackknife
-    takes off about half of that, and the interval then tells how the measured value varies rather than where the zero is.
-    Metrics that look at the samples again (``samples=True``) and those of other data are left out. Weight and bias count as
-    given, so the interval of a metric of the weight alone is a point.
+    its kin are ratios of variances: their logarithms take the place of the values. Metrics that fall to 0 have no interval
+    below 0. Metrics that look at the samples again (``samples=True``) and those of other data are left out.
 
     Args:
         names: of :data:`METRICS`.
@@ -74,8 +76,8 @@ def jackknife(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the measurement of all samples has said it
         rows = [evaluate(names, part, weight, bias, pairs) for part in (total, *_leave_one_out(total, shards))]
-    quantile, classes = _student(level, len(shards) - 1), int((total.counts > 0).sum())
-    return {name: _interval(name, [float(row[name]) for row in rows], quantile, classes) for name in names}
+    quantile = _student(level, len(shards) - 1)
+    return {name: _interval(name, [float(row[name]) for row in rows], quantile) for name in names}
 
 
 def _leave_one_out(total: ClassMoments, shards: Sequence[ClassMoments]) -> Iterator[ClassMoments]:
@@ -88,7 +90,7 @@ def _leave_one_out(total: ClassMoments, shards: Sequence[ClassMoments]) -> Itera
         yield rest
 
 
-def _interval(name: str, values: Sequence[float], quantile: float, classes: int) -> tuple[float, float]:
+def _interval(name: str, values: Sequence[float], quantile: float) -> tuple[float, float]:
     """The interval from the metric of all samples and those without each shard."""
     ratio = METRICS[name].within and min(values) > 0
     whole, *rest = map(math.log, values) if ratio else values
@@ -97,10 +99,8 @@ def _interval(name: str, values: Sequence[float], quantile: float, classes: int)
     center = whole if name in _KINKED else whole - (len(rest) - 1) * (mean - whole)
     ends = center - quantile * deviation, center + quantile * deviation
     low, high = (math.exp(min(end, 700.0)) for end in ends) if ratio else ends
-    limit, direction = METRICS[name].value_at_collapse(classes), METRICS[name].direction
-    if direction == "falls":
-        return max(low, limit), max(high, limit)
-    return (min(low, limit), min(high, limit)) if direction == "rises" else (low, high)
+    falls_to_zero = METRICS[name].direction == "falls" and METRICS[name].collapse == 0
+    return (max(low, 0.0), max(high, 0.0)) if falls_to_zero else (low, high)
 
 
 def _student(level: float, freedom: int) -> float:

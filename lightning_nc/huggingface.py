@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_nc.history import History
 from lightning_nc.keys import parse_key
 from lightning_nc.measuring.batches import Pool
-from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Wish, warn_of_own_centers
+from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options, without_centers
 from lightning_nc.measuring.distributed import all_max, ranks_on
 from lightning_nc.measuring.evaluation import every_sample_once, names_to_measure, run_over
 from lightning_nc.measuring.loaders import check_loader, measurement_loader, rank_of
@@ -102,7 +102,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         self.stages, self.every_n_epochs, self.dataloader = tuple(stages), every_n_epochs, dataloader
         self.history, self.previous_histories = History(), list[History]()
-        self.ood_dataloader, self._wish = ood_dataloader, Wish(budget=feature_budget)
+        self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget)
         self._centers: dict[str, Tensor] = {}  # the class means of the training data by layer
         self._weights_of_centers = ""  # fingerprint of the weights that they are of
         self._measured: int | None = None  # step of the last measurement of training data
@@ -224,9 +224,10 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         if centers is not None:
             moved = weights != self._weights_of_centers
             centers = None if (moved if ranks is None else all_max(moved, ranks)) else centers
+        names = self.metrics
         if stage != "train" and centers is None:
-            warn_of_own_centers(self._probe, self.metrics, stage)
-        collector = Collector(self._probe, self.metrics, replace(self._wish, centers=centers, keep_weight=True))
+            names = without_centers(self._probe, names, stage, "train" in self.stages)
+        collector = Collector(self._probe, names, replace(self._options, centers=centers, keep_weight=True))
         progress = state.is_local_process_zero and not args.disable_tqdm
         at = {"epoch": state.epoch or 0, "step": state.global_step}
 
@@ -240,7 +241,8 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         finally:
             self._probe.detach()
         if values:
-            state.log_history.append({**marks, **values, **at})
+            row = {key: value for key, value in self.history[-1].items() if key != "stage"}
+            state.log_history.append({**row, **at})
             if stage == "train":
                 self._centers, self._weights_of_centers = collector.centers(), weights
         return values
@@ -264,7 +266,7 @@ def _rows(log_history: Iterable[Mapping[str, Any]], stages: Sequence[str]) -> It
     """The rows of the history that a log history holds."""
     for entry in log_history:
         values = {key: value for key, value in entry.items() if key.startswith("nc/")}
-        marks = {key: entry[key] for key in ("weights",) if key in entry}
+        marks = {key: entry[key] for key in ("weights", "geometry") if key in entry}
         stage = parse_key(next(iter(values), "")).stage
         if values and stage in stages:
             yield {"stage": stage, "epoch": entry["epoch"], "step": entry["step"], **marks, **values}

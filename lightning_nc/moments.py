@@ -121,6 +121,19 @@ class ClassStatistics:
         """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,), not negative."""
         raise NotImplementedError
 
+    def pooled(self) -> Tensor:
+        """The within-class scatter, the sum over the samples of the outer product of the deviation, (d, d)."""
+        raise NotImplementedError
+
+    def root(self) -> Tensor:
+        """Rows R with R'R = :meth:`pooled`."""
+        raise NotImplementedError
+
+    def total(self) -> Tensor:
+        """The scatter of all samples around their common mean, (d, d)."""
+        centered = self.means - self.counts @ self.means / self.samples
+        return self.pooled() + (centered * self.counts.unsqueeze(1)).T @ centered
+
     def contrasts(self) -> Tensor:
         """K - 1 rows T with T'T = M'M, where the rows of M are the centered class means.
 
@@ -152,8 +165,7 @@ class ClassStatistics:
             kept = values > doubt.max() * vector_norm(error) + vector_norm(doubt) * error.max()
             weak = rows[~kept].T
             if weak.numel() and math.isfinite(self.resolution):
-                noise = sums**2 * (error.square().mean() + error.square() @ weak.square())
-                varied = self.within(weak) > self.samples * noise + self.resolution
+                varied = self.within(weak) > self.noise(weak)
                 floor = torch.finfo(values.dtype).eps * max(self.means.shape) * values[0]
                 kept[~kept] = varied & (values[~kept] > floor)
         if not kept.all():
@@ -163,6 +175,17 @@ class ClassStatistics:
                 stacklevel=2,
             )
         return rows[kept].T, values[kept]
+
+    def rounding(self) -> Tensor:
+        """What rounding of the features and of earlier layers can add to ``columns``, (d,)."""
+        error, sums = self._rounding()
+        return self.samples * sums**2 * error.square()
+
+    def noise(self, directions: Tensor | None = None) -> Tensor:
+        """What rounding can add to :meth:`within`, for each of the ``directions`` (d, r), of length 1, or for any at most."""
+        rounding = self.rounding()
+        along = rounding.max() if directions is None else rounding @ directions.square()
+        return rounding.mean() + along + self.resolution
 
     def _rounding(self) -> tuple[Tensor, float]:
         """Rounding error of an entry of each feature, (d,), and by what factor sums in earlier layers can increase it."""
@@ -341,14 +364,35 @@ class ClassMoments(ClassStatistics):
 
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,), not negative."""
-        if not len(self.scatter):
-            raise RuntimeError("the scatter matrix was not kept; the metric's row in METRICS needs scatter=True")
+        self._check_scatter()
         total = directions.new_zeros(directions.shape[1])
         for rows, right in _upper_blocks(len(self.scatter)):
             block, size = self.scatter[rows, right], rows.stop - rows.start
             product = block[:, :size] @ directions[rows] + 2 * block[:, size:] @ directions[rows.stop :]
             total += (directions[rows] * product).sum(dim=0)
         return total.clamp(min=0)
+
+    def pooled(self) -> Tensor:
+        """The within-class scatter, (d, d)."""
+        self._check_scatter()
+        return self.scatter.triu() + self.scatter.triu(1).T
+
+    def root(self) -> Tensor:
+        """Rows R with R'R = :meth:`pooled`, (d, d) or fewer."""
+        values, axes = torch.linalg.eigh(self.pooled())
+        kept: Tensor = values > self.resolution
+        rows: Tensor = (axes[:, kept] * values[kept].sqrt()).T
+        return rows
+
+    def cholesky(self) -> Tensor | None:
+        """L, lower triangular, with LL' = :meth:`pooled`. None if samples vary in a direction by no more than rounding."""
+        scatter = self.pooled()
+        above = torch.linalg.cholesky_ex(scatter - self.noise() * torch.eye(len(scatter)).to(scatter)).info == 0
+        return torch.linalg.cholesky(scatter) if above else None
+
+    def _check_scatter(self) -> None:
+        if not len(self.scatter):
+            raise RuntimeError("the scatter matrix was not kept; the metric's row in METRICS needs scatter=True")
 
 
 @dataclass
@@ -398,6 +442,17 @@ class ClassDeviations(ClassStatistics):
     def within(self, directions: Tensor) -> Tensor:
         """Sum over the samples of the squared deviation along each of the ``directions`` (d, r): (r,)."""
         return (self.deviations @ directions).square().sum(dim=0)
+
+    def pooled(self) -> Tensor:
+        """The within-class scatter, (d, d)."""
+        return self.deviations.T @ self.deviations
+
+    def root(self) -> Tensor:
+        """Rows R with R'R = :meth:`pooled`: the deviations, or without a gradient as many rows as features at most."""
+        if self.deviations.requires_grad or len(self.deviations) <= self.deviations.shape[1]:
+            return self.deviations
+        rows: Tensor = torch.linalg.qr(self.deviations, mode="r").R
+        return rows
 
 
 def _upper_blocks(side: int) -> Iterator[tuple[slice, slice]]:

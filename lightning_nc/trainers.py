@@ -76,7 +76,8 @@ def run_exact_pass(
         except Exception as error:  # the pass tells the other ranks
             loader, total = _raising(error), None
         progress = _Progress(trainer, loader, total)
-        ood = None if ood_dataloader is None else moved(_training_data(trainer, ood_dataloader)[0])
+        ood = None if ood_dataloader is None else _training_data(trainer, ood_dataloader)
+        ood = ood and (moved(ood[0]), ood[1])
         context, model = trainer.precision_plugin.forward_context, _model_to_call(trainer, pl_module)
         with warn_if_moved(loader, warn):
             exact_pass(collector, model, moved(progress), context, ranks_of(trainer), total or 0, ood)

@@ -63,14 +63,20 @@ def bottleneck(classes, per_class, features, dtype, seed=0):
         return net.to(dtype)(rows.to(dtype)), target, points
 
 
-# The metrics that need neither a second look at the samples nor other data.
-ONE_PASS = [name for name, spec in functional.METRICS.items() if not spec.samples and "ood" not in spec.needs]
+OF_WEIGHT_ALONE = ["nc2_weight", "nc2_weight_equinorm", "nc2_weight_equiangular", "nc2_weight_maxangle", "nc0", "gnc2_margin"]
+
+# The metrics that need neither a second look at the samples nor other data, and exist where K <= d + 1.
+ONE_PASS = [
+    name
+    for name, spec in functional.METRICS.items()
+    if not spec.samples and "ood" not in spec.needs and spec.exists(3, 5)
+]
 
 
 def metric_value(name, rows, target, weight, bias, classes=None):
     """The value of a name of METRICS through the public function that computes it. Every third sample is of no class."""
-    if name == "nc2_weight":
-        return functional.nc2_weight(weight)
+    if name in OF_WEIGHT_ALONE:
+        return getattr(functional, name)(weight)
     base, *variant = name.split("_")
     needs = ("weight", "bias") if name == "nc4" else functional.METRICS[name].needs
     given = {"weight": weight, "bias": bias, "ood": rows[::3]}

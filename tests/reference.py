@@ -1,6 +1,9 @@
 """An independent float64 computation of every metric: two passes, d x d matrices, pseudoinverses; NumPy only."""
 
+import itertools
+
 import numpy as np
+from scipy.optimize import nnls
 
 
 def moments(features, target):
@@ -30,6 +33,37 @@ def frame(rows, kind, other=None):
     return float(np.linalg.norm(gram / np.linalg.norm(gram) - target))
 
 
+def seli(rows, counts, power):
+    """Distance from a power of A = S diag(counts) S, by its eigenvectors; nan where K - 1 of them have no place."""
+    k, d = rows.shape
+    if k > d + 1:
+        return np.nan
+    center = np.eye(k) - 1 / k
+    values, vectors = np.linalg.eigh(center @ np.diag(counts) @ center)
+    target = (vectors[:, 1:] * values[1:] ** power) @ vectors[:, 1:].T
+    gram = rows @ rows.T
+    return float(np.linalg.norm(gram / np.linalg.norm(gram) - target / np.linalg.norm(target)))
+
+
+def orthoplex(means):
+    """Distance from vertices of which the pairs are chosen one after the other; nan unless d + 2 <= K <= 2d."""
+    k, d = means.shape
+    if not d + 2 <= k <= 2 * d:
+        return np.nan
+    centered = means - means.mean(0)
+    unit = centered / np.linalg.norm(centered, axis=1, keepdims=True)
+    pairs, free = [], set(range(k))
+    for i, j in sorted(itertools.combinations(range(k), 2), key=lambda pair: unit[pair[0]] @ unit[pair[1]]):
+        if {i, j} <= free and len(pairs) < k - d:
+            pairs.append((i, j))
+            free -= {i, j}
+    target, rows = np.eye(k), means - means[np.ravel(pairs)].mean(0)
+    for i, j in pairs:
+        target[i, j] = target[j, i] = -1
+    gram = rows @ rows.T
+    return float(np.linalg.norm(gram / np.linalg.norm(gram) - target / np.linalg.norm(target)))
+
+
 def direction(weight, means):
     return float(np.linalg.norm(weight / np.linalg.norm(weight) - means / np.linalg.norm(means)))
 
@@ -37,6 +71,57 @@ def direction(weight, means):
 def cosines(rows):
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return (unit @ unit.T)[np.triu_indices(len(rows), 1)]
+
+
+def others(means, centered, within, weight, counts, owner, features):
+    """Lengths and angles of the weight, energies, ranks, and the variability collapse index."""
+    k, d = means.shape
+    unit = centered / np.linalg.norm(centered, axis=1, keepdims=True)
+    logs = np.array([-np.log(np.linalg.norm(unit[i] - unit[j])) for i, j in itertools.combinations(range(k), 2)])
+    powers = np.exp((d - 2) * (logs - logs.max()))
+    lengths = np.linalg.norm(weight, axis=1)
+    cosine = (weight * centered).sum(1) / (lengths * np.linalg.norm(centered, axis=1))
+    small = np.flatnonzero(counts < np.sort(counts)[(k - 1) // 2 : k // 2 + 1].mean()) if np.ptp(counts) else np.arange(k)
+    minority = cosines(weight[small]).mean() if len(small) > 1 else np.nan
+    spread = np.linalg.svd(centered, compute_uv=False) ** 2
+    total = np.linalg.eigvalsh(np.cov(np.asarray(features, dtype=np.float64).T, ddof=0).reshape(d, d))
+    return {
+        "nc0": np.linalg.norm(weight.sum(0)) / np.sqrt(k) / np.linalg.norm(weight),
+        "nc1_vci": vci(within, centered, len(owner)),
+        "nc2_weight_equinorm": lengths.std() / lengths.mean(),
+        "nc2_weight_equiangular": cosines(weight).std(),
+        "nc2_weight_maxangle": np.abs(cosines(weight) + 1 / (k - 1)).mean(),
+        "nc3_uniform": cosine.std(),
+        "gnc2_log": logs.mean(),
+        "gnc2_log_spread": logs.std(),
+        "gnc2_riesz": np.log(powers.mean()) + (d - 2) * logs.max() if d > 2 else np.nan,
+        "gnc2_margin": margin(weight),
+        "minority_cosine": minority,
+        "stable_rank": spread.sum() / spread.max(),
+        "numerical_rank": (np.sqrt(spread) > np.sqrt(1e-3) * np.sqrt(spread.max())).sum(),
+        "stable_rank_features": total.sum() / total.max(),
+        "numerical_rank_features": (total > 1e-3 * total.max()).sum(),
+    }
+
+
+def vci(within, centered, samples):
+    """By its definition, with the rank of the class means known; nan where it is 0 for any features."""
+    (k, d), between = centered.shape, centered.T @ centered / len(centered)
+    rank = min(k - 1, np.linalg.matrix_rank(centered))
+    varied = (np.diag(within + between) > 0).sum()
+    if samples - k <= varied - rank:
+        return np.nan
+    return 1 - np.trace(np.linalg.pinv(within + between, rcond=1e-12) @ between) / rank
+
+
+def margin(weight):
+    """Each row's distance to the hull of the others, by non-negative least squares with a heavy row for the sum of one."""
+    unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
+    found = []
+    for row, rest in ((unit[i], np.delete(unit, i, axis=0)) for i in range(len(unit))):
+        shares = nnls(np.vstack([rest.T, 1e4 * np.ones(len(rest))]), np.append(row, 1e4))[0]
+        found.append(np.linalg.norm(row - shares / shares.sum() @ rest))
+    return min(found)
 
 
 def all_metrics(features, target, weight, bias, ood=None):
@@ -61,10 +146,15 @@ def all_metrics(features, target, weight, bias, ood=None):
         "nc2_equinorm": norms.std() / norms.mean(),
         "nc2_equiangular": cosines(centered).std(),
         "nc2_maxangle": np.abs(cosines(centered) + 1 / (k - 1)).mean(),
+        **others(means, centered, within, weight, counts, owner, features),
+        "nc2_seli": seli(centered, counts, -0.5),
+        "nc2_orthoplex": orthoplex(means),
         "nc2_weight": frame(weight, "etf"),
+        "nc2_weight_seli": seli(weight, counts, 0.5),
         "nc3": direction(weight, means),
         "nc3_centered": direction(weight, centered),
         "nc3_gram": frame(weight, "etf", centered),
+        "nc3_seli": frame(weight, "etf", centered),
         "nc3_cosine": 1 - cos_weight.mean(),
         "bias_collapse": np.linalg.norm(weight @ means.mean(0) + bias),
         "nc4": nc4(features, target, weight, bias),

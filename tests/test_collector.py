@@ -239,6 +239,17 @@ def test_held_out_samples_are_compared_with_their_own_means_if_training_is_not_m
         assert callback.history[-1][f"nc/val/{name}"] == pytest.approx(truth(model, *OTHERS)[name], rel=1e-6)
 
 
+def test_validation_within_an_epoch_leaves_out_what_needs_the_training_means_of_these_weights(tmp_path):
+    callback = NeuralCollapseCallback(metrics=("nc1", "ncc_error"), stages=("train", "validate"), strict=True)
+    with pytest.warns(UserWarning, match="ncc_error of the stage 'validate' left out, because the training data"):
+        fit(callback, default_root_dir=tmp_path, val_check_interval=0.5)
+    rows = [row for row in callback.history if row["stage"] == "validate"]
+    compared = ["nc/val/ncc_error" in row for row in rows]
+    assert compared == ["nc/val/nc1_train_means" in row for row in rows]
+    assert set(compared) == {False, True}  # in the middle of an epoch and at its end
+    assert all("nc/val/nc1" in row for row in rows)
+
+
 def test_a_running_loop_whose_features_exceed_the_budget_leaves_out_what_needs_them(tmp_path):
     callback = NeuralCollapseCallback(metrics=("nc1", "ncc_error"), mode="online", feature_budget=100)
     with pytest.warns(UserWarning, match="ncc_error left out: the features do not fit into feature_budget=100"):

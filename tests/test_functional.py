@@ -45,7 +45,7 @@ def test_every_metric_agrees_with_an_independent_computation(classes, features):
     assert set(expected) == set(METRICS)
     for name in METRICS:
         value = metric_value(name, rows, target, weight, bias)
-        assert value.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-13), name
+        assert value.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-13, nan_ok=True), name
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in divide")  # the reference, for the dead unit
@@ -58,7 +58,8 @@ def test_any_number_of_classes_gives_the_same_result_with_a_unit_that_is_dead(cl
     expected = reference.all_metrics(rows.numpy(), target.numpy(), weight.numpy(), bias.numpy())
     expected["nc1"] = reference.nc1_by_axes(rows.numpy(), target.numpy())
     for name in METRICS:
-        assert metric_value(name, rows, target, weight, bias).item() == pytest.approx(expected[name], rel=1e-9), name
+        value = metric_value(name, rows, target, weight, bias).item()
+        assert value == pytest.approx(expected[name], rel=1e-9, nan_ok=True), name
 
 
 PAIRWISE = ("nc1_cdnv", "nc2_equiangular", "nc2_maxangle")
@@ -172,7 +173,7 @@ def test_formulas_are_differentiable_at_random_points_and_nearly_collapsed_ones(
     weight = torch.randn(7, 4, dtype=torch.float64)
     rows.requires_grad_()
     for name, spec in METRICS.items():
-        if name != "nc2_weight" and not spec.samples:
+        if name != "nc2_weight" and not spec.samples and spec.exists(7, 4):
             compute = functools.partial(metric_value, name, target=target, weight=weight, bias=torch.zeros(7))
             assert torch.autograd.gradcheck(compute, rows), name
     for name in PAIRWISE:
@@ -189,7 +190,8 @@ def test_no_metric_depends_on_the_scale_of_features_and_weight(scale, classes):
     weight, bias = torch.randn(classes, 6).double(), torch.zeros(classes)
     for name in METRICS.keys() - {"bias_collapse"}:
         value = metric_value(name, rows * scale, target, weight * scale, bias).item()
-        assert value == pytest.approx(metric_value(name, rows, target, weight, bias).item(), rel=1e-9), name
+        expected = metric_value(name, rows, target, weight, bias).item()
+        assert value == pytest.approx(expected, rel=1e-9, nan_ok=True), name
     metric = NeuralCollapse(classes, 6, metrics=("nc1", "nc1_trace", "nc2_etf"))
     metric.update(rows * scale, target)
     expected = {name: metric_value(name, rows, target, weight, bias).item() for name in metric.metrics}

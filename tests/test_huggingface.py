@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import lightning_nc
-from lightning_nc import History, log_spaced
+from lightning_nc import History, log_spaced, measure
 from lightning_nc.huggingface import NeuralCollapseCallback
 
 KEYS = [f"nc/{name}" for name in PAPER]
@@ -106,6 +106,10 @@ def test_all_samples_are_measured_in_eval_mode_at_the_end_of_every_epoch():
     check(callback.history[-1], trainer.model, OTHER, "nc/val")
     assert "nc/vit.layernorm/nc1" in callback.history[-2]
     assert callback.class_means.shape == (10, 16)
+    alone = measure(
+        trainer.model, [default_data_collator(OTHER)], reference=[default_data_collator(TRAIN)], progress=False
+    )
+    assert callback.history[-1]["nc/val/nc1_train_means"] == pytest.approx(alone["nc1_train_means"], rel=1e-5)
 
 
 def test_values_are_entries_of_the_log_history_with_the_epoch_and_the_step_of_the_trainer():
@@ -407,7 +411,7 @@ def test_a_resumed_training_is_the_same_and_goes_on_with_the_history_of_the_chec
     whole, resumed = NeuralCollapseCallback(strict=True), NeuralCollapseCallback(strict=True)
     first = state_of(run(whole, model=bert()))
     trainer = run(resumed, model=bert(1), resume=str(tmp_path / f"checkpoint-{saved}"))
-    assert [list(row.items()) for row in resumed.history] == [list(row.items()) for row in whole.history]
+    assert resumed.history == whole.history
     assert [entry["nc/nc1"] for entry in measured(trainer)] == [row["nc/nc1"] for row in whole.history]
     assert_identical(state_of(trainer)["weights"], first["weights"])
     assert_identical(state_of(trainer)["optimizer"], first["optimizer"])

@@ -20,22 +20,63 @@ Shared by all functions of features and labels:
 
 from __future__ import annotations
 
-from lightning_nc.functional.alignment import ALIGNMENT, bias_collapse, nc3, nc3_cosine, nc3_gram
-from lightning_nc.functional.frames import FRAMES, nc2, nc2_equiangular, nc2_equinorm, nc2_maxangle, nc2_weight
+from lightning_nc.functional.alignment import ALIGNMENT, bias_collapse, nc3, nc3_cosine, nc3_gram, nc3_uniform
+from lightning_nc.functional.angles import (
+    ANGLES,
+    ENERGY,
+    gnc2_log,
+    gnc2_log_spread,
+    gnc2_riesz,
+    nc2_equiangular,
+    nc2_equinorm,
+    nc2_maxangle,
+)
+from lightning_nc.functional.frames import FRAMES, nc2, nc2_weight
 from lightning_nc.functional.geometry import GEOMETRY, nc2_orthoplex, nc2_seli, nc2_weight_seli, nc3_seli
-from lightning_nc.functional.samples import SAMPLES, effective_depth, nc1_cdnv_directional, nc4, nc5, ncc_error
+from lightning_nc.functional.samples import (
+    SAMPLES,
+    SCATTER_OF_SAMPLES,
+    effective_depth,
+    nc1_cdnv_directional,
+    nc4,
+    nc5,
+    ncc_error,
+)
+from lightning_nc.functional.spectrum import (
+    RANKS,
+    numerical_rank,
+    numerical_rank_features,
+    stable_rank,
+    stable_rank_features,
+)
 from lightning_nc.functional.table import METRICS, MetricSpec
-from lightning_nc.functional.variability import VARIABILITY, nc1, nc1_cdnv, nc1_trace
+from lightning_nc.functional.variability import VARIABILITY, nc1, nc1_cdnv, nc1_trace, nc1_vci
+from lightning_nc.functional.weights import (
+    WEIGHTS,
+    gnc2_margin,
+    minority_cosine,
+    nc0,
+    nc2_weight_equiangular,
+    nc2_weight_equinorm,
+    nc2_weight_maxangle,
+)
 
 __all__ = [
     "METRICS",
     "MetricSpec",
     "bias_collapse",
     "effective_depth",
+    "gnc2_log",
+    "gnc2_log_spread",
+    "gnc2_margin",
+    "gnc2_riesz",
+    "minority_cosine",
+    "nc0",
     "nc1",
     "nc1_cdnv",
     "nc1_cdnv_directional",
     "nc1_trace",
+    "nc1_vci",
     "nc2",
     "nc2_equiangular",
     "nc2_equinorm",
@@ -43,14 +84,32 @@ __all__ = [
     "nc2_orthoplex",
     "nc2_seli",
     "nc2_weight",
+    "nc2_weight_equiangular",
+    "nc2_weight_equinorm",
+    "nc2_weight_maxangle",
     "nc2_weight_seli",
     "nc3",
     "nc3_cosine",
     "nc3_gram",
     "nc3_seli",
+    "nc3_uniform",
     "nc4",
     "nc5",
     "ncc_error",
+    "numerical_rank",
+    "numerical_rank_features",
+    "stable_rank",
+    "stable_rank_features",
 ]
 
-METRICS |= {**VARIABILITY, **FRAMES, **ALIGNMENT, **GEOMETRY, **SAMPLES}
+_FAMILIES = {
+    "NC1, within-class variability": VARIABILITY | SCATTER_OF_SAMPLES,
+    "NC2, class means to frame": FRAMES | {name: row for name, row in GEOMETRY.items() if not row.needs},
+    "NC2, lengths and angles": ANGLES,
+    "NC2, energy": ENERGY,
+    "weight of the classifier": WEIGHTS | {name: row for name, row in GEOMETRY.items() if name == "nc2_weight_seli"},
+    "NC3, weight to class means": ALIGNMENT | {"nc3_seli": GEOMETRY["nc3_seli"]},
+    "NC4, NC5, nearest class mean": SAMPLES,
+    "ranks": RANKS,
+}
+METRICS |= {name: row._replace(family=family) for family, rows in _FAMILIES.items() for name, row in rows.items()}

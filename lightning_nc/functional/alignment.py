@@ -9,7 +9,7 @@ from torch.linalg import vector_norm
 from lightning_nc.functional.frames import frame_distance
 from lightning_nc.functional.table import MetricSpec, Summary, compute
 
-__all__ = ["ALIGNMENT", "bias_collapse", "nc3", "nc3_cosine", "nc3_gram"]
+__all__ = ["ALIGNMENT", "bias_collapse", "nc3", "nc3_cosine", "nc3_gram", "nc3_uniform"]
 
 _BLOCK = 2**20  # numbers that are processed together
 
@@ -49,10 +49,20 @@ def nc3_cosine(features: Tensor, target: Tensor, weight: Tensor, num_classes: in
     return compute("nc3_cosine", features, target, num_classes, weight)
 
 
-def _nc3_cosine(s: Summary) -> Tensor:
+def _cosines(s: Summary) -> Tensor:
+    """cos(w_k, m_k), (K,)."""
     lengths = vector_norm(s.weight, dim=1) * vector_norm(s.centered, dim=1)
     cosines: Tensor = torch.linalg.vecdot(s.weight, s.centered) / lengths
-    return 1 - cosines.mean()
+    return cosines
+
+
+def nc3_uniform(features: Tensor, target: Tensor, weight: Tensor, num_classes: int | None = None) -> Tensor:
+    """Uniform duality: the population standard deviation (ddof 0) over the classes of cos(w_k, m_k), with ``weight`` (K, d).
+
+    In [0, 1], 0 at collapse, and also where all rows are off by the same angle. Other code takes ddof 1, dot products, or the
+    ratio of the standard deviation to the mean. Source: Wu & Papyan (2024), arXiv 2405.17767.
+    """
+    return compute("nc3_uniform", features, target, num_classes, weight)
 
 
 def bias_collapse(
@@ -66,9 +76,10 @@ ALIGNMENT = {
     "nc3": MetricSpec(lambda s: _nc3(s.weight, s.means), "NC3, weight to class means", ("weight",)),
     "nc3_centered": MetricSpec(lambda s: _nc3(s.weight, s.centered), "NC3, weight to centered means", ("weight",)),
     "nc3_gram": MetricSpec(
-        lambda s: frame_distance(s.weight, "etf", s.centered), "NC3, weight times means to ETF", ("weight",)
+        lambda s: frame_distance(s.weight, "etf", s.centered), "NC3, weight times means to ETF", ("weight",), etf=True
     ),
-    "nc3_cosine": MetricSpec(_nc3_cosine, "NC3, angle of weight to means", ("weight",)),
+    "nc3_cosine": MetricSpec(lambda s: 1 - _cosines(s).mean(), "NC3, angle of weight to means", ("weight",)),
+    "nc3_uniform": MetricSpec(lambda s: _cosines(s).std(correction=0), "NC3, uniform angles", ("weight",)),
     "bias_collapse": MetricSpec(
         lambda s: vector_norm(s.weight @ s.means.mean(dim=0) + s.bias), "bias against global mean", ("weight", "bias")
     ),

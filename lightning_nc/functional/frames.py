@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_nc.functional.table import MetricSpec, Summary, compute
+from lightning_nc.functional.table import MetricSpec, compute
 from lightning_nc.moments import state_dtype
 
 __all__ = [
@@ -17,12 +17,8 @@ __all__ = [
     "FrameName",
     "frame_distance",
     "nc2",
-    "nc2_equiangular",
-    "nc2_equinorm",
-    "nc2_maxangle",
     "nc2_name",
     "nc2_weight",
-    "unit",
 ]
 
 FrameName = Literal["etf", "of"]
@@ -77,73 +73,16 @@ def frame_distance(rows: Tensor, frame: str, other: Tensor | None = None) -> Ten
     return distance
 
 
-def nc2_equinorm(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
-    r"""Equal norms: the population standard deviation (ddof 0) of :math:`\|m_k\|` over its mean.
-    Source: Papyan et al. (2020), figure 2.
-    """
-    return compute("nc2_equinorm", features, target, num_classes)
-
-
-def _nc2_equinorm(s: Summary) -> Tensor:
-    norms: Tensor = vector_norm(s.centered, dim=1)
-    return norms.std(correction=0) / norms.mean()
-
-
-def nc2_equiangular(
-    features: Tensor, target: Tensor, num_classes: int | None = None, pairs: float | None = None
-) -> Tensor:
-    """Equal angles: the standard deviation of cos(m_i, m_j) over the pairs. Source: Papyan et al. (2020), figure 3.
-
-    ``pairs`` estimates it from random pairs, see :func:`nc1_cdnv`.
-    """
-    return compute("nc2_equiangular", features, target, num_classes, pairs=pairs)
-
-
-def _nc2_equiangular(s: Summary) -> tuple[Tensor, Tensor]:
-    rows = unit(s.centered)
-    mean, _ = s.mean_over_pairs(lambda pairs: pairs.products(rows))
-    variance, error = s.mean_over_pairs(lambda pairs: (pairs.products(rows) - mean).square())
-    # To first order the mean, an estimate too, adds no error; that of the root is d sqrt(v) = dv / (2 sqrt(v)).
-    zero = variance == 0  # where the root has no gradient
-    deviation = variance.where(~zero, 1).sqrt() * ~zero
-    return deviation, (error / (2 * deviation)).where(~zero, 0)
-
-
-def nc2_maxangle(
-    features: Tensor, target: Tensor, num_classes: int | None = None, pairs: float | None = None
-) -> Tensor:
-    """Largest angles: the mean over the pairs of abs(cos(m_i, m_j) + 1/(K - 1)). Source: Papyan et al. (2020), figure 4.
-
-    ``pairs`` estimates it from random pairs, see :func:`nc1_cdnv`.
-    """
-    return compute("nc2_maxangle", features, target, num_classes, pairs=pairs)
-
-
-def _nc2_maxangle(s: Summary) -> tuple[Tensor, Tensor]:
-    rows = unit(s.centered)
-    return s.mean_over_pairs(lambda pairs: (pairs.products(rows) + 1 / (len(rows) - 1)).abs())
-
-
 def nc2_weight(weight: Tensor) -> Tensor:
-    r"""Distance of the rows of ``weight`` (K, d) from a simplex ETF, :math:`\| WW^\top / \|WW^\top\|_F - E \|_F`.
-    Source: Zhu et al. (2021), arXiv 2105.02375.
+    r"""Distance of the rows of ``weight`` (K, d) from a simplex ETF, :math:`\| WW^\top / \|WW^\top\|_F - E \|_F`, with rows that
+    are not centered. In [0, sqrt(2)], 0 at collapse. Source: Zhu et al. (2021), arXiv 2105.02375.
     """
     return frame_distance(weight.to(state_dtype(weight.device)), "etf")
 
 
-def unit(rows: Tensor) -> Tensor:
-    """The rows, each of length 1."""
-    scaled: Tensor = rows / vector_norm(rows, dim=1, keepdim=True)
-    return scaled
-
-
 FRAMES = {
-    "nc2_etf": MetricSpec(lambda s: frame_distance(s.means, "etf"), "NC2, class means to ETF"),
-    "nc2_etf_centered": MetricSpec(lambda s: frame_distance(s.centered, "etf"), "NC2, centered means to ETF"),
+    "nc2_etf": MetricSpec(lambda s: frame_distance(s.means, "etf"), "NC2, class means to ETF", etf=True),
+    "nc2_etf_centered": MetricSpec(lambda s: frame_distance(s.centered, "etf"), "NC2, centered means to ETF", etf=True),
     "nc2_of": MetricSpec(lambda s: frame_distance(s.means, "of"), "NC2, class means to OF"),
     "nc2_of_centered": MetricSpec(lambda s: frame_distance(s.centered, "of"), "NC2, centered means to OF"),
-    "nc2_equinorm": MetricSpec(_nc2_equinorm, "NC2, equal norms"),
-    "nc2_equiangular": MetricSpec(_nc2_equiangular, "NC2, equal angles", pairwise=True),
-    "nc2_maxangle": MetricSpec(_nc2_maxangle, "NC2, largest angles", pairwise=True),
-    "nc2_weight": MetricSpec(lambda s: frame_distance(s.weight, "etf"), "NC2, weight to ETF", ("weight",)),
 }

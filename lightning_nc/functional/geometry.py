@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_nc.functional.frames import frame_distance, unit
+from lightning_nc.functional.frames import frame_distance
 from lightning_nc.functional.pairs import Pairs
-from lightning_nc.functional.table import METRICS, MetricSpec, Summary, compute, evaluate
+from lightning_nc.functional.table import METRICS, MetricSpec, compute, evaluate, unit
 from lightning_nc.moments import ClassDeviations, ClassMoments, state_dtype
 
 __all__ = [
@@ -49,7 +49,7 @@ def nc2_seli(features: Tensor, target: Tensor, num_classes: int | None = None) -
 
     where :math:`N_k` is the number of samples of class k. Free features and weights that minimize cross-entropy have these
     class means as the regularization goes to zero. With equal :math:`N_k` they are a simplex ETF, and the value is that of
-    ``nc2_etf_centered``. In [0, 2]; 0 at collapse. SELI has rank K - 1: nan if K > d + 1. The paper compares matrices of all
+    ``nc2_etf_centered``. In [0, √2]; 0 at collapse. SELI has rank K - 1: nan if K > d + 1. The paper compares matrices of all
     N samples; the distance of normalized K x K matrices is a choice. Source: Thrampoulidis et al. (2022), arXiv 2208.05512.
     """
     return compute("nc2_seli", features, target, num_classes)
@@ -75,12 +75,6 @@ def _seli(counts: Tensor, inverse: bool) -> Tensor:
     return normalized.to(counts)
 
 
-def _nc2_seli(rows: Tensor, counts: Tensor, inverse: bool) -> Tensor:
-    if len(rows) > rows.shape[1] + 1:
-        return rows.new_full((), math.nan)
-    return _gram_distance(rows, _seli(counts, inverse))
-
-
 def _gram_distance(rows: Tensor, target: Tensor) -> Tensor:
     """Distance of the Gram matrix, of Frobenius norm 1, from the ``target``."""
     rows = rows / vector_norm(rows)
@@ -93,7 +87,7 @@ def nc2_weight_seli(features: Tensor, target: Tensor, weight: Tensor, num_classe
     r"""Distance of the rows of ``weight`` (K, d) from SELI: that of :math:`WW^\top` from :math:`A^{1/2}`, see :func:`nc2_seli`.
 
     Of ``features`` and ``target`` only the number of samples per class is read. If it is equal, the value is that of
-    :func:`nc2_weight`. In [0, 2]; 0 at collapse; nan if K > d + 1.
+    :func:`nc2_weight`. In [0, √2]; 0 at collapse; nan if K > d + 1.
     """
     return compute("nc2_weight_seli", features, target, num_classes, weight)
 
@@ -116,7 +110,7 @@ def nc2_orthoplex(features: Tensor, target: Tensor, num_classes: int | None = No
 
     .. math:: \left\| VV^\top / \|VV^\top\|_F - T / \|T\|_F \right\|_F
 
-    In [0, 2]; 0 at an orthoplex of any offset and scale, without gradient through the choice of the pairs. The distance is
+    In [0, √2]; 0 at an orthoplex of any offset and scale, without gradient through the choice of the pairs. The distance is
     a choice. K vertices with more pairs, so that they span less than d dimensions, are not recognized. Source of the
     geometry: arXiv 2603.20587.
     """
@@ -125,8 +119,6 @@ def nc2_orthoplex(features: Tensor, target: Tensor, num_classes: int | None = No
 
 def _nc2_orthoplex(rows: Tensor) -> Tensor:
     classes, features = rows.shape
-    if not features + 2 <= classes <= 2 * features:
-        return rows.new_full((), math.nan)
     left, right = _opposites((rows - rows.mean(dim=0)).detach(), classes - features)
     rows = rows - torch.cat([rows[left], rows[right]]).mean(dim=0)
     rows = rows / vector_norm(rows)
@@ -220,10 +212,10 @@ def nearest_frame(moments: ClassMoments | ClassDeviations) -> Geometry:
         return Geometry({}, {}, None, classes, features)
     means, counts = moments.means.detach(), moments.counts
     exist = {
-        "nc2_etf_centered": classes <= features + 1,
+        "nc2_etf_centered": _has_simplex(classes, features),
         "nc2_of": classes <= features,
-        "nc2_seli": classes <= features + 1 and bool(counts.min() < counts.max()),
-        "nc2_orthoplex": features + 2 <= classes <= 2 * features,
+        "nc2_seli": _has_simplex(classes, features) and bool(counts.min() < counts.max()),
+        "nc2_orthoplex": _has_orthoplex(classes, features),
     }
     names = [name for name, exists in exist.items() if exists]
     distances = {name: float(distance(means)) for name, distance in _frames(names, counts).items()}
@@ -369,15 +361,17 @@ def per_class(moments: ClassMoments | ClassDeviations, weight: Tensor | None = N
 
 def _nearest(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The other row that is nearest to each of two or more rows, (K,), and the squared distance to it, (K,)."""
-    size, found = max(1, _PAIRS // len(rows)), []
+    size = max(1, _PAIRS // len(rows))
+    least, other = rows.new_empty(len(rows)), torch.empty(len(rows), dtype=torch.long, device=rows.device)
     for start in range(0, len(rows), size):
         block = slice(start, min(start + size, len(rows)))
         # Another slice than the block, even if it is the same rows: each of the block with every row.
         squares = Pairs(block, slice(None)).squared_distances(rows).view(-1, len(rows))
         squares.diagonal(start).fill_(math.inf)
-        found.append(squares.min(dim=1))
-    squares, other = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return other, squares
+        torch.min(
+            squares, dim=1, out=(least[block], other[block])
+        )  # small tensors of its own would fragment the memory
+    return other, least
 
 
 def worst(table: Mapping[str, Sequence[Any]], count: int = 10) -> str:
@@ -403,17 +397,30 @@ def worst(table: Mapping[str, Sequence[Any]], count: int = 10) -> str:
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
 
 
-def _weight_seli(s: Summary) -> Tensor:
-    return _nc2_seli(s.weight, s.moments.counts, inverse=False)
+def _has_simplex(classes: int, features: int) -> bool:
+    return classes <= features + 1
+
+
+def _has_orthoplex(classes: int, features: int) -> bool:
+    return features + 2 <= classes <= 2 * features
 
 
 GEOMETRY = {
     "nc2_seli": MetricSpec(
-        lambda s: _nc2_seli(s.centered, s.moments.counts, inverse=True), "NC2, centered means to SELI"
+        lambda s: _gram_distance(s.centered, _seli(s.moments.counts, inverse=True)),
+        "NC2, centered means to SELI",
+        exists=_has_simplex,
     ),
-    "nc2_weight_seli": MetricSpec(_weight_seli, "NC2, weight to SELI", ("weight",)),
+    "nc2_weight_seli": MetricSpec(
+        lambda s: _gram_distance(s.weight, _seli(s.moments.counts, inverse=False)),
+        "NC2, weight to SELI",
+        ("weight",),
+        exists=_has_simplex,
+    ),
     "nc3_seli": MetricSpec(
         lambda s: frame_distance(s.weight, "etf", s.centered), "NC3, weight times means to SELI", ("weight",)
     ),
-    "nc2_orthoplex": MetricSpec(lambda s: _nc2_orthoplex(s.means), "NC2, class means to orthoplex", opt_in=True),
+    "nc2_orthoplex": MetricSpec(
+        lambda s: _nc2_orthoplex(s.means), "NC2, class means to orthoplex", opt_in=True, exists=_has_orthoplex
+    ),
 }

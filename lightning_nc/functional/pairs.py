@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["Pairs", "check_pairs", "mean_over_pairs"]
+__all__ = ["Pairs", "check_pairs", "deviation_over_pairs", "log_mean_exp_over_pairs", "mean_over_pairs"]
 
 _BLOCK = 2**20
 """Numbers that are processed together: with 50,000 classes a matrix of all pairs would take 20 GB."""
@@ -72,6 +72,26 @@ def _random_pairs(classes: int, count: int, size: int, device: torch.device) -> 
         yield Pairs(left, right + (right >= left))
 
 
+def _walk(rows: Tensor, values: Callable[[Pairs], Tensor], pairs: int | None) -> tuple[int, bool, Iterator[Tensor]]:
+    """How many pairs there are, whether they are sampled, and the values of each block of them."""
+    (classes, width), device = rows.shape, rows.device
+    total = math.comb(classes, 2)
+    sampled = pairs is not None and pairs < total
+    count = min(pairs or total, total)
+    numbers = 2**18 if device.type == "cpu" else 2**22  # of a block; fits the cache of the CPU
+    size = max(1, numbers // width) if sampled else math.isqrt(numbers)
+    blocks = _random_pairs(classes, count, size, device) if sampled else _all_pairs(classes, size)
+    quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+
+    def found() -> Iterator[Tensor]:
+        with tqdm(total=count, desc="Pairs of classes", unit_scale=True, leave=False, delay=5, disable=quiet) as bar:
+            for block in blocks:
+                yield (block_values := values(block))
+                bar.update(block_values.numel())
+
+    return count, sampled, found()
+
+
 def mean_over_pairs(rows: Tensor, values: Callable[[Pairs], Tensor], pairs: int | None) -> tuple[Tensor, Tensor]:
     """The mean over the pairs of classes of ``values``, which gives one value a pair, and its standard error.
 
@@ -82,27 +102,41 @@ def mean_over_pairs(rows: Tensor, values: Callable[[Pairs], Tensor], pairs: int 
         values: called with blocks of pairs.
         pairs: number of pairs to sample if there are more; None for all of them.
     """
-    (classes, width), device = rows.shape, rows.device
-    total = math.comb(classes, 2)
-    sampled = pairs is not None and pairs < total
-    count = min(pairs or total, total)
-    numbers = 2**18 if device.type == "cpu" else 2**22  # of a block; fits the cache of the CPU
-    size = max(1, numbers // width) if sampled else math.isqrt(numbers)
-    blocks = _random_pairs(classes, count, size, device) if sampled else _all_pairs(classes, size)
-    quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    count, sampled, blocks = _walk(rows, values, pairs)
     center: Tensor | None = None
     summed = squares = rows.new_zeros(())  # not a list, whose small tensors would fragment the memory
-    with tqdm(total=count, desc="Pairs of classes", unit_scale=True, leave=False, delay=5, disable=quiet) as bar:
-        for block in blocks:
-            found = values(block)
-            center = found.detach().mean() if center is None else center  # near the mean, so that nothing cancels
-            squares = squares + (found.detach() - center).square().sum() if sampled else squares
-            summed = summed + found.sum()
-            bar.update(found.numel())
+    for found in blocks:
+        center = found.detach().mean() if center is None else center  # near the mean, so that nothing cancels
+        squares = squares + (found.detach() - center).square().sum() if sampled else squares
+        summed = summed + found.sum()
     mean = summed / count
     if not sampled or center is None:
         return mean, torch.zeros_like(mean)
     variance = squares / count - (mean.detach() - center).square()
+    return mean, (variance.clamp(min=0) / (count - 1)).sqrt()
+
+
+def deviation_over_pairs(rows: Tensor, values: Callable[[Pairs], Tensor], pairs: int | None) -> tuple[Tensor, Tensor]:
+    """The population standard deviation over the pairs, and its standard error; see :func:`mean_over_pairs`."""
+    mean, _ = mean_over_pairs(rows, values, pairs)
+    variance, error = mean_over_pairs(rows, lambda block: (values(block) - mean).square(), pairs)
+    # To first order the mean, an estimate too, adds no error; that of the root is d sqrt(v) = dv / (2 sqrt(v)).
+    zero = variance == 0  # where the root has no gradient
+    deviation = variance.where(~zero, 1).sqrt() * ~zero
+    return deviation, (error / (2 * deviation)).where(~zero, 0)
+
+
+def log_mean_exp_over_pairs(rows: Tensor, logs: Callable[[Pairs], Tensor], pairs: int | None) -> tuple[Tensor, Tensor]:
+    """The logarithm of the mean of exp(``logs``), which may leave the floating range; see :func:`mean_over_pairs`."""
+    count, sampled, blocks = _walk(rows, logs, pairs)
+    summed = squares = rows.new_full((), -math.inf)
+    for found in blocks:
+        squares = torch.logaddexp(squares, (2 * found.detach()).logsumexp(dim=0)) if sampled else squares
+        summed = torch.logaddexp(summed, found.logsumexp(dim=0))
+    mean = summed - math.log(count)
+    if not sampled:
+        return mean, torch.zeros_like(mean)
+    variance = (squares - math.log(count) - 2 * mean.detach()).expm1()  # over the squared mean, as the logarithm asks
     return mean, (variance.clamp(min=0) / (count - 1)).sqrt()
 
 

@@ -13,7 +13,7 @@ from lightning_nc.comparison import pair_scale
 from lightning_nc.functional.table import MetricSpec, Summary, compute
 from lightning_nc.moments import state_dtype
 
-__all__ = ["SAMPLES", "effective_depth", "nc1_cdnv_directional", "nc4", "nc5", "ncc_error"]
+__all__ = ["SAMPLES", "SCATTER_OF_SAMPLES", "effective_depth", "nc1_cdnv_directional", "nc4", "nc5", "ncc_error"]
 
 _BLOCK = 2**22  # numbers that are processed together
 
@@ -126,6 +126,9 @@ def _nc5(s: Summary) -> Tensor:
 SAMPLES = {
     "nc4": MetricSpec(_nc4, "NC4, nearest center against classifier", ("weight",), samples=True),
     "ncc_error": MetricSpec(_ncc_error, "error of the nearest class center", samples=True),
-    "nc1_cdnv_directional": MetricSpec(_nc1_cdnv_directional, "NC1, directional CDNV", samples=True),
     "nc5": MetricSpec(_nc5, "NC5, class means against other data", ("ood",), opt_in=True),
+}
+
+SCATTER_OF_SAMPLES = {
+    "nc1_cdnv_directional": MetricSpec(_nc1_cdnv_directional, "NC1, directional CDNV", samples=True),
 }

@@ -19,9 +19,13 @@ from lightning_nc.functional.pairs import Pairs, check_pairs, mean_over_pairs
 from lightning_nc.keys import ERROR
 from lightning_nc.moments import ClassDeviations, ClassMoments, check_batch, check_labels
 
-__all__ = ["METRICS", "MetricSpec", "Summary", "check_metrics", "compute", "evaluate"]
+__all__ = ["METRICS", "MetricSpec", "Summary", "UndefinedError", "check_metrics", "compute", "evaluate", "unit"]
 
 _PAPER = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")
+
+
+class UndefinedError(ArithmeticError):
+    """What a formula raises to say why it has no value; the metric is nan, with a warning that gives the reason."""
 
 
 @dataclass
@@ -53,9 +57,22 @@ class Summary:
         """M, (K, d)."""
         return self.means - self.means.mean(dim=0)
 
+    @cached_property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """The principal directions of M beyond rounding, (d, r), and their singular values, (r,)."""
+        directions, values = self.moments.directions()
+        if not len(values):
+            raise UndefinedError("the class means differ by no more than rounding")
+        return directions, values
+
     def mean_over_pairs(self, values: Callable[[Pairs], Tensor]) -> tuple[Tensor, Tensor]:
         """The mean over the pairs of classes of ``values``, and its standard error; see :func:`mean_over_pairs`."""
         return mean_over_pairs(self.means, values, self.pairs)
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """The rows of M, each of length 1, (K, d)."""
+        return unit(self.centered)
 
 
 class MetricSpec(NamedTuple):
@@ -65,31 +82,41 @@ class MetricSpec(NamedTuple):
         formula: a function of a :class:`Summary`.
         title: a few words for figures and tables.
         needs: what it reads beside the features: ``weight``, ``bias``, ``ood``.
-        collapse: the value at perfect collapse: a number, or a function of the number of classes.
+        collapse: the value at perfect collapse: a number, or a function of the number of classes and that of features.
         direction: ``"falls"`` or ``"rises"`` toward that value, or ``"approaches"`` it from either side.
         within: whether it reads how the samples of a class vary, so that centers of other data change it.
         scatter: whether it needs the scatter matrix.
         pairwise: whether it returns what :meth:`Summary.mean_over_pairs` returns: the value and its standard error.
         samples: whether samples must be compared with the class means, in ``comparison``.
-        opt_in: whether ``metrics="all"`` leaves it out, because it is slow or needs other data.
+        opt_in: whether ``metrics="all"`` leaves it out, because it is slow, needs other data or seldom exists.
+        etf: whether it compares with a simplex ETF, which K classes form in K - 1 dimensions or more only.
+        exists: for which K and d there is what it compares with; it is nan for others.
         family: what it is about; a panel of a figure shows the metrics of one family.
     """
 
     formula: Callable[[Summary], Any]
     title: str = ""
     needs: tuple[str, ...] = ()
-    collapse: float | Callable[[int], float] = 0.0
+    collapse: float | Callable[[int, int], float] = 0.0
     direction: Literal["falls", "rises", "approaches"] = "falls"
     within: bool = False
     scatter: bool = False
     pairwise: bool = False
     samples: bool = False
     opt_in: bool = False
+    etf: bool = False
+    exists: Callable[[int, int], bool] = lambda classes, features: True
     family: str = "other metrics"
 
-    def value_at_collapse(self, num_classes: int) -> float:
-        """The value at perfect collapse of ``num_classes`` classes."""
-        return self.collapse(num_classes) if callable(self.collapse) else self.collapse
+    def value_at_collapse(self, num_classes: int, num_features: int | None = None) -> float:
+        """The value at perfect collapse of K classes in d features, by default K; a simplex ETF where a frame matters."""
+        return self.collapse(num_classes, num_features or num_classes) if callable(self.collapse) else self.collapse
+
+
+def unit(rows: Tensor) -> Tensor:
+    """The rows, each of length 1."""
+    scaled: Tensor = rows / vector_norm(rows, dim=1, keepdim=True)
+    return scaled
 
 
 METRICS: dict[str, MetricSpec] = {}
@@ -137,18 +164,71 @@ def evaluate(
         with torch.no_grad():
             summary.comparison = Comparison.of(moments, parts.get("weight"), parts.get("bias"))
     summary.ood_mean = nan if ood_mean is None else ood_mean.to(moments.means)
-    values = {}
+    values: dict[str, Tensor] = {}
+    undefined: dict[str, list[str]] = {}
     for name in names:
-        needs = {*METRICS[name].needs, *["bias"] * ("weight" in METRICS[name].needs and METRICS[name].samples)}
-        result = nan if broken & needs else METRICS[name].formula(summary)
-        values[name], error = result if isinstance(result, tuple) else (result, nan)
+        values[name], error, reason = _value(name, summary, broken)
         values |= {name + ERROR: error} if name in sampled else {}
-    undefined = [name for name in names if name != "nc1" and not values[name].isfinite()]
-    if undefined:
-        kind = "nan" if any(values[name].isnan() for name in undefined) else "infinite"
-        reason = _reason(summary, broken, seen.nonzero().flatten())
-        warnings.warn(f"{', '.join(undefined)}: {kind}, because {reason}", stacklevel=2)
+        if not values[name].isfinite():
+            reason = reason or _reason(summary, seen.nonzero().flatten())
+            undefined.setdefault(f"{'nan' if values[name].isnan() else 'infinite'}, because {reason}", []).append(name)
+    for message in [f"{', '.join(listed)}: {why}" for why, listed in undefined.items()] + _cautions(values, summary):
+        warnings.warn(message, stacklevel=2)
     return values
+
+
+def _value(name: str, s: Summary, broken: set[str]) -> tuple[Tensor, Tensor, str]:
+    """The metric, its standard error, and why it has no value if the formula knows."""
+    spec, nan = METRICS[name], s.means.new_full((), math.nan)
+    reads = {*spec.needs, *["bias"] * ("weight" in spec.needs and spec.samples)}
+    if lost := broken & reads:
+        return nan, nan, f"the classifier's {' and '.join(sorted(lost))} holds an infinity or a nan"
+    if not spec.exists(*s.means.shape):
+        return nan, nan, "{} classes in {} dimensions cannot have this geometry".format(*s.means.shape)
+    if spec.within and s.moments.counts.max() == 1 and not s.moments.spread.any():
+        return nan, nan, "every class has one sample, which cannot vary around the mean of its class"
+    try:
+        result = spec.formula(s)
+    except UndefinedError as why:
+        return nan, nan, str(why)
+    value, error = result if isinstance(result, tuple) else (result, nan)
+    return value, error, ""
+
+
+def _cautions(values: dict[str, Tensor], s: Summary) -> list[str]:
+    """What to know of the values that are defined and yet mean less than they seem to."""
+    found, (classes, features) = [], s.means.shape
+    framed = [name for name in values if name in METRICS and METRICS[name].etf]
+    if framed and classes > features + 1:
+        least = math.sqrt(2 - 2 * math.sqrt(features / (classes - 1)))
+        found.append(
+            f"{', '.join(framed)}: {classes} classes form no simplex ETF in {features} dimensions, so the value at collapse is "
+            f"out of reach; a distance between Gram matrices is at least {least:.4f}"
+        )
+    floors = {name: floor for name, floor in _floors(values, s).items() if 0 < values[name] <= floor}
+    if floors:
+        listed = ", ".join(f"{name} = {float(values[name]):.1e}" for name in floors)
+        found.append(
+            f"{listed}: no more than what rounding of {str(s.moments.precision).removeprefix('torch.')} features can cause; only "
+            "the order of magnitude is known, as an upper bound"
+        )
+    return found
+
+
+def _floors(values: dict[str, Tensor], s: Summary) -> dict[str, Tensor]:
+    """What rounding alone can make of each metric that reads how samples vary, and that is defined."""
+    names = [name for name in values if name in METRICS and METRICS[name].within and values[name].isfinite()]
+    floors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name in names:
+            if METRICS[name].scatter:  # along the directions of the class means
+                directions, lengths = s.directions
+                share = (s.moments.noise(directions) / lengths.square()).sum() / s.moments.samples
+                floors[name] = share * len(s.means) / len(lengths)
+            else:  # in all directions
+                share = 2 * s.moments.rounding().sum() / s.moments.spread.sum()
+                floors[name] = values[name] * share.where(share.isfinite(), 0)
+    return floors
 
 
 def _warn_of_absent(seen: Tensor) -> None:
@@ -159,10 +239,8 @@ def _warn_of_absent(seen: Tensor) -> None:
     )
 
 
-def _reason(s: Summary, broken: set[str], classes: Tensor) -> str:
+def _reason(s: Summary, classes: Tensor) -> str:
     """Why a metric is not finite although all features are."""
-    if broken:
-        return f"the classifier's {' and '.join(sorted(broken))} holds an infinity or a nan"
     if s.weight.dim() and not vector_norm(s.weight, dim=1).all():
         return "the classifier's weight is zero for one or more classes"
     if not vector_norm(s.centered, dim=1).all():

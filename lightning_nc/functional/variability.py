@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_nc.functional.table import MetricSpec, Summary, compute
+from lightning_nc.functional.table import MetricSpec, Summary, UndefinedError, compute
+from lightning_nc.moments import ClassMoments
 
-__all__ = ["VARIABILITY", "nc1", "nc1_cdnv", "nc1_trace"]
+__all__ = ["VARIABILITY", "nc1", "nc1_cdnv", "nc1_trace", "nc1_vci"]
 
 
 def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
@@ -33,9 +32,7 @@ def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Ten
 
 
 def _nc1(s: Summary) -> Tensor:
-    directions, values = s.moments.directions()
-    if not len(values):
-        return values.new_full((), math.nan)
+    directions, values = s.directions
     whitening = directions / values
     if s.means.requires_grad:
         # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
@@ -73,8 +70,57 @@ def _nc1_cdnv(s: Summary) -> tuple[Tensor, Tensor]:
     return s.mean_over_pairs(lambda pairs: pairs.sums(variance) / (2 * pairs.squared_distances(s.centered)))
 
 
+def nc1_vci(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    r"""Variability collapse index.
+
+    .. math:: \mathrm{VCI} = 1 - \operatorname{tr}\big((\Sigma_W + \Sigma_B)^\dagger \Sigma_B\big) / r,
+
+    with r the rank of :math:`\Sigma_B`. In [0, 1], 0 at collapse, and at most K / (K - 1) times :func:`nc1`. Invariant to
+    every invertible linear map of the features. Computed without that subtraction: with x the eigenvalues of what is left of the
+    within-class covariance along the class means, relative to their separation, once the other directions have explained what
+    they can, it is the mean of x / (1 + x).
+
+    nan, with a warning, where :math:`N - K \le d - r`: fewer samples than directions explain each other exactly, whatever the
+    collapse (d counts the features that vary). Source: arXiv 2306.03440; that it divides by r is a choice, which the text of the
+    paper does not settle.
+    """
+    return compute("nc1_vci", features, target, num_classes)
+
+
+def _nc1_vci(s: Summary) -> Tensor:
+    directions, lengths = s.directions
+    varied = int(((s.moments.columns > 0) | (s.centered != 0).any(dim=0)).sum())
+    if float(s.moments.samples) - len(s.means) <= varied - len(lengths):
+        raise UndefinedError(
+            f"{int(s.moments.samples)} samples of {len(s.means)} classes are too few for {varied} features that vary: it is 0 "
+            "for any features"
+        )
+    separation = lengths * (s.moments.samples / len(s.means)).sqrt()
+    factor = s.moments.cholesky() if isinstance(s.moments, ClassMoments) else None
+    if factor is not None:
+        ratios = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, directions * separation, upper=False))
+        index: Tensor = 1 / (1 + ratios.square())
+        return index.mean()
+    root = s.moments.root()
+    along = root @ directions
+    others = root - along @ directions.T
+    explained = others @ (torch.linalg.pinv(others) @ along) if root.requires_grad else _projected(along, others)
+    left: Tensor = torch.linalg.svdvals((along - explained) / separation).square()
+    return (left / (1 + left)).sum() / len(lengths)
+
+
+def _projected(rows: Tensor, onto: Tensor) -> Tensor:
+    """The columns of ``rows`` projected on the span of the columns of ``onto``."""
+    axes, values, _ = torch.linalg.svd(onto, full_matrices=False)
+    axes = axes[:, values > torch.finfo(values.dtype).eps * max(onto.shape) * values.max()]
+    first: Tensor = axes @ (axes.T @ rows)
+    second: Tensor = axes @ (axes.T @ (rows - first))  # what rounding has left
+    return first + second
+
+
 VARIABILITY = {
     "nc1": MetricSpec(_nc1, "NC1, within-class variability", within=True, scatter=True),
     "nc1_trace": MetricSpec(_nc1_trace, "NC1, ratio of traces", within=True),
     "nc1_cdnv": MetricSpec(_nc1_cdnv, "NC1, class-distance normalized variance", within=True, pairwise=True),
+    "nc1_vci": MetricSpec(_nc1_vci, "NC1, variability collapse index", within=True, scatter=True),
 }

@@ -24,7 +24,7 @@ from lightning_nc.measuring.kept import KeptSamples, Shards
 from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe
 from lightning_nc.metrics import NeuralCollapse
 
-__all__ = ["FEATURE_BUDGET", "SCATTER_LIMIT", "Collector", "Wish", "warn_of_own_centers"]
+__all__ = ["FEATURE_BUDGET", "SCATTER_LIMIT", "Collector", "Options", "without_centers"]
 
 SCATTER_LIMIT = 2**30
 """Bytes that the scatter matrices of all layers may take together; features beyond it need a second look."""
@@ -34,7 +34,7 @@ FEATURE_BUDGET = 2**30
 
 
 @dataclass(frozen=True)
-class Wish:
+class Options:
     """What is measured beside the metrics of a dataloader's own samples.
 
     Args:
@@ -63,16 +63,16 @@ class Collector:
     Args:
         probe: what to measure of a batch.
         names: the names of the metrics.
-        wish: what is measured beside them.
+        options: what is measured beside them.
     """
 
-    def __init__(self, probe: Probe, names: Sequence[str], wish: Wish | None = None) -> None:
-        self.probe, self.names, self.wish = probe, names, wish or Wish()
+    def __init__(self, probe: Probe, names: Sequence[str], options: Options | None = None) -> None:
+        self.probe, self.names, self.options = probe, names, options or Options()
         self.metrics: dict[str, NeuralCollapse] = {}
         self.projected: dict[str, NeuralCollapse] = {}  # NC1 of features that are too wide for a scatter matrix
         self.permuted: dict[str, NeuralCollapse] = {}  # the metrics with permuted labels
         self.shards: dict[str, Shards] = {}
-        self.kept = KeptSamples(self.wish.budget)
+        self.kept = KeptSamples(self.options.budget)
         self.batches = self.samples = 0
         self.error: Exception | None = None
         self._spans: dict[str, Tensor] = {}
@@ -135,9 +135,9 @@ class Collector:
                     self.shards[layer].update(values, labels)
         if self._looking:
             self._drawn = self._drawn[len(target) :]
-        elif self.wish.baseline or any(map(self._looks_later, self.metrics)):
+        elif self.options.baseline or any(map(self._looks_later, self.metrics)):
             self.kept.add(features, target)
-            self._labels += [target.cpu()] if self.wish.baseline else []
+            self._labels += [target.cpu()] if self.options.baseline else []
 
     def prepare(self, device: torch.device) -> None:
         """Create the metrics, so that a rank without samples has them too."""
@@ -182,12 +182,13 @@ class Collector:
             must be merged once more by :meth:`synchronize`.
         """
         wide = self.too_wide() if second_pass else {}
-        if not (wide or self.wish.baseline or any(map(self._looks_later, self.metrics))):
+        if not (wide or self.options.baseline or any(map(self._looks_later, self.metrics))):
             return False
         fits = self.kept.fits and not wide
         if ranks is not None:
             fits = not all_max(not fits, ranks)
         if not (fits or second_pass):
+            self._leave_out_samples()
             return False
         self._start_look(wide, ranks)
         if not fits:
@@ -207,7 +208,7 @@ class Collector:
             f"the features of {named} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together, so their "
             "nc1 takes a second pass over the data; fewer layers or pool='mean' avoid it"
             if wide
-            else f"the features take more than feature_budget={self.wish.budget:g} bytes, so what compares samples with "
+            else f"the features take more than feature_budget={self.options.budget:g} bytes, so what compares samples with "
             "the class means takes a second pass over the data; a larger feature_budget avoids it"
         )
         if self.probe.is_new("two passes"):
@@ -224,7 +225,7 @@ class Collector:
                 dist.broadcast(span, src=0)
             self._spans[layer] = span
             self.projected[layer] = self._create(span.shape[1], ["nc1"], span.device)
-        if self.wish.baseline:
+        if self.options.baseline:
             self._drawn = _permuted(torch.cat([*self._labels, self._drawn]), ranks)
             for layer, metric in self.metrics.items():
                 names = [
@@ -265,9 +266,7 @@ class Collector:
                 computed |= self.projected[layer].compute() if layer in self.projected else {}
             for name, value in computed.items():
                 base = base_name(name)
-                if base in self.names and not (
-                    METRICS[base].samples and self._looks_later(layer) and not self._looking
-                ):
+                if base in self.names:
                     values[make_key(name, layer, stage, loader)] = float(value)
         depth = self._effective_depth(values, stage, loader)
         values |= {} if depth is None else {make_key(DEPTH, INPUT, stage, loader): depth}
@@ -304,6 +303,8 @@ class Collector:
                 [name for name in metric.metrics if name in self.names],
                 int((metric.counts > 0).sum()),
                 metric.num_features,
+                counts=metric.counts[metric.counts > 0].cpu(),
+                pairs=self.probe.pairs,
             ).items()
         }
 
@@ -328,15 +329,20 @@ class Collector:
                 f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
                 "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
             )
-        if not self._looking and (layers := [layer for layer in self.metrics if self._looks_later(layer)]):
-            names = dict.fromkeys(
-                name for layer in layers for name in self.metrics[layer].metrics if METRICS[name].samples
-            )
-            self.probe.warn_once(
-                "budget",
-                f"{', '.join(names)} left out: the features do not fit into feature_budget={self.wish.budget:g} bytes, and only "
-                "mode='exact' can make a second pass, on the training data",
-            )
+
+    def _leave_out_samples(self) -> None:
+        """Measure no metric that needs the samples again."""
+        left_out: dict[str, None] = {}
+        for metric in self.metrics.values():
+            if metric.compares and metric.centers is None:
+                left_out |= dict.fromkeys(name for name in metric.metrics if METRICS[name].samples)
+                metric.metrics = tuple(name for name in metric.metrics if not METRICS[name].samples)
+                metric.compares = False
+        self.probe.warn_once(
+            "budget",
+            f"{', '.join(left_out)} left out: the features do not fit into feature_budget={self.options.budget:g} bytes, and "
+            "only mode='exact' can make a second pass, on the training data",
+        )
 
     @contextmanager
     def _naming(self, layer: str, stage: str | None) -> Iterator[None]:
@@ -371,12 +377,12 @@ class Collector:
         )
         metric.keeps_samples = False  # they are kept here, for all purposes
         self.metrics[layer] = metric
-        if self.wish.shards:
+        if self.options.shards:
             self._create_shards(layer, width, device)
         return metric
 
     def _centers_of(self, layer: str, width: int) -> Tensor | None:
-        centers = None if self.wish.centers is None else self.wish.centers.get(layer)
+        centers = None if self.options.centers is None else self.options.centers.get(layer)
         return centers if centers is not None and centers.shape[1] == width else None
 
     def _create_shards(self, layer: str, width: int, device: torch.device) -> None:
@@ -413,7 +419,7 @@ class Collector:
         head = self.probe.head
         if tensor is None or head is None:
             return None
-        return tensor.clone() if self.wish.keep_weight else lambda: head.parts()[part]
+        return tensor.clone() if self.options.keep_weight else lambda: head.parts()[part]
 
     def _parts(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the classifier; says once which metrics are left out without them."""
@@ -446,11 +452,21 @@ def _permuted(labels: Tensor, ranks: torch.device | None) -> Tensor:
     return everything[order][start : start + len(labels)]
 
 
-def warn_of_own_centers(probe: Probe, names: Sequence[str], stage: str) -> None:
-    """Warn, once in a run, that held-out samples are compared with their own class means."""
-    if compared := [name for name in names if METRICS[name].samples]:
+def without_centers(probe: Probe, names: Sequence[str], stage: str, expected: bool) -> tuple[str, ...]:
+    """The names to measure of held-out data if the class means of the training data are not known; says it once.
+
+    Where they are ``expected``, since most epochs have them, what compares samples with them is left out. Else the samples
+    are compared with their own class means.
+    """
+    compared = [name for name in names if METRICS[name].samples]
+    if compared:
+        reason = "the training data were not measured with these weights"
+        remedy = "mode='exact' and stages=('train', ...) measure the training data"
         probe.warn_once(
-            f"own centers {stage}",
-            f"{', '.join(compared)} of the stage {stage!r} are taken around the class means of these samples, not around those "
-            "of the training data, which were not measured with these weights; mode='exact', stages=('train', ...) measure them",
+            f"centers {stage} {expected}",
+            f"{', '.join(compared)} of the stage {stage!r} left out, because {reason}"
+            if expected
+            else f"{', '.join(compared)} of the stage {stage!r} are taken around the class means of these samples, not around "
+            f"those of the training data, because {reason}; {remedy}",
         )
+    return tuple(name for name in names if not (expected and name in compared))

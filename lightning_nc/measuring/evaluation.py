@@ -19,7 +19,7 @@ from lightning_nc.functional.geometry import Geometry
 from lightning_nc.functional.table import check_metrics
 from lightning_nc.measuring.batches import Pool, copy_batch
 from lightning_nc.measuring.classes import MeasuredClasses
-from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Wish
+from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options
 from lightning_nc.measuring.distributed import (
     all_max,
     all_raise,
@@ -144,15 +144,17 @@ def measure(  # noqa: D417
     if ranks is not None:
         meet()
 
-    def collect(data: Iterable[Any], names: Sequence[str], wish: Wish, ood: Iterable[Any] | None = None) -> Collector:
-        collector = Collector(probe, names, wish)
+    def collect(
+        data: Iterable[Any], names: Sequence[str], options: Options, ood: Iterable[Any] | None = None
+    ) -> Collector:
+        collector = Collector(probe, names, options)
         run_over(collector, model, lambda: every_sample_once(data), on, progress, ranks, ood)
         return collector
 
     try:
-        centers = None if reference is None else collect(reference, ["nc1_trace"], Wish()).centers()
-        wish = Wish(centers, feature_budget, baseline, intervals is not None, keep_weight=True)
-        return measurement(collect(dataloader, names, wish, ood_dataloader), intervals)
+        centers = None if reference is None else collect(reference, ["nc1_trace"], Options()).centers()
+        options = Options(centers, feature_budget, baseline, intervals is not None, keep_weight=True)
+        return measurement(collect(dataloader, names, options, ood_dataloader), intervals)
     finally:
         probe.detach()
 
@@ -163,7 +165,7 @@ def measurement(
     """What a collector has found: the values by key, see :func:`make_key`, and what is known beside them."""
     found = Measurement(collector.values(stage, loader))
     found.classes = collector.classes()
-    if collector.wish.baseline:
+    if collector.options.baseline:
         found.baseline = {"permuted": collector.permuted_values(), "random": collector.random_values()}
     if level is not None:
         found.intervals = collector.intervals(level)
@@ -213,7 +215,8 @@ def run_over(
             warn_if_moved(loader, warn),
             tqdm(loader, "Neural collapse", total, leave=False, disable=not progress) as bar,
         ):
-            others = None if ood is None else moved(every_sample_once(ood)[0])
+            others = None if ood is None else every_sample_once(ood)
+            others = others and (moved(others[0]), others[1])
             exact_pass(collector, model, moved(bar), ranks=ranks, steps=total or 0, ood=others)
 
 
@@ -251,7 +254,7 @@ def exact_pass(
     forward_context: Any = nullcontext,
     ranks: torch.device | None = None,
     steps: int = 0,
-    ood: Iterable[Any] | None = None,
+    ood: tuple[Iterable[Any], int | None] | None = None,
 ) -> None:
     """Run ``model`` over ``batches`` and collect; run it twice if the samples must be seen again and cannot be kept.
 
@@ -264,7 +267,7 @@ def exact_pass(
             rank fails, all raise.
         steps: in a distributed run, the number of batches on this rank. The model runs equally often on all ranks, on the
             first batch again if need be, since it may hold collectives.
-        ood: batches of no class, likewise.
+        ood: batches of no class, and their number if it is known.
     """
     probe, error, spare, taken = collector.probe, None, None, batches
     try:
@@ -290,15 +293,12 @@ def exact_pass(
 
     _run_all(collector, run, taken, spare, steps)
     if ood is not None:
-        others = list(ood) if ranks is not None else ood
-        _run_all(
-            collector,
-            run,
-            others,
-            spare,
-            int(all_max(sized_len(others) or 0, ranks)) if ranks is not None else 0,
-            ood=True,
-        )
+        others, count = ood
+        if ranks is not None and count is None:
+            others = list(others)
+            count = len(others)
+        most = 0 if ranks is None else int(all_max(count or 0, ranks))
+        _run_all(collector, run, others, spare, most, ood=True)
     collector.synchronize(ranks)
     if collector.look_again(ranks, second_pass=True):
         _run_all(collector, run, batches, spare, steps)
@@ -329,8 +329,8 @@ def _run_all(
             raise LookupError(
                 "the ood_dataloader gave no batch"
                 if ood
-                else "the dataloader gave no batch the second time; what takes two passes over the data cannot be measured on a "
-                "generator, which gives its batches only once"
+                else "the dataloader gave no batch the second time; some metrics take two passes over the data, and a generator "
+                "gives its batches only once"
             )
     except Exception as error:
         collector.error = collector.error or error

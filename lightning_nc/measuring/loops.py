@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_nc.measuring.collector import Collector, Wish
+from lightning_nc.measuring.collector import Collector, Options
 from lightning_nc.measuring.hooks import FirstInput, tensors_in
 from lightning_nc.measuring.probe import Probe
 
@@ -27,14 +27,17 @@ class RunningLoops:
     def __init__(self, probe: Probe, names: Sequence[str]) -> None:
         self.probe, self.names = probe, names
         self._collectors: dict[str, dict[int, Collector]] = {}
-        self._wishes: dict[str, Wish] = {}
+        self._settings: dict[str, tuple[Sequence[str], Options]] = {}  # names and options by stage
         self._first_input: FirstInput | None = None
 
-    def begin(self, stage: str, active: bool, wish: Wish | None = None) -> None:
-        """Measure the batches of ``stage`` from now on, or stop measuring them."""
+    def begin(
+        self, stage: str, active: bool, options: Options | None = None, names: Sequence[str] | None = None
+    ) -> None:
+        """Measure the batches of ``stage`` from now on, or stop measuring them; ``names`` in place of all, if given."""
         self._collectors.pop(stage, None)
-        if active:
-            self._collectors[stage], self._wishes[stage] = {}, wish or Wish()
+        names = self.names if names is None else names
+        if active and names:
+            self._collectors[stage], self._settings[stage] = {}, (names, options or Options())
 
     def is_active(self, stage: str) -> bool:
         """Whether the batches of ``stage`` are measured."""
@@ -44,7 +47,7 @@ class RunningLoops:
         """Before the model runs on a batch; ``attach`` attaches the probe if it is not attached yet."""
         if not self.is_active(stage) or not is_ready(self.probe, model):
             return
-        fresh = Collector(self.probe, self.names, self._wishes[stage])
+        fresh = Collector(self.probe, *self._settings[stage])
         collector = self._collectors[stage].setdefault(loader, fresh)
         collector.start(batch, attach)
         self._raise_if_strict(collector)
@@ -60,7 +63,7 @@ class RunningLoops:
         collectors = self._collectors.pop(stage, {})
         for loader in range(count or 0):
             if loader not in collectors:
-                collectors[loader] = Collector(self.probe, self.names, self._wishes[stage])
+                collectors[loader] = Collector(self.probe, *self._settings[stage])
                 collectors[loader].error = LookupError("no batch came to this rank")
         return dict(sorted(collectors.items()))
 
