@@ -25,6 +25,7 @@ FLOORS = [
     {"measuring.classifier", "measuring.trial"},
     {"measuring.probe", "measuring.kept", "measuring.classes"},
     {"measuring.collector"},
+    {"measuring.measurement", "measuring.held_out"},
     {"measuring.evaluation"},
     {"measuring.loops"},
     {"runs", "trainers"},
