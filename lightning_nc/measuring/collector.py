@@ -403,6 +403,6 @@ def _why_again(wide: Mapping[str, int], budget: float) -> str:
     sizes = [f"{layer or 'classifier input'} {width}" for layer, width in wide.items()]
     named = ", ".join(sizes[:5]) + f" and {len(sizes) - 5} more" * (len(sizes) > 5)
     return (
-        f"the features of {named} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together, so their nc1 takes "
-        "a second pass over the data; fewer layers or pool='mean' avoid it"
+        f"the features of {named} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together, so their nc1 "
+        "takes a second pass over the data; fewer layers or pool='mean' avoid it"
     )
