@@ -26,7 +26,7 @@ FLOORS = [
     {"measuring.probe", "measuring.kept", "measuring.classes"},
     {"measuring.collector"},
     {"measuring.evaluation"},
-    {"measuring.loops"},
+    {"measuring.loops", "measuring.extraction"},
     {"runs", "trainers"},
     {"plotting"},
     {"loggers", "history"},
