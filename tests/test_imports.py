@@ -27,7 +27,7 @@ FLOORS = [
     {"measuring.collector"},
     {"measuring.measurement", "measuring.held_out"},
     {"measuring.evaluation"},
-    {"measuring.loops"},
+    {"measuring.loops", "measuring.extraction"},
     {"runs", "trainers"},
     {"plotting"},
     {"loggers", "history"},
