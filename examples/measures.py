@@ -26,7 +26,7 @@ from lightning_nc.functional import METRICS
 CLASSES, WIDTH, HIDDEN = 10, 64, 4
 LAYERS = {f"body.{index}/": f"layer {index + 1}" for index in range(HIDDEN - 1)} | {"": "classifier input"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DEPTH = ("#C6DBEF", "#6BAED6", "#2171B5", "#08306B")
+DEPTH = ("#C6DBEF", "#6CAFD6", "#2171B5", "#08306B")
 
 # The panels of each picture: a title, and the metrics that it shows. By layer if it is a single metric with a star.
 FAMILIES = {
@@ -110,7 +110,7 @@ def draw(axis: Axes, title: str, names: str, history: History, logarithmic: bool
     axis.xaxis.label.set_fontsize(8)
     axis.grid(color="#E5E5E5", linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(which="both", labelsize=8)
     axis.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1, 1.05), borderaxespad=0.2)
 
 

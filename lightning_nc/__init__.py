@@ -4,6 +4,7 @@ from lightning_nc.callback import NeuralCollapseCallback
 from lightning_nc.history import History
 from lightning_nc.measuring.evaluation import measure
 from lightning_nc.metrics import NC1, NC2, NC3, NC4, NeuralCollapse
+from lightning_nc.regression import NeuralRegressionCollapse
 from lightning_nc.schedule import log_spaced
 from lightning_nc.simplex_etf import SimplexETF
 
@@ -15,6 +16,7 @@ __all__ = [
     "History",
     "NeuralCollapse",
     "NeuralCollapseCallback",
+    "NeuralRegressionCollapse",
     "SimplexETF",
     "log_spaced",
     "measure",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.parameter import is_lazy
-from torchmetrics import Metric
 
 from lightning_nc.comparison import Centers, Comparison
 from lightning_nc.functional import METRICS
@@ -21,22 +18,14 @@ from lightning_nc.functional.frames import FrameName, nc2_name
 from lightning_nc.functional.pairs import check_pairs
 from lightning_nc.functional.table import check_metrics, evaluate
 from lightning_nc.keys import TRAIN_MEANS
-from lightning_nc.moments import ClassMoments, check_batch, check_labels, state_dtype
+from lightning_nc.mergeable import MergeableMetric, Reference, Weight, check_size
+from lightning_nc.moments import ClassMoments, check_batch, check_labels
 
 __all__ = ["NC1", "NC2", "NC3", "NC4", "NeuralCollapse"]
 
-Weight = Tensor | torch.nn.Module | Callable[[], Tensor]
 
-_Statistics = TypeVar("_Statistics", ClassMoments, Comparison)
-
-
-class _ClassifierMetric(Metric):
+class _ClassifierMetric(MergeableMetric):
     """A metric that reads the classifier's weight and bias in every ``compute``."""
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
 
     def __init__(
         self,
@@ -48,67 +37,19 @@ class _ClassifierMetric(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, size, least in (("num_classes", num_classes, 2), ("num_features", num_features, 1)):
-            if not isinstance(size, int | numpy.integer) or size < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+        check_size("num_classes", num_classes, 2)
+        check_size("num_features", num_features, 1)
         if ignore_index is not None and not isinstance(ignore_index, int | numpy.integer):
             raise ValueError(f"ignore_index must be an integer or None, got {ignore_index!r}")
         self.num_classes, self.num_features, self.ignore_index = num_classes, num_features, ignore_index
-        self._should_unsync = self.sync_on_compute  # who calls sync() also decides when the rank's own state returns
-        self.compute_with_cache = False  # a cached value would outlive a change of the weight
-        self._weight = _Reference("weight", weight, (num_classes, num_features))
-        self._bias = _Reference("bias", bias, (num_classes,))
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot the current value, or the given values; see :meth:`torchmetrics.Metric.plot`."""
-        return self._plot(val, ax)
+        self._weight = Reference("weight", weight, (num_classes, num_features), num_classes == 2)
+        self._bias = Reference("bias", bias, (num_classes,), num_classes == 2)
 
     def _check(self, features: Tensor, target: Tensor) -> None:
-        if self._is_synced:
-            raise RuntimeError(
-                "the state holds the samples of all ranks; call reset() or unsync() before the next update"
-            )
+        self._check_own("update")
         check_batch(features, target, self.num_features)
         if target.device.type == "cpu":
             check_labels(target, self.num_classes, self.ignore_index)
-
-
-class _Reference:
-    """A part of the classifier. Copies of a metric share it; a copy of a whole model looks at its own part."""
-
-    def __init__(self, name: str, source: Weight | None, shape: tuple[int, ...]) -> None:
-        self.name, self.source = name, source
-        if source is not None and not callable(source) and not isinstance(source, Tensor):
-            raise ValueError(f"{name} must be a tensor, the layer or a callable, got {type(source).__name__}")
-        if isinstance(source, torch.nn.Module) and not hasattr(source, name):
-            raise ValueError(
-                f"{name} must be a layer with a {name}, a tensor or a callable, got {type(source).__name__}"
-            )
-        if hasattr(source, "base_layer"):
-            raise ValueError(
-                f"{name} of {type(source).__name__} is that of the layer below its adapter; pass a callable that returns what it "
-                "applies, such as lambda: head.weight + head.get_delta_weight('default')"
-            )
-        value = self.read() if isinstance(source, Tensor | torch.nn.Module) else None
-        if value is not None and not is_lazy(value) and value.shape != shape:
-            one = shape[0] == 2 and len(value) == 1  # a classifier with one output decides by its sign
-            hint = f"; for one output pass a callable that returns torch.cat([-{name}, {name}])" if one else ""
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}{hint}")
-        self.given = source is not None and not (isinstance(source, torch.nn.Module) and value is None)
-
-    def read(self) -> Tensor | None:
-        """The current value; None if there is none."""
-        if isinstance(self.source, torch.nn.Module):
-            value: Tensor | None = getattr(self.source, self.name)
-            return value
-        return self.source if isinstance(self.source, Tensor) or self.source is None else self.source()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
-        if id(getattr(self.source, "__self__", self.source)) not in memo:
-            return self
-        copied = copy.copy(self)
-        copied.source = copy.deepcopy(self.source, memo)
-        return copied
 
 
 class NeuralCollapse(_ClassifierMetric):
@@ -188,18 +129,12 @@ class NeuralCollapse(_ClassifierMetric):
             raise ValueError(f"no metric is left: {', '.join(names)} need the classifier's weight or bias")
         rows = [METRICS[name] for name in self.metrics]
         empty = ClassMoments.zeros(num_classes, num_features, scatter=any(row.scatter for row in rows))
-        for field in fields(ClassMoments):
-            self.add_state(field.name, getattr(empty, field.name))
-        # torchmetrics keeps a copy of each state for reset(): one number stands for the zeros of the matrices.
-        for name in ("means", "scatter"):
-            self._defaults[name] = empty.counts.new_zeros(()).expand(getattr(empty, name).shape)
+        self.add_statistics(empty)
         self.compares = any(row.samples for row in rows)
         self.keeps_samples = self.compares
         if self.compares:
             along = "nc1_cdnv_directional" in self.metrics
-            comparison = Comparison.zeros(num_classes, empty.counts, along)
-            for field in fields(Comparison):
-                self.add_state(field.name, getattr(comparison, field.name))
+            self.add_statistics(Comparison.zeros(num_classes, empty.counts, along))
             self.add_state("features", [])
             self.add_state("target", [])
         if any("ood" in row.needs for row in rows):
@@ -292,15 +227,6 @@ class NeuralCollapse(_ClassifierMetric):
     def _comparison(self) -> Comparison:
         return self._view(Comparison)
 
-    def _view(self, kind: type[_Statistics]) -> _Statistics:
-        """A view of the state. A tensor that was made in inference mode cannot be updated in place outside of it."""
-        names = [field.name for field in fields(kind)]
-        for name in names:
-            if (state := getattr(self, name)).is_inference():
-                with torch.inference_mode(False):
-                    setattr(self, name, state.clone())
-        return kind(**{name: getattr(self, name) for name in names})
-
     def _held_centers(self) -> Centers:
         """What samples are compared with: the class means of this metric, or those that it was given."""
         means, seen = self.means, self.counts > 0
@@ -318,28 +244,6 @@ class NeuralCollapse(_ClassifierMetric):
         for features, target in zip(self.features, self.target, strict=True):
             found.update(features, target, centers, self.ignore_index)
         return found
-
-    def merge_over_ranks(self, group: ProcessGroup | None = None) -> None:
-        """Add the samples of all other ranks to the state, in place. All ranks must call it.
-
-        It cannot be undone: :meth:`compute` then returns the values of all ranks, and the metric takes no further batch
-        before ``reset()``. ``compute()`` and ``sync()`` of a metric with ``sync_on_compute=True`` give the same values, but keep
-        a copy of the rank's own state, so that it can return: they take twice the memory of the state.
-
-        Args:
-            group: by default the ``process_group`` of the metric, else all ranks.
-
-        Raises:
-            RuntimeError: if the ranks are merged already, or if ``compute`` would merge them again.
-        """
-        if self._is_synced or self._to_sync:
-            raise RuntimeError(
-                "merge_over_ranks needs a metric with sync_on_compute=False, because compute() would merge the ranks again"
-                if self._to_sync
-                else "the state holds the samples of all ranks already; call reset() or unsync() first"
-            )
-        self._merge(group or self.process_group)
-        self._is_synced, self._should_unsync = True, False
 
     def _merge(self, group: Any) -> None:
         """Merge the state over the ranks. Samples that are kept are compared with the class means of all ranks, and dropped."""
@@ -359,30 +263,6 @@ class NeuralCollapse(_ClassifierMetric):
         """Add what :meth:`compare` found on all other ranks, in place. All ranks must call it."""
         self._comparison().merge_over_ranks(group or self.process_group)
 
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another metric, or of its ``state_dict()``, in place; exact. The other stays as it is.
-
-        So parts of the data can be measured apart: each part saves ``metric.state_dict()`` after ``metric.persistent(True)``,
-        and one metric of the same arguments merges what ``torch.load`` gives. It may lie on another device.
-
-        Raises:
-            RuntimeError: if the state holds the samples of all ranks.
-            ValueError: if a state is missing or does not fit.
-        """
-        if self._is_synced:
-            raise RuntimeError(
-                "the state holds the samples of all ranks; call reset() or unsync() before the next merge"
-            )
-        if incoming_state is self:
-            raise ValueError("a metric cannot be merged with itself: its samples would count twice")
-        if isinstance(incoming_state, dict) and incoming_state.keys() != self._defaults.keys():
-            raise ValueError(
-                f"a state to merge must hold {', '.join(self._defaults)}, got {', '.join(incoming_state) or 'nothing'}; call "
-                "metric.persistent(True) before metric.state_dict()"
-            )
-        super().merge_state(incoming_state)
-        self._update_count += 1  # else compute() warns that there are no samples
-
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         other = {name: incoming_state[name] for name in self._defaults}
         self.moments().merge(ClassMoments(**{field.name: other[field.name] for field in fields(ClassMoments)}))
@@ -393,27 +273,6 @@ class NeuralCollapse(_ClassifierMetric):
         if "nc5" in self.metrics:
             self.ood_sum += other["ood_sum"].to(self.ood_sum)
             self.ood_count += other["ood_count"].to(self.ood_count)
-
-    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        # Other metrics of a collection may share the rank's own state, so the copy that sync() has just made is merged.
-        own, copies = self.metric_state, self._cache
-        assert copies is not None
-        for name, state in copies.items():
-            setattr(self, name, state)
-        self._cache = own
-        self._merge(process_group or self.process_group)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Move with the module, but keep the precision: bfloat16 moments would be worthless."""
-
-        def move(state: Tensor) -> Tensor:
-            device = fn(state.new_empty(0, dtype=torch.float32)).device
-            one_number = state.numel() > 1 and not any(state.stride())
-            moved = state[(0,) * state.dim()] if one_number else state
-            wide = state.dtype in (torch.float32, torch.float64)  # samples that are kept may be coarser
-            return moved.to(device, state_dtype(device) if wide else state.dtype).expand(state.shape)
-
-        return super()._apply(move, *args, **kwargs)
 
 
 class _SingleMetric(NeuralCollapse):

@@ -63,7 +63,14 @@ def bottleneck(classes, per_class, features, dtype, seed=0):
         return net.to(dtype)(rows.to(dtype)), target, points
 
 
-OF_WEIGHT_ALONE = ["nc2_weight", "nc2_weight_equinorm", "nc2_weight_equiangular", "nc2_weight_maxangle", "nc0", "gnc2_margin"]
+OF_WEIGHT_ALONE = [
+    "nc2_weight",
+    "nc2_weight_equinorm",
+    "nc2_weight_equiangular",
+    "nc2_weight_maxangle",
+    "nc0",
+    "gnc2_margin",
+]
 
 # The metrics that need neither a second look at the samples nor other data, and exist where K <= d + 1.
 ONE_PASS = [

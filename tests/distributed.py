@@ -18,7 +18,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from lightning_nc import NeuralCollapseCallback, SimplexETF, measure
+from lightning_nc import NeuralCollapseCallback, NeuralRegressionCollapse, SimplexETF, measure
 from lightning_nc.measuring import collector, distributed
 from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes, is_sharded
 
@@ -235,6 +235,28 @@ def fixed_head():
     return {"own": own.weight, "together": together.module[1].weight, "values": values}
 
 
+def regression_of(rows, **arguments):
+    """A metric of regression that has seen these rows of the training data."""
+    weight = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    metric = NeuralRegressionCollapse(2, 6, weight, **arguments)
+    features = TRAIN.tensors[0][rows]
+    metric.update(features, features[:, :2] + 0.1 * features[:, 2:4])
+    return metric
+
+
+def regression():
+    """The values of all ranks: each has a share of the rows, or the second has all."""
+    rank = torch.distributed.get_rank()
+    shared = regression_of(slice(rank, None, 2))
+    values = [shared.compute()]
+    assert shared.count < len(TRAIN)  # after compute the state is the rank's own again
+    alone = regression_of(slice(None), sync_on_compute=False)
+    if rank == 0:
+        alone.reset()
+    alone.merge_over_ranks()
+    return {"values": [*values, alone.compute()], "late": error_of(alone.update, *TRAIN.tensors)}
+
+
 def share_of(data):
     """Batches of six samples; the ranks have 6 and 3 batches."""
     rows, target = data.tensors
@@ -369,6 +391,7 @@ def main(part, folder):
         results["FSDP, original parameters"] = sharded(fsdp)
         results["FSDP2"] = sharded(fsdp2)
         results["fixed head"] = fixed_head()
+        results["regression"] = regression()
         results["loop"] = measured_in_a_loop()
         results["alone"] = measured_by_the_first_rank_alone()
         results["huggingface"] = huggingface_ranks.results(folder)

@@ -77,11 +77,13 @@ def others(means, centered, within, weight, counts, owner, features):
     """Lengths and angles of the weight, energies, ranks, and the variability collapse index."""
     k, d = means.shape
     unit = centered / np.linalg.norm(centered, axis=1, keepdims=True)
-    logs = np.array([-np.log(np.linalg.norm(unit[i] - unit[j])) for i, j in itertools.combinations(range(k), 2)])
+    logs = np.concatenate([-np.log(np.linalg.norm(unit[i + 1 :] - unit[i], axis=1)) for i in range(k)])
     powers = np.exp((d - 2) * (logs - logs.max()))
     lengths = np.linalg.norm(weight, axis=1)
     cosine = (weight * centered).sum(1) / (lengths * np.linalg.norm(centered, axis=1))
-    small = np.flatnonzero(counts < np.sort(counts)[(k - 1) // 2 : k // 2 + 1].mean()) if np.ptp(counts) else np.arange(k)
+    small = (
+        np.flatnonzero(counts < np.sort(counts)[(k - 1) // 2 : k // 2 + 1].mean()) if np.ptp(counts) else np.arange(k)
+    )
     minority = cosines(weight[small]).mean() if len(small) > 1 else np.nan
     spread = np.linalg.svd(centered, compute_uv=False) ** 2
     total = np.linalg.eigvalsh(np.cov(np.asarray(features, dtype=np.float64).T, ddof=0).reshape(d, d))
@@ -95,7 +97,7 @@ def others(means, centered, within, weight, counts, owner, features):
         "gnc2_log": logs.mean(),
         "gnc2_log_spread": logs.std(),
         "gnc2_riesz": np.log(powers.mean()) + (d - 2) * logs.max() if d > 2 else np.nan,
-        "gnc2_margin": margin(weight),
+        "gnc2_margin": margin(weight) if k < 100 else np.nan,
         "minority_cosine": minority,
         "stable_rank": spread.sum() / spread.max(),
         "numerical_rank": (np.sqrt(spread) > np.sqrt(1e-3) * np.sqrt(spread.max())).sum(),
@@ -106,7 +108,7 @@ def others(means, centered, within, weight, counts, owner, features):
 
 def vci(within, centered, samples):
     """By its definition, with the rank of the class means known; nan where it is 0 for any features."""
-    (k, d), between = centered.shape, centered.T @ centered / len(centered)
+    k, between = len(centered), centered.T @ centered / len(centered)
     rank = min(k - 1, np.linalg.matrix_rank(centered))
     varied = (np.diag(within + between) > 0).sum()
     if samples - k <= varied - rank:

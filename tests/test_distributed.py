@@ -273,3 +273,12 @@ def test_all_ranks_have_the_same_fixed_head_and_measure_it_in_a_sharded_model():
     values = measure(model, DataLoader(TRAIN, 51), layers=["0", "1.0"], progress=False)
     assert "nc3_centered" in values
     assert first["values"] == second["values"] == [pytest.approx(values, rel=1e-5)] * 2
+
+
+def test_the_metrics_of_regression_are_those_of_all_ranks():
+    first, second = (rank["regression"] for rank in run("sharded")[0])
+    truth = distributed.regression_of(slice(None)).compute()
+    assert list(truth) == ["nrc1", "nrc2", "nrc3"]
+    for values in (*first["values"], *second["values"]):
+        torch.testing.assert_close(values, truth, rtol=1e-10, atol=0)
+    assert "before the next update" in first["late"][1]

@@ -24,9 +24,10 @@ def blocks(page):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("page", "code"), [(page, code) for page in ("README.md", "docs/costs.md") for code in blocks(page)]
+    ("page", "code"),
+    [(page, code) for page in ("README.md", "docs/costs.md", "docs/regression.md") for code in blocks(page)],
 )
-def test_the_examples_of_the_readme_and_of_the_page_about_costs_run(page, code, tmp_path, monkeypatch):
+def test_the_examples_of_the_readme_and_of_the_pages_about_costs_and_regression_run(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
@@ -99,7 +100,7 @@ def rows_of_metrics():
     tables = [
         table for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE) if table.startswith("| Name | Formula |")
     ]
-    rows = [line.strip("|").split(" | ") for table in tables for line in table.splitlines()[2:]]
+    rows = [line.strip("|").split("|") for table in tables for line in table.splitlines()[2:]]
     return {name.strip(" `"): [cell.strip(" `") for cell in cells] for name, *cells in rows}
 
 

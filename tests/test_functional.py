@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import ONE_PASS, bottleneck, clusters, metric_value, simplex_etf
+from conftest import OF_WEIGHT_ALONE, ONE_PASS, bottleneck, clusters, metric_value, simplex_etf
 from torch import nn
 
 from lightning_nc import NC1, NeuralCollapse, functional
@@ -57,9 +57,9 @@ def test_any_number_of_classes_gives_the_same_result_with_a_unit_that_is_dead(cl
     weight, bias = torch.randn(classes, features + 1).double(), torch.randn(classes).double()
     expected = reference.all_metrics(rows.numpy(), target.numpy(), weight.numpy(), bias.numpy())
     expected["nc1"] = reference.nc1_by_axes(rows.numpy(), target.numpy())
-    for name in METRICS:
+    for name in METRICS if classes < 100 else METRICS.keys() - {"gnc2_margin"}:  # which takes K^3 steps
         value = metric_value(name, rows, target, weight, bias).item()
-        assert value == pytest.approx(expected[name], rel=1e-9, nan_ok=True), name
+        assert value == pytest.approx(expected[name], rel=1e-9 if name != "gnc2_margin" else 1e-5, nan_ok=True), name
 
 
 PAIRWISE = ("nc1_cdnv", "nc2_equiangular", "nc2_maxangle")
@@ -173,7 +173,10 @@ def test_formulas_are_differentiable_at_random_points_and_nearly_collapsed_ones(
     weight = torch.randn(7, 4, dtype=torch.float64)
     rows.requires_grad_()
     for name, spec in METRICS.items():
-        if name != "nc2_weight" and not spec.samples and spec.exists(7, 4):
+        smooth = not (
+            spec.samples or name.startswith("numerical_rank") or name in (*OF_WEIGHT_ALONE, "minority_cosine")
+        )
+        if smooth and spec.exists(7, 4):
             compute = functools.partial(metric_value, name, target=target, weight=weight, bias=torch.zeros(7))
             assert torch.autograd.gradcheck(compute, rows), name
     for name in PAIRWISE:

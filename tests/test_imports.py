@@ -12,13 +12,13 @@ PACKAGE = Path(lightning_nc.__file__).parent
 # A module imports only from floors that stand before its own. CONTRIBUTING.md shows the same house as a picture.
 FLOORS = [
     {"moments", "keys", "theory", "simplex_etf"},
-    {"comparison", "schedule"},
-    {"functional.pairs"},
+    {"comparison", "schedule", "mergeable", "regression_moments"},
+    {"functional.pairs", "functional.regression"},
     {"functional.table"},
     {"functional.variability", "functional.frames", "functional.angles", "functional.samples", "functional.spectrum"},
     {"functional.alignment", "functional.geometry", "functional.weights"},
     {"functional.__init__"},
-    {"metrics", "certainty"},
+    {"metrics", "certainty", "regression"},
     {"measuring.hooks", "measuring.loaders", "measuring.distributed"},
     {"measuring.layout", "measuring.batches", "measuring.snapshot"},
     {"measuring.labels"},

@@ -33,6 +33,7 @@ from lightning_nc.functional.angles import (
 )
 from lightning_nc.functional.frames import FRAMES, nc2, nc2_weight
 from lightning_nc.functional.geometry import GEOMETRY, nc2_orthoplex, nc2_seli, nc2_weight_seli, nc3_seli
+from lightning_nc.functional.regression import nrc1, nrc2, nrc3
 from lightning_nc.functional.samples import (
     SAMPLES,
     SCATTER_OF_SAMPLES,
@@ -96,6 +97,9 @@ __all__ = [
     "nc4",
     "nc5",
     "ncc_error",
+    "nrc1",
+    "nrc2",
+    "nrc3",
     "numerical_rank",
     "numerical_rank_features",
     "stable_rank",

@@ -95,27 +95,36 @@ def _nc1_vci(s: Summary) -> Tensor:
             f"{int(s.moments.samples)} samples of {len(s.means)} classes are too few for {varied} features that vary: it is 0 "
             "for any features"
         )
-    separation = lengths * (s.moments.samples / len(s.means)).sqrt()
-    factor = s.moments.cholesky() if isinstance(s.moments, ClassMoments) else None
-    if factor is not None:
-        ratios = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, directions * separation, upper=False))
-        index: Tensor = 1 / (1 + ratios.square())
-        return index.mean()
-    root = s.moments.root()
-    along = root @ directions
-    others = root - along @ directions.T
-    explained = others @ (torch.linalg.pinv(others) @ along) if root.requires_grad else _projected(along, others)
-    left: Tensor = torch.linalg.svdvals((along - explained) / separation).square()
-    return (left / (1 + left)).sum() / len(lengths)
+    with torch.no_grad():
+        separation = lengths * (s.moments.samples / len(s.means)).sqrt()
+        factor = s.moments.cholesky() if isinstance(s.moments, ClassMoments) else None
+        if factor is not None:
+            ratios = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, directions * separation, upper=False))
+            parts = 1 / (1 + ratios.square())
+        else:
+            left = torch.linalg.svdvals(_unexplained(s.moments.root(), directions) / separation).square()
+            parts = left / (1 + left)
+        index: Tensor = parts.sum() / len(lengths)
+    if not s.means.requires_grad:
+        return index
+    # The definition cancels where the index is small, but not its gradient.
+    between = s.centered.T @ s.centered / len(s.means)
+    total = s.moments.pooled() / s.moments.samples + between
+    explained = (torch.linalg.pinv(total, hermitian=True) * between).sum() / len(lengths)
+    corrected: Tensor = index + explained.detach() - explained
+    return corrected
 
 
-def _projected(rows: Tensor, onto: Tensor) -> Tensor:
-    """The columns of ``rows`` projected on the span of the columns of ``onto``."""
-    axes, values, _ = torch.linalg.svd(onto, full_matrices=False)
-    axes = axes[:, values > torch.finfo(values.dtype).eps * max(onto.shape) * values.max()]
-    first: Tensor = axes @ (axes.T @ rows)
-    second: Tensor = axes @ (axes.T @ (rows - first))  # what rounding has left
-    return first + second
+def _unexplained(rows: Tensor, directions: Tensor) -> Tensor:
+    """What is left of the rows along the directions after regression on the rows in all other directions."""
+    complement = torch.linalg.qr(directions, mode="complete").Q[:, directions.shape[1] :]
+    others = rows @ complement
+    along: Tensor = rows @ directions
+    axes, values, _ = torch.linalg.svd(others, full_matrices=False)
+    axes = axes[:, values > torch.finfo(values.dtype).eps * max(rows.shape) * vector_norm(rows)]
+    for _ in range(2):  # again, for what rounding has left
+        along = along - axes @ (axes.T @ along)
+    return along
 
 
 VARIABILITY = {

@@ -79,6 +79,8 @@ def gnc2_margin(weight: Tensor) -> Tensor:
 def _gnc2_margin(weight: Tensor) -> Tensor:
     """Accelerated projected gradient over the weights of the hull, all classes at once, with restarts."""
     rows = unit(weight.detach())
+    if not rows.isfinite().all():
+        return rows.new_full((), math.nan)
     gram, classes = rows @ rows.T, len(rows)
     own = torch.eye(classes, dtype=torch.bool, device=rows.device)
     step = 1 / torch.linalg.matrix_norm(gram, 2)
