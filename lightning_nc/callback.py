@@ -120,7 +120,7 @@ class NeuralCollapseCallback(Results, Callback):
             probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        _check_mode(mode, dataloader)
+        _check_mode(mode, dataloader, ood_dataloader)
         self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history, self.previous_histories = History(), list[History]()
@@ -381,13 +381,14 @@ class NeuralCollapseCallback(Results, Callback):
         return values
 
 
-def _check_mode(mode: str, dataloader: Any) -> None:
+def _check_mode(mode: str, dataloader: Any, ood_dataloader: Any) -> None:
     if mode not in ("exact", "online"):
         raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
-    if mode == "online" and dataloader is not None:
-        raise MisconfigurationException(
-            "mode='online' measures the batches of the training loop, so dataloader= has no effect; leave one of them out"
-        )
+    for name, given in (("dataloader", dataloader), ("ood_dataloader", ood_dataloader)):
+        if mode == "online" and given is not None:
+            raise MisconfigurationException(
+                f"mode='online' measures the batches of the training loop, so {name}= has no effect; leave one of them out"
+            )
 
 
 def _callbacks_of(trainer: Trainer) -> list[NeuralCollapseCallback]:

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
-from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, Key, base_name, natural_order, parse_key
+from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, TRAIN_MEANS, Key, base_name, natural_order, parse_key
 from lightning_nc.runs import Run, epoch_of, metrics_of
 
 __all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
@@ -131,15 +131,16 @@ def draw(
     colors: Sequence[Any] = _COLORS,
     style: Any = "-",
     legend: bool = True,
+    linear: bool = False,
 ) -> None:
     """Draw curves by label, each a pair of x and y, on a log axis, where zeros are triangles at its lower edge.
 
-    The axis is linear if a value is negative.
+    The axis is linear if it is to be, or if a value is negative.
     """
-    negative = any(numpy.nanmin(ys, initial=0) < 0 for _, ys in curves.values())
+    linear = linear or any(numpy.nanmin(ys, initial=0) < 0 for _, ys in curves.values())
     for index, (label, (xs, ys)) in enumerate(curves.items()):
         color, x, y = colors[index % len(colors)], numpy.asarray(xs), numpy.asarray(ys, dtype=float)
-        seen = numpy.isfinite(y) & ((y > 0) | negative)
+        seen = numpy.isfinite(y) & ((y > 0) | linear)
         alone = seen & ~numpy.append(seen[1:], False) & ~numpy.append(False, seen[:-1])
         known = {line.get_label() for line in axis.lines}
         axis.plot(
@@ -153,14 +154,16 @@ def draw(
             markersize=4,
             markevery=alone.nonzero()[0].tolist(),
         )
-        if not negative and (zero := y == 0).any():
+        if not linear and (zero := y == 0).any():
             axis.plot(x[zero], zero[zero] * 0.0, "v", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
-    if not negative:
+    if not linear:
         axis.set_yscale("log")
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(xlabel)
     axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
     axis.grid(True, which="major", alpha=0.3)
+    for text in [text for text in axis.texts if text.get_text() == "no finite value"]:
+        text.remove()  # of another stage
     if not any(numpy.isfinite(line.get_ydata()).any() for line in axis.lines):
         axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", va="center", color="0.4")
     if legend and len(curves) > 1:
@@ -234,8 +237,14 @@ def _family(metric: str) -> str:
 
 
 def _title(metric: str) -> str:
-    spec = METRICS.get(metric)
-    return spec.title if spec and spec.title else metric
+    spec = METRICS.get(base_name(metric))
+    around = ", around training means" * metric.endswith(TRAIN_MEANS)
+    return "effective depth" if metric == DEPTH else spec.title + around if spec and spec.title else metric
+
+
+def _is_count(members: Sequence[str]) -> bool:
+    """Whether the metrics are numbers of dimensions or layers, which do not approach zero."""
+    return all(name == DEPTH or (name in METRICS and METRICS[name].direction == "approaches") for name in members)
 
 
 def _is_chance(metric: str) -> bool:
@@ -259,7 +268,16 @@ def _draw_panel(
             own = key._replace(metric=base_name(key.metric))
             if own in chosen:  # behind its curve: what chance alone would give
                 axis.plot(x, y, color=colors[list(chosen).index(own)], alpha=0.3, linewidth=1, marker="_", zorder=1)
-        draw(axis, _text(title), "epoch", curves, colors, _style(*group), legend=not layers and len(members) > 1)
+        draw(
+            axis,
+            _text(title),
+            "epoch",
+            curves,
+            colors,
+            _style(*group),
+            not layers and len(members) > 1,
+            _is_count(members),
+        )
     frames = [_OTHER_FRAME[name] for name in members if name in _OTHER_FRAME]
     if num_classes and frames:
         level = math.sqrt(2 - 2 * math.sqrt((num_classes - 1) / num_classes))

@@ -11,7 +11,6 @@ from label_cases import CASES, Frozen, causal, loader_of
 from lightning.pytorch import Trainer
 
 from lightning_nc import NeuralCollapseCallback, measure
-from lightning_nc.functional import METRICS
 
 MODES = {"exact": {}, "online": {"mode": "online"}, "validation": {"stages": ("validate",)}}
 
@@ -19,7 +18,7 @@ MODES = {"exact": {}, "online": {"mode": "online"}, "validation": {"stages": ("v
 def measured(name):
     case = CASES[name]()
     share = case.batches[torch.distributed.get_rank() :: 2]
-    return measure(case.model, share, metrics=tuple(METRICS), progress=False, **case.arguments)
+    return measure(case.model, share, metrics="all", progress=False, **case.arguments)
 
 
 def one_rank_with_padding_alone():
@@ -27,13 +26,13 @@ def one_rank_with_padding_alone():
     padding = [batch for batch in case.batches if not batch["attention_mask"].any()]
     others = [batch for batch in case.batches if batch["attention_mask"].any()]
     share = padding if torch.distributed.get_rank() else others
-    return measure(case.model, share, metrics=tuple(METRICS), progress=False, **case.arguments)
+    return measure(case.model, share, metrics="all", progress=False, **case.arguments)
 
 
 def trained(mode):
     """With four batches, which two ranks share evenly."""
     case = causal()
-    callback = NeuralCollapseCallback(metrics=tuple(METRICS), strict=True, **mode, **case.arguments)
+    callback = NeuralCollapseCallback(metrics="all", strict=True, **mode, **case.arguments)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, callbacks=[callback], **quiet)
     trainer.fit(Frozen(case.model), loader_of(case.batches), loader_of(case.batches))

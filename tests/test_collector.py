@@ -301,3 +301,32 @@ def test_a_metric_of_its_own_centers_and_one_of_given_centers():
     with pytest.raises(ValueError, match=r"centers must have shape \(3, 5\)"):
         NeuralCollapse(3, 5, centers=torch.ones(3, 4))
     assert reference.nc1(rows.numpy(), target.numpy()) > 0
+
+
+@pytest.mark.parametrize("metrics", ["nc4", ["nc3", "nc4"], "nc3"])
+@pytest.mark.parametrize("baseline", [False, True])
+def test_a_layer_for_which_none_of_the_metrics_exists_is_no_obstacle(metrics, baseline):
+    found = quiet(Net(), batches(), metrics=metrics, layers=["net.0"], baseline=baseline)
+    assert {*found} == ({metrics} if isinstance(metrics, str) else {*metrics})
+
+
+def test_data_of_no_class_are_for_training_data_alone(tmp_path):
+    ood = DataLoader(TensorDataset(torch.randn(9, 8)), 4)
+    callback = NeuralCollapseCallback(stages=("train", "validate"), ood_dataloader=ood, strict=True)
+    fit(callback, default_root_dir=tmp_path)
+    assert all(("nc/nc5" in row) == (row["stage"] == "train") for row in callback.history)
+    assert not any("nc/val/nc5" in row for row in callback.history)
+    with pytest.raises(Exception, match="so ood_dataloader= has no effect"):
+        NeuralCollapseCallback(mode="online", ood_dataloader=ood)
+
+
+def test_a_metric_of_ones_own_is_measured_drawn_and_named_where_it_fails(monkeypatch):
+    monkeypatch.setitem(METRICS, "mine", functional.MetricSpec(lambda s: s.moments.spread.max(), "my spread"))
+    assert quiet(Net(), batches(), metrics="mine")["mine"] > 0
+    for formula, message in (
+        (lambda s: 1.0, "must return a tensor"),
+        (lambda s: s.centred, "formula of 'mine' failed"),
+    ):
+        monkeypatch.setitem(METRICS, "mine", functional.MetricSpec(formula))
+        with pytest.raises((RuntimeError, TypeError), match=message):
+            quiet(Net(), batches(), metrics="mine")

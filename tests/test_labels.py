@@ -27,7 +27,7 @@ from label_cases import (
 from torch import nn
 
 from lightning_nc import NeuralCollapseCallback, measure
-from lightning_nc.functional import METRICS
+from lightning_nc.functional.table import check_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:no sample of")
 
@@ -42,17 +42,18 @@ def truth(case):
         weight, bias = np.concatenate([-weight, weight]), np.concatenate([-bias, bias])
     seen = np.unique(target)
     values = reference.all_metrics(rows, target, weight[seen], bias[seen])
-    return values if head.bias is not None else {k: v for k, v in values.items() if k != "bias_collapse"}
+    missing = {"bias_collapse"} if head.bias is None else set()
+    return {name: values[name] for name in check_metrics("all") if name not in missing}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_metric_equals_an_independent_computation_for_every_kind_of_label(name):
     case = CASES[name]()
-    values = measure(case.model, case.batches, metrics=tuple(METRICS), progress=False, **case.arguments)
+    values = measure(case.model, case.batches, metrics="all", progress=False, **case.arguments)
     expected = truth(case)
-    own = {key: value for key, value in values.items() if "/" not in key}
+    own = {key: value for key, value in values.items() if "/" not in key and key != "effective_depth"}
     assert own.keys() == expected.keys()
-    assert own == pytest.approx(expected, rel=2e-5, abs=1e-6)
+    assert own == pytest.approx(expected, rel=2e-5, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,12 @@ def test_every_metric_equals_an_independent_computation_for_every_kind_of_label(
 @pytest.mark.parametrize("name", CASES)
 def test_every_mode_of_the_callback_pairs_the_same_labels_and_features(name, mode, tmp_path):
     case = CASES[name]()
-    callback = NeuralCollapseCallback(metrics=tuple(METRICS), strict=True, **mode, **case.arguments)
+    callback = NeuralCollapseCallback(metrics="all", strict=True, **mode, **case.arguments)
     data = loader_of(case.batches)
     fit(tmp_path, [callback], data, Frozen(case.model), val=data, max_epochs=1)
     expected, prefix = truth(case), "nc/val/" if "stages" in mode else "nc/"
     found = {name: callback.history[-1][prefix + name] for name in expected}
-    assert found == pytest.approx(expected, rel=2e-5, abs=1e-6)
+    assert found == pytest.approx(expected, rel=2e-5, abs=1e-6, nan_ok=True)
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def ranks():
 def test_two_processes_measure_the_labels_of_both(name):
     expected = truth(CASES[name]())
     for rank in ranks():
-        assert {key: rank[name][key] for key in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6)
+        assert {key: rank[name][key] for key in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", ["padding alone", "exact", "online", "validation"])
@@ -94,7 +95,9 @@ def test_a_rank_with_nothing_but_padding_and_every_mode_of_two_processes_give_th
     expected = truth(causal())
     prefix = {"padding alone": "", "validation": "nc/val/"}.get(name, "nc/")
     for rank in ranks():
-        assert {key: rank[name][prefix + key] for key in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6)
+        assert {key: rank[name][prefix + key] for key in expected} == pytest.approx(
+            expected, rel=2e-5, abs=1e-6, nan_ok=True
+        )
 
 
 def test_layers_at_the_same_positions_are_measured_and_those_of_another_resolution_are_left_out():

@@ -75,7 +75,7 @@ def test_titles_say_what_is_drawn():
         "NC2, class means to OF",
         "NC3, weight to class means",
         "NC3, weight to centered means",
-        "bias_collapse",
+        "bias against global mean",
     ]
 
 
@@ -132,7 +132,7 @@ def test_stages_differ_by_style_and_metrics_without_layers_share_the_panel_of_th
     assert [axis.get_title() for axis in figure.axes] == [
         "NC1, within-class variability",
         "NC2, class means to frame",
-        "bias_collapse",
+        "bias against global mean",
     ]
     assert [(line.get_label(), line.get_linestyle()) for line in figure.axes[1].lines] == [
         ("nc2_of", "-"),

@@ -191,7 +191,11 @@ def _value(name: str, s: Summary, broken: set[str]) -> tuple[Tensor, Tensor, str
         result = spec.formula(s)
     except UndefinedError as why:
         return nan, nan, str(why)
+    except Exception as failure:
+        raise RuntimeError(f"the formula of {name!r} failed: {type(failure).__name__}: {failure}") from failure
     value, error = result if isinstance(result, tuple) else (result, nan)
+    if not isinstance(value, Tensor) or value.dim():
+        raise TypeError(f"the formula of {name!r} must return a tensor of shape (), got {value!r:.80}")
     return value, error, ""
 
 
@@ -263,7 +267,7 @@ def check_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in METRICS:
             known = ["paper", "all", *METRICS]
-            near = difflib.get_close_matches(str(name), known) or known
+            near = difflib.get_close_matches(str(name).lower(), known) or known
             raise ValueError(f"unknown metric {name!r}; did you mean one of {', '.join(near)}?")
     return names
 

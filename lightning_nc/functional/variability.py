@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_nc.functional.table import MetricSpec, Summary, UndefinedError, compute
-from lightning_nc.moments import ClassMoments
+from lightning_nc.moments import ClassDeviations, ClassMoments
 
 __all__ = ["VARIABILITY", "nc1", "nc1_cdnv", "nc1_trace", "nc1_vci"]
 
@@ -81,20 +81,14 @@ def nc1_vci(features: Tensor, target: Tensor, num_classes: int | None = None) ->
     they can, it is the mean of x / (1 + x).
 
     nan, with a warning, where :math:`N - K \le d - r`: fewer samples than directions explain each other exactly, whatever the
-    collapse (d counts the features that vary). Source: arXiv 2306.03440; that it divides by r is a choice, which the text of the
-    paper does not settle.
+    collapse (d counts the directions in which features vary by more than rounding). Source: arXiv 2306.03440; that it divides by
+    r is a choice, which the text of the paper does not settle.
     """
     return compute("nc1_vci", features, target, num_classes)
 
 
 def _nc1_vci(s: Summary) -> Tensor:
     directions, lengths = s.directions
-    varied = int(((s.moments.columns > 0) | (s.centered != 0).any(dim=0)).sum())
-    if float(s.moments.samples) - len(s.means) <= varied - len(lengths):
-        raise UndefinedError(
-            f"{int(s.moments.samples)} samples of {len(s.means)} classes are too few for {varied} features that vary: it is 0 "
-            "for any features"
-        )
     with torch.no_grad():
         separation = lengths * (s.moments.samples / len(s.means)).sqrt()
         factor = s.moments.cholesky() if isinstance(s.moments, ClassMoments) else None
@@ -102,7 +96,7 @@ def _nc1_vci(s: Summary) -> Tensor:
             ratios = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, directions * separation, upper=False))
             parts = 1 / (1 + ratios.square())
         else:
-            left = torch.linalg.svdvals(_unexplained(s.moments.root(), directions) / separation).square()
+            left = torch.linalg.svdvals(_unexplained(s.moments, directions) / separation).square()
             parts = left / (1 + left)
         index: Tensor = parts.sum() / len(lengths)
     if not s.means.requires_grad:
@@ -115,13 +109,23 @@ def _nc1_vci(s: Summary) -> Tensor:
     return corrected
 
 
-def _unexplained(rows: Tensor, directions: Tensor) -> Tensor:
-    """What is left of the rows along the directions after regression on the rows in all other directions."""
+def _unexplained(moments: ClassMoments | ClassDeviations, directions: Tensor) -> Tensor:
+    """What is left of the deviations along the directions after regression on those in all other directions.
+
+    Directions in which samples vary by no more than rounding explain nothing.
+    """
+    rows = moments.root()
     complement = torch.linalg.qr(directions, mode="complete").Q[:, directions.shape[1] :]
     others = rows @ complement
     along: Tensor = rows @ directions
-    axes, values, _ = torch.linalg.svd(others, full_matrices=False)
-    axes = axes[:, values > torch.finfo(values.dtype).eps * max(rows.shape) * vector_norm(rows)]
+    axes, values, across = torch.linalg.svd(others, full_matrices=False)
+    axes = axes[:, values.square() > moments.noise(complement @ across.T)]
+    free = int(moments.samples) - len(moments.means)
+    if free <= axes.shape[1]:
+        raise UndefinedError(
+            f"{int(moments.samples)} samples of {len(moments.means)} classes are too few for features that vary in "
+            f"{axes.shape[1] + directions.shape[1]} directions: it is 0 for any features"
+        )
     for _ in range(2):  # again, for what rounding has left
         along = along - axes @ (axes.T @ along)
     return along

@@ -230,7 +230,8 @@ class Collector:
 
     def _looks_later(self, layer: str) -> bool:
         """Whether a metric compares samples with class means that are known only after the pass."""
-        return self.metrics[layer].compares and self.metrics[layer].centers is None
+        metric = self.metrics.get(layer)
+        return metric is not None and metric.compares and metric.centers is None
 
     def too_wide(self) -> dict[str, int]:
         """The layers, with the widths of their features, whose NC1 needs a second pass."""
