@@ -82,8 +82,8 @@ class History(list[dict[str, Any]]):
         Args:
             values: the metrics by key, as :func:`lightning_nc.measure` returns them (``layer3/nc1``) or as the callback logs
                 them (``nc/test/layer3/nc1``). What ``measure`` returns beside them is in the row too: the distances to the frames
-                that exist, the nearest as ``geometry``, and the baseline as ``nc/nc1_permuted`` and ``nc/nc2_etf_random``; not the
-                intervals.
+                that exist, the nearest as ``geometry``, and the baseline as ``nc/nc1_permuted`` and ``nc/nc2_etf_random``; not
+                the intervals.
             epoch: a whole number or a fraction; the x axis of figures.
             stage: ``"train"``, ``"validate"`` or ``"test"``.
             step: the number of optimizer steps.
