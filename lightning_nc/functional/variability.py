@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_nc.functional.table import MetricSpec, Summary, UndefinedError, compute
-from lightning_nc.moments import ClassMoments
+from lightning_nc.moments import ClassDeviations, ClassMoments
 
 __all__ = ["VARIABILITY", "nc1", "nc1_cdnv", "nc1_trace", "nc1_vci"]
 
@@ -102,7 +102,7 @@ def _nc1_vci(s: Summary) -> Tensor:
             ratios = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, directions * separation, upper=False))
             parts = 1 / (1 + ratios.square())
         else:
-            left = torch.linalg.svdvals(_unexplained(s.moments.root(), directions) / separation).square()
+            left = torch.linalg.svdvals(_unexplained(s.moments, directions) / separation).square()
             parts = left / (1 + left)
         index: Tensor = parts.sum() / len(lengths)
     if not s.means.requires_grad:
@@ -115,13 +115,17 @@ def _nc1_vci(s: Summary) -> Tensor:
     return corrected
 
 
-def _unexplained(rows: Tensor, directions: Tensor) -> Tensor:
-    """What is left of the rows along the directions after regression on the rows in all other directions."""
+def _unexplained(moments: ClassMoments | ClassDeviations, directions: Tensor) -> Tensor:
+    """What is left of the deviations along the directions after regression on those in all other directions, but for what
+    rounding can cause: a bottleneck leaves directions with nothing else.
+    """
+    rows = moments.root()
     complement = torch.linalg.qr(directions, mode="complete").Q[:, directions.shape[1] :]
     others = rows @ complement
     along: Tensor = rows @ directions
     axes, values, _ = torch.linalg.svd(others, full_matrices=False)
-    axes = axes[:, values > torch.finfo(values.dtype).eps * max(rows.shape) * vector_norm(rows)]
+    floor = torch.finfo(values.dtype).eps * max(rows.shape) * vector_norm(rows)
+    axes = axes[:, values > floor.maximum(moments.noise().sqrt())]
     for _ in range(2):  # again, for what rounding has left
         along = along - axes @ (axes.T @ along)
     return along
