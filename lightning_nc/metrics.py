@@ -265,8 +265,8 @@ class NeuralCollapse(_ClassifierMetric):
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         other = {name: incoming_state[name] for name in self._defaults}
-        if self.compares and any(state["features"] for state in (self.metric_state, other)):
-            for state in (self.metric_state, other):
+        if self.compares and any(state["features"] for state in (vars(self), other)):
+            for state in (vars(self), other):
                 if state["compared"].any():
                     raise ValueError(
                         "samples that were compared with class means already cannot be merged with samples that are kept; merge "
