@@ -152,7 +152,7 @@ class NeuralCollapse(_ClassifierMetric):
         self.moments().update(features, target, self.ignore_index)
         if self.keeps_samples:
             self.features.append(features.detach().clone())
-            self.target.append(target.long())
+            self.target.append(target.long().clone())
         elif self.centers is not None and self.compares:
             self.compare(features, target)
 
@@ -265,6 +265,13 @@ class NeuralCollapse(_ClassifierMetric):
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         other = {name: incoming_state[name] for name in self._defaults}
+        if self.compares and any(state["features"] for state in (vars(self), other)):
+            for state in (vars(self), other):
+                if state["compared"].any():
+                    raise ValueError(
+                        "samples that were compared with class means already cannot be merged with samples that are kept; merge "
+                        "the metrics before merge_over_ranks()"
+                    )
         self.moments().merge(ClassMoments(**{field.name: other[field.name] for field in fields(ClassMoments)}))
         if self.compares:
             self._comparison().merge(Comparison(**{field.name: other[field.name] for field in fields(Comparison)}))

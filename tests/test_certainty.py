@@ -89,6 +89,17 @@ def test_metrics_of_the_weight_are_sure_and_those_of_samples_or_other_data_are_l
     assert found["nc2_weight"] == pytest.approx((value, value))
 
 
+def test_the_classes_that_count_as_small_are_those_of_all_samples_whatever_the_parts_hold():
+    rows, target = clusters(4, 50, 6, 0.5, dtype=torch.float64)
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    unit = weight / weight.norm(dim=1, keepdim=True)
+    mean = ((unit @ unit.T).sum() - 4).item() / 12
+    shards = [ClassMoments.zeros(4, 6) for _ in range(3)]
+    for shard, part in zip(shards, torch.arange(200).tensor_split(3), strict=True):  # of each class another number
+        shard.update(rows[part], target[part])
+    assert jackknife(("minority_cosine",), shards, weight, None, 0.9)["minority_cosine"] == pytest.approx((mean, mean))
+
+
 def test_a_class_that_one_shard_alone_has_and_classes_never_seen_leave_an_interval():
     rows, target = clusters(6, 40, 8, 0.5, dtype=torch.float64)
     kept = (target != 4) & ((target != 2) | ((target == 2).cumsum(0) == 1))

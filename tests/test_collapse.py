@@ -142,6 +142,18 @@ def test_one_sample_in_each_class_says_nothing_of_variability():
         assert math.isnan(value)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-6), (torch.float16, 1e-3)])
+def test_directions_that_hold_nothing_but_rounding_explain_nothing_in_the_variability_collapse_index(dtype, error):
+    rows, target = clusters(4, 50, 6, 1.0, dtype=torch.float64)
+    expected = nc1_vci(rows, target).item()  # invariant to every linear map that keeps the six dimensions
+    wide = (rows @ torch.randn(6, 12, dtype=torch.float64)).to(dtype)  # a bottleneck of six dimensions
+    assert nc1_vci(wide, target).item() == pytest.approx(expected, rel=error)
+    metric = NeuralCollapse(4, 12, metrics="nc1_vci")
+    for part, own in zip(wide.split(32), target.split(32), strict=True):
+        metric.update(part, own)
+    assert metric.compute()["nc1_vci"].item() == pytest.approx(expected, rel=error)
+
+
 def test_fewer_samples_than_dimensions_make_the_variability_collapse_index_undefined():
     rows, target = clusters(3, 4, 20, 0.5, dtype=torch.float64)
     assert math.isnan(one_warning(lambda: nc1_vci(rows, target), "are too few for features that vary in"))

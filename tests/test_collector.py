@@ -168,6 +168,29 @@ def test_the_baseline_is_that_of_permuted_labels_and_of_random_directions(budget
     )
 
 
+@pytest.mark.parametrize("ignored", [-100, CLASSES])
+@pytest.mark.parametrize("budget", [2**30, 0])
+def test_ignored_samples_take_no_part_in_the_baseline_and_the_intervals(ignored, budget):
+    model, settings = Net(), {"metrics": ("nc1", "nc1_cdnv"), "baseline": True, "intervals": 0.9, "layers": ["net.0"]}
+    model.head = nn.Linear(FEATURES, CLASSES + 1)  # so that an ignored label may be one of a class
+    rows, target = ROWS[::2], TARGET[::2]
+    mixed, labels = torch.full_like(ROWS, torch.nan), torch.full_like(TARGET, ignored)
+    mixed[::2], labels[::2] = rows, target
+    found = quiet(model, batches(mixed, labels), ignore_index=ignored, feature_budget=budget, **settings)
+    alone = quiet(model, batches(rows, target), **settings)
+    assert found == pytest.approx(alone, rel=1e-5)
+    assert found.baseline["permuted"] == pytest.approx(alone.baseline["permuted"], rel=1e-5)
+    assert {key: pytest.approx(ends, rel=1e-3) for key, ends in alone.intervals.items()} == found.intervals
+
+
+@pytest.mark.parametrize("settings", [{"metrics": "nc4"}, {"metrics": "nc3", "baseline": True}])
+@pytest.mark.parametrize("budget", [2**30, 0])
+def test_metrics_of_the_classifier_alone_need_nothing_of_the_layers(settings, budget):
+    model = Net()
+    found = quiet(model, batches(), layers=["net.*"], feature_budget=budget, **settings)
+    assert found == quiet(model, batches(), **settings)
+
+
 def test_intervals_hold_the_value_and_are_wider_for_a_higher_level():
     model = Net()
     narrow, wide = (quiet(model, batches(), metrics=("nc1", "nc1_trace"), intervals=level) for level in (0.5, 0.99))

@@ -219,6 +219,14 @@ def test_a_second_pass_gives_the_nc1_of_all_features(classes, width, noise, capl
 
 
 @pytest.mark.usefixtures("_no_scatter")
+def test_metrics_that_need_a_scatter_matrix_which_is_too_large_are_left_out_with_a_warning():
+    rows, target = clusters(4, 30, 12, 0.5)
+    with pytest.warns(UserWarning, match="nc1_vci of the classifier input left out: features this wide"):
+        found = measure(nn.Linear(12, 4), [(rows, target)], metrics=("nc1", "nc1_vci"), progress=False)
+    assert found.keys() == {"nc1"}
+
+
+@pytest.mark.usefixtures("_no_scatter")
 def test_a_generator_which_has_only_one_pass_is_refused():
     rows, target = clusters(3, 10, 6, 0.3)
     batches = zip(rows.split(5), target.split(5), strict=True)

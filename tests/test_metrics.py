@@ -540,3 +540,31 @@ def test_the_layer_below_an_adapter_is_refused_as_a_weight_and_what_the_adapter_
     assert metric.compute().item() == pytest.approx(
         reference.direction(applied, reference.moments(rows, target)[0]), rel=1e-5
     )
+
+
+def test_a_buffer_of_labels_that_is_filled_again_changes_no_sample_that_is_kept():
+    features, target = clusters(CLASSES, 40, FEATURES, 2.0)
+    metric, labels = NeuralCollapse(CLASSES, FEATURES, metrics="ncc_error"), torch.empty(40, dtype=torch.long)
+    for rows, own in zip(features.split(40), target.split(40), strict=True):
+        metric.update(rows, labels.copy_(own))
+    assert metric.compute()["ncc_error"] == F.ncc_error(features, target)
+
+
+def test_samples_that_were_compared_already_are_not_merged_with_samples_that_are_kept():
+    features, target = clusters(CLASSES, 40, FEATURES, 2.0)
+    compared, kept = (NeuralCollapse(CLASSES, FEATURES, metrics="ncc_error") for _ in range(2))
+    compared.keeps_samples = False
+    compared.update(features, target)
+    compared.compare(features, target)
+    kept.update(features, target)
+    for one, other in ((compared, kept), (kept, compared)):
+        with pytest.raises(ValueError, match="compared with class means already"):
+            one.merge_state(other)
+
+
+def test_nc5_without_other_data_says_so():
+    features, target = clusters(CLASSES, 40, FEATURES, 2.0)
+    metric = NeuralCollapse(CLASSES, FEATURES, metrics="nc5")
+    metric.update(features, target)
+    with pytest.warns(UserWarning, match="nan, because the mean of the data of no class is not finite"):
+        assert metric.compute()["nc5"].isnan()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_nc.comparison import pair_scale
-from lightning_nc.functional.table import MetricSpec, Summary, compute
+from lightning_nc.functional.table import MetricSpec, Summary, UndefinedError, compute
 from lightning_nc.moments import state_dtype
 
 __all__ = ["SAMPLES", "SCATTER_OF_SAMPLES", "effective_depth", "nc1_cdnv_directional", "nc4", "nc5", "ncc_error"]
@@ -118,7 +118,13 @@ def nc5(features: Tensor, target: Tensor, ood_features: Tensor, num_classes: int
 
 
 def _nc5(s: Summary) -> Tensor:
+    if not s.ood_mean.isfinite().all():
+        raise UndefinedError(
+            "the mean of the data of no class is not finite: there are none, or they hold an infinity or a nan"
+        )
     lengths = vector_norm(s.means, dim=1) * vector_norm(s.ood_mean)
+    if not lengths.all():
+        raise UndefinedError("the mean of a class, or that of the data of no class, is zero")
     cosines: Tensor = (s.means @ s.ood_mean / lengths).abs()
     return cosines.mean()
 

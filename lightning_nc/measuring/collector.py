@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -129,11 +130,12 @@ class Collector:
                     )
                 metric.update(values, labels)
                 if layer in self.shards:
-                    self.shards[layer].update(values, labels)
+                    kept = labels != self.probe.ignore_index
+                    self.shards[layer].update(values[kept], labels[kept])
         if self._looking:
             self._drawn = self._drawn[len(target) :]
         elif self.options.baseline or any(map(self._looks_later, self.metrics)):
-            self.kept.add(features, target)
+            self.kept.add({layer: features[layer] for layer in self.metrics}, target)
             self._labels += [target.cpu()] if self.options.baseline else []
 
     def prepare(self, device: torch.device) -> None:
@@ -211,7 +213,7 @@ class Collector:
             self._spans[layer] = span
             self.projected[layer] = self._create(span.shape[1], ["nc1"], span.device)
         if self.options.baseline:
-            self._drawn = _permuted(torch.cat([*self._labels, self._drawn]), ranks)
+            self._drawn = _permuted(torch.cat([*self._labels, self._drawn]), int(self.probe.ignore_index), ranks)
             for layer, metric in self.metrics.items():
                 names = [
                     name for name in metric.metrics if not METRICS[name].samples and "ood" not in METRICS[name].needs
@@ -221,7 +223,7 @@ class Collector:
                     self.permuted[layer] = self._create(metric.num_features, names, metric.device, *parts)
 
     def _look_at(self, layer: str, values: Tensor, labels: Tensor) -> None:
-        if self._looks_later(layer):
+        if layer in self.metrics and self._looks_later(layer):
             self.metrics[layer].compare(values, labels)
         if layer in self.projected:
             self.projected[layer].update(values.to(self._spans[layer].dtype) @ self._spans[layer], labels)
@@ -261,7 +263,8 @@ class Collector:
             values[make_key(DEPTH, INPUT, stage, loader)] = effective_depth(known)
         if not values:
             raise LookupError(
-                f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier"
+                f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier, or are left out as a "
+                "warning says"
             )
         return values
 
@@ -271,6 +274,19 @@ class Collector:
                 "wide",
                 f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
                 "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
+            )
+        lost = {
+            layer or "the classifier input": [
+                n for n in self.names if METRICS[n].scatter and n not in (*metric.metrics, "nc1")
+            ]
+            for layer, metric in self.metrics.items()
+        }
+        if names := dict.fromkeys(chain.from_iterable(lost.values())):
+            self.probe.warn_once(
+                "wide scatter",
+                f"{', '.join(names)} of {', '.join(layer for layer in lost if lost[layer])} left out: features this wide would "
+                f"need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together; "
+                "measure fewer layers or use pool='mean'",
             )
 
     def _leave_out_samples(self) -> None:
@@ -383,16 +399,17 @@ class Collector:
         return weight, bias
 
 
-def _permuted(labels: Tensor, ranks: torch.device | None) -> Tensor:
-    """A random permutation of the labels of all ranks: this rank's share of it."""
-    shares = [labels]
+def _permuted(labels: Tensor, ignore_index: int, ranks: torch.device | None) -> Tensor:
+    """A random permutation of the labels of all ranks: this rank's share of it. What is ignored stays where it is."""
+    used = labels != ignore_index
+    shares = [labels[used]]
     if ranks is not None:
         shares = [labels] * dist.get_world_size()
-        dist.all_gather_object(shares, labels)
+        dist.all_gather_object(shares, labels[used])
     start = sum(map(len, shares[: dist.get_rank()])) if ranks is not None else 0
     everything = torch.cat(shares)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
-    return everything[order][start : start + len(labels)]
+    return labels.masked_scatter(used, everything[order][start : start + int(used.sum())])
 
 
 def _why_again(wide: Mapping[str, int], budget: float) -> str:
