@@ -104,16 +104,28 @@ def tokens(count: int = 12, length: int = 1024) -> None:
     )
 
 
-def peak(batches: int) -> int:
+def peak(batches: int, metrics: str = "paper", budget: float = 2**30) -> int:
     """Peak resident memory in MiB of a fresh process that measures a small model over that many generated batches."""
-    program = f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import exact_pass; exact_pass.stream({batches})"
+    call = f"exact_pass.stream({batches}, {metrics!r}, {budget})"
+    program = f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r}); import exact_pass; {call}"
     return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
 
 
-def stream(batches: int) -> None:
+class Generated:
+    """Batches that are made anew, the same ones each time."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(self.batches):
+            yield torch.randn(256, 512, generator=generator), torch.randint(10, (256,), generator=generator)
+
+
+def stream(batches: int, metrics: str, budget: float) -> None:
     """Measure over generated batches and print the peak memory."""
-    generated = ((torch.randn(256, 512), torch.randint(10, (256,))) for _ in range(batches))
-    measure(nn.Linear(512, 10), generated, progress=False)
+    measure(nn.Linear(512, 10), Generated(batches), progress=False, metrics=metrics, feature_budget=budget)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
@@ -122,6 +134,11 @@ if __name__ == "__main__":
     few, many = peak(20), peak(2000)
     print(f"peak memory over 5,120 and 512,000 samples: {few} and {many} MiB: {many / few:.2f}")
     layers = ["layer1", "layer2", "layer3", "layer4"]
+    twice, none, kept = peak(1000, "all", 0), peak(1000, "all", 2**27), peak(1000, "all", 2**30)
+    print(
+        f"all metrics over 256,000 samples of 512 features, 500 MiB: peak of {twice} MiB with a feature budget of 0, {none} MiB with "
+        f"one of 128 MiB (both in two passes), {kept} MiB with one of 1 GiB (kept)"
+    )
     cost("the paper's six")
     cost("the paper's six and 4 layers", layers)
     cost("all metrics that one pass gives", metrics=one_pass())
