@@ -136,8 +136,8 @@ if __name__ == "__main__":
     layers = ["layer1", "layer2", "layer3", "layer4"]
     twice, none, kept = peak(1000, "all", 0), peak(1000, "all", 2**27), peak(1000, "all", 2**30)
     print(
-        f"all metrics over 256,000 samples of 512 features, 500 MiB: peak of {twice} MiB with a feature budget of 0, {none} MiB with "
-        f"one of 128 MiB (both in two passes), {kept} MiB with one of 1 GiB (kept)"
+        f"all metrics over 256,000 samples of 512 features, 500 MiB: peak of {twice} MiB with a feature budget of 0, {none} MiB "
+        f"with one of 128 MiB (both in two passes), {kept} MiB with one of 1 GiB (kept)"
     )
     cost("the paper's six")
     cost("the paper's six and 4 layers", layers)

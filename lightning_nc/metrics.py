@@ -212,6 +212,10 @@ class NeuralCollapse(_ClassifierMetric):
             name if name in names and METRICS[name].samples else name + TRAIN_MEANS: v for name, v in other.items()
         }
 
+    def classifier(self) -> tuple[Tensor | None, Tensor | None]:
+        """The current weight and bias that it was given, each None if there is none."""
+        return self._weight.read(), self._bias.read()
+
     def span(self) -> Tensor:
         """Orthonormal columns that span the centered class means, (d, r), without directions that rounding can cause.
 

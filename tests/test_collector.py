@@ -353,3 +353,12 @@ def test_a_metric_of_ones_own_is_measured_drawn_and_named_where_it_fails(monkeyp
         monkeypatch.setitem(METRICS, "mine", functional.MetricSpec(formula))
         with pytest.raises((RuntimeError, TypeError), match=message):
             quiet(Net(), batches(), metrics="mine")
+
+
+def test_a_table_of_all_pairs_of_very_many_classes_is_not_kept():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 12_000))
+    data = [(torch.randn(50, 4), torch.arange(50) % 2)]
+    with pytest.warns(
+        UserWarning, match="nc1_cdnv_directional left out: the pairs of 12000 classes would take 1.1 GiB"
+    ):
+        assert {*quiet(model, data, metrics=("ncc_error", "nc1_cdnv_directional"))} == {"ncc_error"}

@@ -223,7 +223,7 @@ class Collector:
                     self.permuted[layer] = self._create(metric.num_features, names, metric.device, *parts)
 
     def _look_at(self, layer: str, values: Tensor, labels: Tensor) -> None:
-        if layer in self.metrics and self._looks_later(layer):
+        if self._looks_later(layer):
             self.metrics[layer].compare(values, labels)
         if layer in self.projected:
             self.projected[layer].update(values.to(self._spans[layer].dtype) @ self._spans[layer], labels)
@@ -326,6 +326,13 @@ class Collector:
         weight, bias = self.parts() if layer == INPUT else (None, None)
         given = {"ood"} | {part for part, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
         names = [name for name in self.names if given.issuperset(METRICS[name].needs)]
+        if "nc1_cdnv_directional" in names and 8 * self.probe.classes**2 > SCATTER_LIMIT:
+            names.remove("nc1_cdnv_directional")
+            self.probe.warn_once(
+                "pairs of classes",
+                f"nc1_cdnv_directional left out: the pairs of {self.probe.classes} classes would take "
+                f"{8 * self.probe.classes**2 / 2**30:.1f} GiB",
+            )
         if not names:
             return None
         taken = sum(8 * m.num_features**2 for m in self.metrics.values() if any(METRICS[n].scatter for n in m.metrics))

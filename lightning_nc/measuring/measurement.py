@@ -46,7 +46,7 @@ def measurement(
     """What a collector has found: the values by key, see :func:`make_key`, and what is known beside them."""
     found = Measurement(collector.values(stage, loader))
     if INPUT in collector.metrics:
-        found.classes = MeasuredClasses(collector.metrics[INPUT].moments(), collector.parts()[0])
+        found.classes = MeasuredClasses(collector.metrics[INPUT].moments(), collector.metrics[INPUT].classifier()[0])
     if collector.options.baseline:
         found.baseline = {"permuted": _permuted(collector), "random": _random(collector)}
     if level is not None:
@@ -85,7 +85,7 @@ def _intervals(collector: Collector, level: float) -> dict[str, tuple[float, flo
     found = {}
     for layer, shards in collector.shards.items():
         names = [name for name in collector.metrics[layer].metrics if name in collector.names]
-        parts = collector.parts() if layer == INPUT else (None, None)
+        parts = collector.metrics[layer].classifier()
         for name, ends in jackknife(names, shards.moments, *parts, level, collector.probe.pairs).items():
             found[make_key(name, layer)] = ends
     return found
