@@ -348,7 +348,7 @@ def test_a_metric_of_ones_own_is_measured_drawn_and_named_where_it_fails(monkeyp
     assert quiet(Net(), batches(), metrics="mine")["mine"] > 0
     for formula, message in (
         (lambda s: 1.0, "must return a tensor"),
-        (lambda s: s.centred, "formula of 'mine' failed"),
+        (lambda s: s.no_such_part, "formula of 'mine' failed"),
     ):
         monkeypatch.setitem(METRICS, "mine", functional.MetricSpec(formula))
         with pytest.raises((RuntimeError, TypeError), match=message):
