@@ -32,16 +32,20 @@ def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Ten
 
 
 def _nc1(s: Summary) -> Tensor:
+    return s.moments.within(_whitening(s)[0]).sum() / s.moments.samples
+
+
+def _whitening(s: Summary) -> tuple[Tensor, Tensor]:
+    """The pseudoinverse of rows T (m, d) with T'T = M'M, and T."""
     directions, values = s.directions
-    whitening = directions / values
-    if s.means.requires_grad:
-        # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
-        # pseudoinverse exists for equal singular values too, that of V does not.
-        contrasts = s.moments.contrasts()
-        if len(values) < min(contrasts.shape):
-            contrasts = contrasts @ directions @ directions.T
-        whitening = torch.linalg.pinv(contrasts, atol=values.min() / 2, rtol=0)
-    return s.moments.within(whitening).sum() / s.moments.samples
+    if not s.means.requires_grad:
+        return directions / values, (directions * values).T
+    # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
+    # pseudoinverse exists for equal singular values too, that of V does not.
+    contrasts = s.moments.contrasts()
+    if len(values) < min(contrasts.shape):
+        contrasts = contrasts @ directions @ directions.T
+    return torch.linalg.pinv(contrasts, atol=values.min() / 2, rtol=0), contrasts
 
 
 def nc1_trace(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
@@ -95,35 +99,28 @@ def _nc1_vci(s: Summary) -> Tensor:
             f"{int(s.moments.samples)} samples of {len(s.means)} classes are too few for {varied} features that vary: it is 0 "
             "for any features"
         )
-    with torch.no_grad():
-        separation = lengths * (s.moments.samples / len(s.means)).sqrt()
-        factor = s.moments.cholesky() if isinstance(s.moments, ClassMoments) else None
-        if factor is not None:
-            ratios = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, directions * separation, upper=False))
-            parts = 1 / (1 + ratios.square())
-        else:
-            left = torch.linalg.svdvals(_unexplained(s.moments.root(), directions) / separation).square()
-            parts = left / (1 + left)
-        index: Tensor = parts.sum() / len(lengths)
-    if not s.means.requires_grad:
-        return index
-    # The definition cancels where the index is small, but not its gradient.
-    between = s.centered.T @ s.centered / len(s.means)
-    total = s.moments.pooled() / s.moments.samples + between
-    explained = (torch.linalg.pinv(total, hermitian=True) * between).sum() / len(lengths)
-    corrected: Tensor = index + explained.detach() - explained
-    return corrected
+    if isinstance(s.moments, ClassMoments) and (factor := s.moments.cholesky()) is not None:
+        separation = directions * lengths * (s.moments.samples / len(s.means)).sqrt()
+        ratios: Tensor = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, separation, upper=False))
+        return (1 / (1 + ratios.square())).sum() / len(lengths)
+    left = _unexplained(s)
+    ratio = left.T @ left * (len(s.means) / s.moments.samples)
+    index: Tensor = torch.linalg.solve(torch.eye(len(ratio)).to(ratio) + ratio, ratio).trace()
+    return index / len(lengths)
 
 
-def _unexplained(rows: Tensor, directions: Tensor) -> Tensor:
-    """What is left of the rows along the directions after regression on the rows in all other directions."""
+def _unexplained(s: Summary) -> Tensor:
+    """What is left of the deviations along the class means, whitened, after regression on those in all other directions."""
+    (directions, _), (whitening, rows), deviations = s.directions, _whitening(s), s.moments.root()
+    along = deviations @ whitening
     complement = torch.linalg.qr(directions, mode="complete").Q[:, directions.shape[1] :]
-    others = rows @ complement
-    along: Tensor = rows @ directions
-    axes, values, _ = torch.linalg.svd(others, full_matrices=False)
-    axes = axes[:, values > torch.finfo(values.dtype).eps * max(rows.shape) * vector_norm(rows)]
-    for _ in range(2):  # again, for what rounding has left
-        along = along - axes @ (axes.T @ along)
+    others = (deviations - along @ rows) @ complement
+    with torch.no_grad():
+        axes, values, turn = torch.linalg.svd(others, full_matrices=False)
+        kept = values.square() > s.moments.noise()  # rounding explains nothing, though it would fit anything
+        inverse = (turn[kept].T / values[kept]) @ axes[:, kept].T
+    for _ in range(2):  # again, for what rounding has left; what is left does not change with the coefficients
+        along = along - others @ (inverse @ along.detach())
     return along
 
 
