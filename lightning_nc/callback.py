@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -18,8 +18,9 @@ from typing_extensions import override
 from lightning_nc.history import History
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
-from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options, without_centers
+from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options
 from lightning_nc.measuring.evaluation import names_to_measure
+from lightning_nc.measuring.held_out import TrainingMeans
 from lightning_nc.measuring.loaders import check_loader
 from lightning_nc.measuring.loops import RunningLoops, is_ready
 from lightning_nc.measuring.probe import Probe
@@ -124,8 +125,7 @@ class NeuralCollapseCallback(Results, Callback):
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history, self.previous_histories = History(), list[History]()
         self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget)
-        self._centers: dict[str, Tensor] = {}  # the class means of the training data by layer
-        self._weights_of_centers = ""  # fingerprint of the weights that they are of
+        self._means = TrainingMeans(expected="train" in stages and mode == "exact")
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
         self._measured: tuple[int, int] | None = None  # epoch and step of the last measurement of training data
@@ -336,13 +336,12 @@ class NeuralCollapseCallback(Results, Callback):
         self._loops.start(stage, loader, pl_module, batch, lambda: attach(trainer, pl_module, self._probe, batch))
 
     def _begin_held_out(self, trainer: Trainer, pl_module: LightningModule, stage: str, due: bool) -> None:
-        """Measure held-out data around the class means of the training data, if these are of the same weights."""
-        names = self.metrics
-        known = due and bool(self._centers) and not has_other_weights(trainer, pl_module, self._weights_of_centers)
-        if due and not known:
-            names = without_centers(self._probe, names, stage, "train" in self.stages and self.mode == "exact")
-        options = replace(self._options, centers=self._centers if known else None, keep_weight=True)
-        self._loops.begin(stage, due, options, names)
+        if due:
+            changed = partial(has_other_weights, trainer, pl_module)
+            names, options = self._means.settings(self._probe, self.metrics, stage, self._options, changed)
+            self._loops.begin(stage, True, options, names)
+        else:
+            self._loops.begin(stage, False)
 
     def _finish_loop(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self._loops.is_active(stage):
@@ -378,7 +377,7 @@ class NeuralCollapseCallback(Results, Callback):
         at = {"epoch": epoch, "step": trainer.global_step}
         values = self._probe.attempt(lambda: self.remember(collector, stage, loader, **at, **marks)) or {}
         if stage == "train" and values and self.mode == "exact":
-            self._centers, self._weights_of_centers = collector.centers(), self._weights
+            self._means.keep(collector, self._weights)
         return values
 
 

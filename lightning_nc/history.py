@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_warn
 
 from lightning_nc.keys import CHANCE, STAGES, make_key, parse_key
-from lightning_nc.measuring.evaluation import Measurement
+from lightning_nc.measuring.measurement import Measurement
 from lightning_nc.runs import FIRST_COLUMNS, finite_number, is_metric, plain_value, read_rows, read_run
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_nc.history import History
 from lightning_nc.keys import parse_key
 from lightning_nc.measuring.batches import Pool
-from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options, without_centers
+from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options
 from lightning_nc.measuring.distributed import all_max, ranks_on
 from lightning_nc.measuring.evaluation import every_sample_once, names_to_measure, run_over
+from lightning_nc.measuring.held_out import TrainingMeans
 from lightning_nc.measuring.loaders import check_loader, measurement_loader, rank_of
 from lightning_nc.measuring.probe import Probe
 from lightning_nc.measuring.snapshot import fingerprint
@@ -103,8 +104,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         self.stages, self.every_n_epochs, self.dataloader = tuple(stages), every_n_epochs, dataloader
         self.history, self.previous_histories = History(), list[History]()
         self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget)
-        self._centers: dict[str, Tensor] = {}  # the class means of the training data by layer
-        self._weights_of_centers = ""  # fingerprint of the weights that they are of
+        self._means = TrainingMeans(expected="train" in stages)
         self._measured: int | None = None  # step of the last measurement of training data
         self._weights = ""  # fingerprint of the weights at the end of the last epoch
         self._training = self._has_trained = False
@@ -220,14 +220,14 @@ class NeuralCollapseCallback(Results, TrainerCallback):
     ) -> dict[str, float]:
         """Run the model over data; the values by the keys under which they are logged, also kept in both histories."""
         weights, ranks = fingerprint(model), ranks_on(args.device)
-        centers = self._centers if stage != "train" and self._centers else None
-        if centers is not None:
-            moved = weights != self._weights_of_centers
-            centers = None if (moved if ranks is None else all_max(moved, ranks)) else centers
-        names = self.metrics
-        if stage != "train" and centers is None:
-            names = without_centers(self._probe, names, stage, "train" in self.stages)
-        collector = Collector(self._probe, names, replace(self._options, centers=centers, keep_weight=True))
+        names, options = self.metrics, replace(self._options, keep_weight=True)
+        if stage != "train":
+
+            def changed(before: str) -> bool:
+                return weights != before if ranks is None else bool(all_max(weights != before, ranks))
+
+            names, options = self._means.settings(self._probe, names, stage, options, changed)
+        collector = Collector(self._probe, names, options)
         progress = state.is_local_process_zero and not args.disable_tqdm
         at = {"epoch": state.epoch or 0, "step": state.global_step}
 
@@ -244,7 +244,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
             row = {key: value for key, value in self.history[-1].items() if key != "stage"}
             state.log_history.append({**row, **at})
             if stage == "train":
-                self._centers, self._weights_of_centers = collector.centers(), weights
+                self._means.keep(collector, weights)
         return values
 
     def _report(

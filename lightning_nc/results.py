@@ -11,7 +11,7 @@ from lightning_nc.functional.geometry import Geometry
 from lightning_nc.history import History
 from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.collector import Collector
-from lightning_nc.measuring.evaluation import measurement
+from lightning_nc.measuring.measurement import measurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

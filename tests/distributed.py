@@ -18,7 +18,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from lightning_nc import NeuralCollapseCallback, NeuralRegressionCollapse, SimplexETF, measure
+from lightning_nc import NeuralCollapseCallback, NeuralRegressionCollapse, SimplexETF, extract_features, measure
 from lightning_nc.measuring import collector, distributed
 from lightning_nc.measuring.distributed import all_max, all_raise, broadcast_buffers, check_same_shapes, is_sharded
 
@@ -257,6 +257,22 @@ def regression():
     return {"values": [*values, alone.compute()], "late": error_of(alone.update, *TRAIN.tensors)}
 
 
+def extracted():
+    """What all ranks get, what this rank gets of its own data, and what is left if one has no sample to keep."""
+    model, rank = DistributedDataParallel(plain()), torch.distributed.get_rank()
+    padded = DataLoader(TRAIN, 8, sampler=DistributedSampler(TRAIN, 2, rank, shuffle=True))
+    own = extract_features(model, share_of(TRAIN), sync=False, progress=False)
+    ignored = [(rows, target.where(torch.tensor(rank == 0), -100)) for rows, target in share_of(TRAIN)]
+    return {
+        "all": tuple(extract_features(model, padded, layers=["module.0"], progress=False)),
+        "shares": tuple(extract_features(model, share_of(TRAIN), progress=False)),
+        "own": tuple(own),
+        "first alone": tuple(
+            extract_features(model.bfloat16(), [(r.bfloat16(), t) for r, t in ignored], progress=False)
+        ),
+    }
+
+
 def share_of(data):
     """Batches of six samples; the ranks have 6 and 3 batches."""
     rows, target = data.tensors
@@ -392,6 +408,7 @@ def main(part, folder):
         results["FSDP2"] = sharded(fsdp2)
         results["fixed head"] = fixed_head()
         results["regression"] = regression()
+        results["extracted"] = extracted()
         results["loop"] = measured_in_a_loop()
         results["alone"] = measured_by_the_first_rank_alone()
         results["huggingface"] = huggingface_ranks.results(folder)

@@ -282,3 +282,27 @@ def test_the_metrics_of_regression_are_those_of_all_ranks():
     for values in (*first["values"], *second["values"]):
         torch.testing.assert_close(values, truth, rtol=1e-10, atol=0)
     assert "before the next update" in first["late"][1]
+
+
+def test_all_ranks_get_the_features_of_all_in_the_order_of_the_ranks():
+    first, second = (rank["extracted"] for rank in run("sharded")[0])
+    model, (rows, target) = distributed.plain(), TRAIN.tensors
+    with torch.no_grad():
+        features = model[:2](rows)
+    turns = torch.cat([torch.arange(rank, len(rows), 2) for rank in range(2)])  # how a sampler deals the samples
+    for ranks in (first, second):
+        found, labels = ranks["all"]
+        assert list(found) == ["classifier input", "module.0"]
+        torch.testing.assert_close(found["classifier input"], features[turns])
+        torch.testing.assert_close(found["module.0"], model[0](rows[turns]).detach())
+        assert labels.equal(target[turns])
+        found, labels = ranks["shares"]
+        torch.testing.assert_close(found["classifier input"], features)
+        assert labels.equal(target)
+        found, labels = ranks["first alone"]
+        assert labels.equal(target[:35])
+        assert found["classifier input"].dtype == torch.bfloat16
+        torch.testing.assert_close(found["classifier input"].float(), features[:35], rtol=0.05, atol=0.05)
+    for rank, part in ((first, slice(35)), (second, slice(35, None))):
+        torch.testing.assert_close(rank["own"][0]["classifier input"], features[part])
+        assert rank["own"][1].equal(target[part])

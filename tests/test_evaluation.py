@@ -16,6 +16,7 @@ from lightning_nc import NeuralCollapseCallback, measure
 from lightning_nc.functional import nc1
 from lightning_nc.measuring import collector as collecting
 from lightning_nc.measuring.collector import Collector
+from lightning_nc.measuring.measurement import measurement
 from lightning_nc.measuring.probe import Probe
 
 
@@ -147,7 +148,7 @@ def test_batches_are_collected_to_the_values_of_all_samples():
     collector = collected(zip(rows.split(7), target.split(7), strict=True))
     assert (collector.batches, collector.samples) == (5, 30)
     assert collector.values()["nc1"] == pytest.approx(reference.nc1(rows.numpy(), target.numpy()), rel=1e-5)
-    found = collector.classes()
+    found = measurement(collector).classes
     means, classes = found.means, found.labels
     assert classes == [0, 1, 2]
     torch.testing.assert_close(means, torch.from_numpy(reference.moments(rows, target)[0]))
@@ -164,7 +165,7 @@ def test_samples_that_pad_a_dataloader_are_not_counted():
 
 def test_classes_without_a_sample_have_no_mean():
     rows, target = clusters(2, 10, 6, 0.3)
-    found = collected([(rows, 2 * target)]).classes()
+    found = measurement(collected([(rows, 2 * target)])).classes
     means, classes = found.means, found.labels
     assert classes == [0, 2]
     torch.testing.assert_close(means, torch.from_numpy(reference.moments(rows, target)[0]))

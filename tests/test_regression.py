@@ -45,7 +45,7 @@ def expected(rows, y, weight):
 
 def grid(weight, covariance):
     """NRC3 as the smallest value for 20,001 roots of gamma; also the two ends of the interval."""
-    values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
+    values, vectors = np.linalg.eigh(covariance)
     root = vectors @ np.diag(np.sqrt(values)) @ vectors.T
     gram = weight @ weight.T
     forms = root - np.linspace(0, np.sqrt(values[0]), 20_001)[:, None, None] * np.eye(len(values))

@@ -13,18 +13,15 @@ import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_nc.certainty import jackknife
 from lightning_nc.functional import METRICS
-from lightning_nc.functional.geometry import random_directions
 from lightning_nc.functional.samples import effective_depth
 from lightning_nc.keys import DEPTH, base_name, make_key
-from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.distributed import all_max, all_raise, check_same_shapes
 from lightning_nc.measuring.kept import KeptSamples, Shards
 from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe
 from lightning_nc.metrics import NeuralCollapse
 
-__all__ = ["FEATURE_BUDGET", "SCATTER_LIMIT", "Collector", "Options", "without_centers"]
+__all__ = ["FEATURE_BUDGET", "SCATTER_LIMIT", "Collector", "Options"]
 
 SCATTER_LIMIT = 2**30
 """Bytes that the scatter matrices of all layers may take together; features beyond it need a second look."""
@@ -193,26 +190,14 @@ class Collector:
         self._start_look(wide, ranks)
         if not fits:
             self.kept.drop()
-            self._say_second_pass(wide)
+            if self.probe.is_new("two passes"):
+                rank_zero_info(f"neural collapse: {_why_again(wide, self.options.budget)}")
             return True
         for features, target in self.kept:
             self._add(features, target)
         self.kept.drop()
         self.synchronize(ranks)
         return False
-
-    def _say_second_pass(self, wide: Mapping[str, int]) -> None:
-        sizes = [f"{layer or 'classifier input'} {width}" for layer, width in wide.items()]
-        named = ", ".join(sizes[:5]) + f" and {len(sizes) - 5} more" * (len(sizes) > 5)
-        reason = (
-            f"the features of {named} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together, so their "
-            "nc1 takes a second pass over the data; fewer layers or pool='mean' avoid it"
-            if wide
-            else f"the features take more than feature_budget={self.options.budget:g} bytes, so what compares samples with "
-            "the class means takes a second pass over the data; a larger feature_budget avoids it"
-        )
-        if self.probe.is_new("two passes"):
-            rank_zero_info(f"neural collapse: {reason}")
 
     def _start_look(self, wide: Mapping[str, int], ranks: torch.device | None) -> None:
         self._looking = True
@@ -232,7 +217,7 @@ class Collector:
                     name for name in metric.metrics if not METRICS[name].samples and "ood" not in METRICS[name].needs
                 ]
                 if names:
-                    parts = self._parts() if layer == INPUT else (None, None)
+                    parts = self.parts() if layer == INPUT else (None, None)
                     self.permuted[layer] = self._create(metric.num_features, names, metric.device, *parts)
 
     def _look_at(self, layer: str, values: Tensor, labels: Tensor) -> None:
@@ -268,59 +253,16 @@ class Collector:
                 base = base_name(name)
                 if base in self.names:
                     values[make_key(name, layer, stage, loader)] = float(value)
-        depth = self._effective_depth(values, stage, loader)
-        values |= {} if depth is None else {make_key(DEPTH, INPUT, stage, loader): depth}
+        errors = [values.get(make_key("ncc_error", layer, stage, loader)) for layer in self.metrics if layer != INPUT]
+        errors.append(values.get(make_key("ncc_error", INPUT, stage, loader)))
+        known = [error for error in errors if error is not None]
+        if len(known) == len(errors) > 1:
+            values[make_key(DEPTH, INPUT, stage, loader)] = effective_depth(known)
         if not values:
             raise LookupError(
                 f"nothing can be measured: {', '.join(self.names)} need the weight or bias of a classifier"
             )
         return values
-
-    def _effective_depth(self, values: Mapping[str, float], stage: str | None, loader: int) -> float | None:
-        """The effective depth, if the error of the nearest center is known at several layers, the classifier's input last."""
-        layers = [layer for layer in self.metrics if layer != INPUT] + [INPUT]
-        errors = [values.get(make_key("ncc_error", layer, stage, loader)) for layer in layers]
-        known = [error for error in errors if error is not None]
-        return effective_depth(known) if len(known) > 1 and len(known) == len(errors) else None
-
-    def permuted_values(self) -> dict[str, float]:
-        """The values with permuted labels, by key."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is said of the labels themselves is enough
-            return {
-                make_key(name, layer): float(value)
-                for layer, metric in self.permuted.items()
-                for name, value in metric.compute().items()
-                if name in self.names
-            }
-
-    def random_values(self) -> dict[str, float]:
-        """The values of random directions in place of the class means and the weight, by key."""
-        return {
-            make_key(name, layer): value
-            for layer, metric in self.metrics.items()
-            for name, value in random_directions(
-                [name for name in metric.metrics if name in self.names],
-                int((metric.counts > 0).sum()),
-                metric.num_features,
-                counts=metric.counts[metric.counts > 0].cpu(),
-                pairs=self.probe.pairs,
-            ).items()
-        }
-
-    def intervals(self, level: float) -> dict[str, tuple[float, float]]:
-        """Confidence intervals by key, of the metrics that one pass gives."""
-        found = {}
-        for layer, shards in self.shards.items():
-            names = [name for name in self.metrics[layer].metrics if name in self.names]
-            parts = self._parts() if layer == INPUT else (None, None)
-            for name, ends in jackknife(names, shards.moments, *parts, level, self.probe.pairs).items():
-                found[make_key(name, layer)] = ends
-        return found
-
-    def classes(self) -> MeasuredClasses | None:
-        """The classes at the classifier's input; None if it was not measured."""
-        return MeasuredClasses(self.metrics[INPUT].moments(), self._parts()[0]) if INPUT in self.metrics else None
 
     def _warn_of_left_out(self) -> None:
         if wide := self.too_wide().keys() - self.projected.keys():
@@ -364,7 +306,7 @@ class Collector:
     def _metric(self, layer: str, width: int, device: torch.device) -> NeuralCollapse | None:
         if layer in self.metrics:
             return self.metrics[layer]
-        weight, bias = self._parts() if layer == INPUT else (None, None)
+        weight, bias = self.parts() if layer == INPUT else (None, None)
         given = {"ood"} | {part for part, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
         names = [name for name in self.names if given.issuperset(METRICS[name].needs)]
         if not names:
@@ -421,7 +363,7 @@ class Collector:
             return None
         return tensor.clone() if self.options.keep_weight else lambda: head.parts()[part]
 
-    def _parts(self) -> tuple[Tensor | None, Tensor | None]:
+    def parts(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the classifier; says once which metrics are left out without them."""
         head = self.probe.head
         weight, bias = (None, None) if head is None else head.parts()
@@ -452,21 +394,15 @@ def _permuted(labels: Tensor, ranks: torch.device | None) -> Tensor:
     return everything[order][start : start + len(labels)]
 
 
-def without_centers(probe: Probe, names: Sequence[str], stage: str, expected: bool) -> tuple[str, ...]:
-    """The names to measure of held-out data if the class means of the training data are not known; says it once.
-
-    Where they are ``expected``, since most epochs have them, what compares samples with them is left out. Else the samples
-    are compared with their own class means.
-    """
-    compared = [name for name in names if METRICS[name].samples]
-    if compared:
-        reason = "the training data were not measured with these weights"
-        remedy = "mode='exact' and stages=('train', ...) measure the training data"
-        probe.warn_once(
-            f"centers {stage} {expected}",
-            f"{', '.join(compared)} of the stage {stage!r} left out, because {reason}"
-            if expected
-            else f"{', '.join(compared)} of the stage {stage!r} are taken around the class means of these samples, not around "
-            f"those of the training data, because {reason}; {remedy}",
+def _why_again(wide: Mapping[str, int], budget: float) -> str:
+    if not wide:
+        return (
+            f"the features take more than feature_budget={budget:g} bytes, so what compares samples with the class means takes a "
+            "second pass over the data; a larger feature_budget avoids it"
         )
-    return tuple(name for name in names if not (expected and name in compared))
+    sizes = [f"{layer or 'classifier input'} {width}" for layer, width in wide.items()]
+    named = ", ".join(sizes[:5]) + f" and {len(sizes) - 5} more" * (len(sizes) > 5)
+    return (
+        f"the features of {named} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together, so their nc1 "
+        "takes a second pass over the data; fewer layers or pool='mean' avoid it"
+    )

@@ -33,8 +33,8 @@ def ranks_on(device: torch.device) -> torch.device | None:
     return device if several else None
 
 
-def meet() -> None:
-    """Wait for all ranks, in the store of the process group.
+def meet(caller: str = "measure") -> None:
+    """Wait for all ranks, which must run ``caller``, in the store of the process group.
 
     A collective would wait longer, or would be paired with another one, such as that of the gradients, in which a rank
     waits that never comes here.
@@ -52,7 +52,7 @@ def meet() -> None:
         store.wait(keys, timedelta(seconds=min(60, PATIENCE / 2)))
         return
     warnings.warn(
-        f"measure on rank {rank} waits for other ranks, which all must call it, up to {PATIENCE} s", stacklevel=2
+        f"{caller} on rank {rank} waits for other ranks, which all must call it, up to {PATIENCE} s", stacklevel=2
     )
     try:
         store.wait(keys, timedelta(seconds=PATIENCE))
@@ -63,8 +63,8 @@ def meet() -> None:
         store.add(f"lightning_nc/{rank}", -1)
         store.delete_key(keys[rank])
         raise RuntimeError(
-            f"measure on rank {rank} has waited {PATIENCE} s for rank {', '.join(map(str, missing))} of {len(keys)}: in a "
-            "process group all ranks must call measure; pass sync=False to measure this rank's own data alone"
+            f"{caller} on rank {rank} has waited {PATIENCE} s for rank {', '.join(map(str, missing))} of {len(keys)}: in a "
+            f"process group all ranks must call {caller}; pass sync=False for this rank's own data alone"
         ) from None
 
 

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_nc.functional.geometry import Geometry
 from lightning_nc.functional.table import check_metrics
 from lightning_nc.measuring.batches import Pool, copy_batch
-from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options
 from lightning_nc.measuring.distributed import (
     all_max,
@@ -36,44 +34,18 @@ from lightning_nc.measuring.loaders import (
     unprepared,
     warn_if_moved,
 )
+from lightning_nc.measuring.measurement import Measurement, measurement
 from lightning_nc.measuring.probe import Probe, match_layers
 from lightning_nc.measuring.snapshot import evaluation_mode
 
 __all__ = [
     "MappedBatches",
-    "Measurement",
     "every_sample_once",
     "exact_pass",
     "measure",
-    "measurement",
     "names_to_measure",
     "run_over",
 ]
-
-
-class Measurement(dict[str, float]):
-    """What :func:`measure` returns: the metrics by key, each a float without unit, and what is known beside them.
-
-    Attributes:
-        classes: the statistics of the classes at the classifier's input; None without a classifier.
-        baseline: the values that chance alone gives, by key: ``"permuted"``, with labels permuted at random, and ``"random"``, of
-            random directions in place of class means and weight; None unless asked for.
-        intervals: lower and upper end of the confidence interval by key; None unless asked for.
-    """
-
-    classes: MeasuredClasses | None = None
-    baseline: dict[str, dict[str, float]] | None = None
-    intervals: dict[str, tuple[float, float]] | None = None
-
-    @property
-    def geometry(self) -> Geometry | None:
-        """Which frame the class means of the classifier's input are nearest to; None without a classifier."""
-        return None if self.classes is None else self.classes.geometry
-
-    @property
-    def per_class(self) -> dict[str, list[Any]]:
-        """A table of the classes, by column, as ``pandas.DataFrame`` takes it; empty without a classifier."""
-        return {} if self.classes is None else self.classes.table
 
 
 def measure(  # noqa: D417
@@ -157,19 +129,6 @@ def measure(  # noqa: D417
         return measurement(collect(dataloader, names, options, ood_dataloader), intervals)
     finally:
         probe.detach()
-
-
-def measurement(
-    collector: Collector, level: float | None = None, stage: str | None = None, loader: int = 0
-) -> Measurement:
-    """What a collector has found: the values by key, see :func:`make_key`, and what is known beside them."""
-    found = Measurement(collector.values(stage, loader))
-    found.classes = collector.classes()
-    if collector.options.baseline:
-        found.baseline = {"permuted": collector.permuted_values(), "random": collector.random_values()}
-    if level is not None:
-        found.intervals = collector.intervals(level)
-    return found
 
 
 def names_to_measure(metrics: str | Sequence[str], ood_dataloader: Iterable[Any] | None) -> tuple[str, ...]:
