@@ -58,6 +58,7 @@ def test_every_invertible_map_of_the_features_leaves_the_index_as_it_is(classes,
     assert both_vci(stretched, target) == pytest.approx(own, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*rounding")
 def test_variation_that_other_directions_explain_does_not_count():
     # Along the class means the samples repeat what they do in another dimension: a linear map takes it out.
     rows = torch.zeros(80, 3).double()
