@@ -50,8 +50,8 @@ class NeuralCollapseCallback(Results, TrainerCallback):
     The arguments are those of :class:`lightning_nc.NeuralCollapseCallback`, with these differences:
 
     Args:
-        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, strict, ignore_index, ood_dataloader,
-            feature_budget, pairs: the same.
+        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, strict, ignore_index: the same.
+        ood_dataloader, feature_budget, pairs: the same.
         stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured in an extra pass over the data that
             ``trainer.evaluate`` and ``trainer.predict`` have gone through, in training as often as an epoch is due, under
             ``nc/val/`` and ``nc/test/``. What is evaluated with a ``metric_key_prefix`` that begins with ``"test"`` is of the

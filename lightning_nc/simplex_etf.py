@@ -24,8 +24,8 @@ class SimplexETF(nn.Module):
     linear layers of a model leave it alone.
 
     Args:
-        in_features: d, the number of features.
-        out_features: K, the number of classes, from 2 to d + 1.
+        num_features: d; ``in_features`` of the layer.
+        num_classes: K, from 2 to d + 1; ``out_features`` of the layer.
         device, dtype: of ``weight``. The frame is computed in float64 on the CPU, so a seed gives the same on all devices.
         generator: a random generator on the CPU; by default torch's global one.
 
@@ -47,22 +47,22 @@ class SimplexETF(nn.Module):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        num_features: int,
+        num_classes: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        for name, size, least in (("in_features", in_features, 1), ("out_features", out_features, 2)):
+        for name, size, least in (("num_features", num_features, 1), ("num_classes", num_classes, 2)):
             if not isinstance(size, int | numpy.integer) or size < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
-        if out_features > in_features + 1:
+        if num_classes > num_features + 1:
             raise ValueError(
-                f"no simplex ETF of {out_features} vectors exists in {in_features} dimensions: out_features must be at most "
-                "in_features + 1; use more features"
+                f"no simplex ETF of {num_classes} vectors exists in {num_features} dimensions: num_classes must be at most "
+                "num_features + 1; use more features"
             )
-        self.in_features, self.out_features = int(in_features), int(out_features)
+        self.in_features, self.out_features = int(num_features), int(num_classes)
         self.register_buffer("weight", torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         self.reset_parameters(generator)

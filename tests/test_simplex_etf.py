@@ -28,9 +28,9 @@ def test_rows_have_norm_one_and_the_cosine_of_a_simplex_even_where_it_just_fits(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, 5), "no simplex ETF of 5 vectors exists in 3 dimensions: .* at most in_features"),
-        ((3, 1), "out_features must be an integer of at least 2, got 1"),
-        ((3.0, 2), "in_features must be an integer of at least 1, got 3.0"),
+        ((3, 5), "no simplex ETF of 5 vectors exists in 3 dimensions: .* at most num_features"),
+        ((3, 1), "num_classes must be an integer of at least 2, got 1"),
+        ((3.0, 2), "num_features must be an integer of at least 1, got 3.0"),
     ],
 )
 def test_sizes_without_a_simplex_etf_are_refused(arguments, message):

@@ -78,8 +78,9 @@ def measure(  # noqa: D417
     Args:
         model: any module; not moved to another device.
         dataloader: gives batches.
-        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, ignore_index, ood_dataloader, feature_budget,
-            pairs: see :class:`lightning_nc.NeuralCollapseCallback`. The keys of a layer are ``"<layer>/<metric>"``.
+        layers, classifier, num_classes, metrics, target_fn, forward_fn, pool: see
+            :class:`lightning_nc.NeuralCollapseCallback`. The keys of a layer are ``"<layer>/<metric>"``.
+        ignore_index, ood_dataloader, feature_budget, pairs: likewise.
         device: where batches are moved to; by default the device of the model's first parameter.
         progress: show a progress bar, on rank 0.
         sync: in a process group, return the values of all ranks together, on all ranks; False measures each rank's own data.
