@@ -59,7 +59,7 @@ def test_any_number_of_classes_gives_the_same_result_with_a_unit_that_is_dead(cl
     expected["nc1"] = reference.nc1_by_axes(rows.numpy(), target.numpy())
     for name in METRICS if classes < 100 else METRICS.keys() - {"gnc2_margin"}:  # which takes K^3 steps
         value = metric_value(name, rows, target, weight, bias).item()
-        assert value == pytest.approx(expected[name], rel=1e-9 if name != "gnc2_margin" else 1e-5, nan_ok=True), name
+        assert value == pytest.approx(expected[name], rel=1e-9 if name != "gnc2_margin" else 1e-7, nan_ok=True), name
 
 
 PAIRWISE = tuple(name for name, spec in METRICS.items() if spec.pairwise and not spec.needs)

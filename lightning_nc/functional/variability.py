@@ -79,10 +79,10 @@ def nc1_vci(features: Tensor, target: Tensor, num_classes: int | None = None) ->
 
     .. math:: \mathrm{VCI} = 1 - \operatorname{tr}\big((\Sigma_W + \Sigma_B)^\dagger \Sigma_B\big) / r,
 
-    with r the rank of :math:`\Sigma_B`. In [0, 1], 0 at collapse, and at most K / (K - 1) times :func:`nc1`. Invariant to
-    every invertible linear map of the features. Computed without that subtraction: with x the eigenvalues of what is left of the
+    with r the rank of :math:`\Sigma_B`. In [0, 1], 0 at collapse, and at most K / r times :func:`nc1`. Invariant to every
+    invertible linear map of the features. Computed without that subtraction: with x the eigenvalues of what is left of the
     within-class covariance along the class means, relative to their separation, once the other directions have explained what
-    they can, it is the mean of x / (1 + x).
+    they can, it is the mean of x / (1 + x). A direction counts if samples vary along it by more than rounding.
 
     nan, with a warning, where :math:`N - K \le d - r`: fewer samples than directions explain each other exactly, whatever the
     collapse (d counts the features that vary). Source: arXiv 2306.03440; that it divides by r is a choice, which the text of the
