@@ -76,7 +76,7 @@ class TokenStatistics(Callback):
         metric, loss, correct = per_token(model, self.train)
         held_out, held_out_loss, held_out_correct = per_token(model, self.validation)
         model.train()
-        counts, seen = metric.counts, metric.counts > 0
+        counts = metric.counts
         kept = (counts >= LEAST).nonzero().flatten()
         tight = variability(*(part[kept] for part in (counts, metric.means, metric.spread)))
         columns = (kept, counts[kept], self.preceding[kept.cpu()], tight, (correct / counts)[kept])
@@ -97,7 +97,7 @@ class TokenStatistics(Callback):
             "val_loss": held_out_loss.sum() / held_out.counts.sum(),
             "accuracy": correct.sum() / counts.sum(),
             "val_accuracy": held_out_correct.sum() / held_out.counts.sum(),
-            **uniformity(metric.means[seen], model.head.weight.detach()[seen].to(metric.means)),
+            **metric.compute(),
         }
         self.rows.append({key: value if key == "step" else float(value) for key, value in row.items()})
 
@@ -106,7 +106,7 @@ class TokenStatistics(Callback):
 def per_token(model: LightningModule, loader: Iterable) -> tuple[NeuralCollapse, Tensor, Tensor]:
     """The statistics of each token, and its summed cross-entropy and number of correct predictions, both (K,)."""
     classes, width = model.head.weight.shape
-    metric = NeuralCollapse(classes, width, metrics="nc1_cdnv").to(model.device)
+    metric = NeuralCollapse(classes, width, model.head, metrics=("gnc2_log", "nc3_uniform")).to(model.device)
     loss, correct = torch.zeros_like(metric.counts), torch.zeros_like(metric.counts)
     for tokens, following in loader:
         features = model.features(tokens.to(model.device)).flatten(0, 1)
@@ -134,18 +134,6 @@ def variability(counts: Tensor, means: Tensor, spread: Tensor) -> Tensor:
     distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist").square() - error[:, None] - error
     total = distances.fill_diagonal_(0).sum(dim=1)
     return torch.where(total > 0, variance * (len(counts) - 1) / total, math.nan)
-
-
-def uniformity(means: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    r"""GNC2 and UNC3 of arXiv 2405.17767, from class means and weight, both (K, d).
-
-    ``gnc2_log`` is the mean over pairs of :math:`-\log \|\hat m_i - \hat m_j\|` with the centered means scaled to length 1, at
-    least :math:`-\frac12 \log \frac{2K}{K - 1}`. ``nc3_uniform`` is the standard deviation over the classes of
-    :math:`\cos(w_k, m_k)`, 0 when all classes are aligned equally well.
-    """
-    unit = F.normalize(means - means.mean(dim=0))
-    cosines = (unit * F.normalize(weight)).sum(dim=1)
-    return {"gnc2_log": -F.pdist(unit).log().mean(), "nc3_uniform": cosines.std(correction=0)}
 
 
 def preceding(inputs: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -93,7 +93,7 @@ class ClassStatistics:
     @property
     def resolution(self) -> float:
         """What :meth:`within` gives for a direction without any deviation is at most this."""
-        return (16 * torch.finfo(self.means.dtype).eps) ** 2 * float(self.spread.sum())
+        return (16 * torch.finfo(self.means.dtype).eps) ** 2 * float(self.spread.detach().sum())
 
     @property
     def precision(self) -> torch.dtype:

@@ -49,7 +49,7 @@ def clusters(classes, per_class, features, noise, seed=0, dtype=torch.float32):
 
 
 def simplex_etf(classes):
-    return math.sqrt(classes / (classes - 1)) * (torch.eye(classes) - 1 / classes).double()
+    return math.sqrt(classes / (classes - 1)) * (torch.eye(classes, dtype=torch.float64) - 1 / classes)
 
 
 def bottleneck(classes, per_class, features, dtype, seed=0):

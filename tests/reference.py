@@ -117,12 +117,13 @@ def vci(within, centered, samples):
 
 
 def margin(weight):
-    """Each row's distance to the hull of the others, by non-negative least squares with a heavy row for the sum of one."""
+    """Each row's distance to the hull of the others, by non-negative least squares with a row of ones for the sum."""
     unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
     found = []
-    for row, rest in ((unit[i], np.delete(unit, i, axis=0)) for i in range(len(unit))):
-        shares = nnls(np.vstack([rest.T, 1e4 * np.ones(len(rest))]), np.append(row, 1e4))[0]
-        found.append(np.linalg.norm(row - shares / shares.sum() @ rest))
+    for i, row in enumerate(unit):
+        rest = np.delete(unit, i, axis=0) - row
+        shares = nnls(np.vstack([rest.T, np.ones(len(rest))]), np.append(np.zeros(len(row)), 1.0))[0]
+        found.append(np.linalg.norm(shares / shares.sum() @ rest))
     return min(found)
 
 

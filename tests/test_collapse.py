@@ -72,9 +72,7 @@ def test_every_metric_agrees_with_an_independent_computation_near_collapse_and_u
         found = values_of(rows, target, weight, bias, names)
     for name, value in found.items():
         if name != "nc1_vci" or noise == 0.1:  # by its definition it cancels; see below
-            assert value == pytest.approx(expected[name], rel=1e-5 if name == "gnc2_margin" else 1e-7, nan_ok=True), (
-                name
-            )
+            assert value == pytest.approx(expected[name], rel=1e-7, nan_ok=True), name
         whole = metric_value(name, rows, target, weight, bias).item()
         assert value == pytest.approx(whole, rel=1e-7, nan_ok=True), name
 

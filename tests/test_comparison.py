@@ -124,7 +124,7 @@ def test_an_update_is_the_same_in_autocast_and_inference_mode():
 def test_samples_far_from_the_origin_find_the_same_nearest_mean():
     rows, target, centers = case(noise=0.8, dtype=torch.float64)
     expected = compared(rows, target, centers)
-    offset = 2.0**20
+    offset = 2.0**26
     moved = compared(rows + offset, target, centers._replace(means=centers.means + offset))
     assert torch.equal(moved.misplaced, expected.misplaced)
 

@@ -165,25 +165,6 @@ def test_a_token_whose_mean_cannot_be_told_from_the_others_is_nan_and_left_out(c
     assert "1 tokens are left out" in capsys.readouterr().out
 
 
-def test_the_kernel_of_a_simplex_is_its_smallest_value_and_its_own_weight_is_uniformly_aligned():
-    for classes in (3, 10):
-        frame = torch.eye(classes, dtype=torch.float64) - 1 / classes
-        values = language_model_report.uniformity(frame + 5, 2 * frame)
-        assert values["gnc2_log"] == pytest.approx(-math.log(2 * classes / (classes - 1)) / 2)
-        assert values["nc3_uniform"] == pytest.approx(0, abs=1e-7)
-
-
-def test_uniformity_is_that_of_all_pairs_one_by_one():
-    generator = numpy.random.default_rng(1)
-    means, weight = generator.normal(size=(7, 4)), generator.normal(size=(7, 4))
-    centered = means - means.mean(axis=0)
-    unit = centered / numpy.linalg.norm(centered, axis=1, keepdims=True)
-    pairs = [-math.log(numpy.linalg.norm(unit[i] - unit[j])) for i in range(7) for j in range(i)]
-    cosines = [unit[k] @ weight[k] / numpy.linalg.norm(weight[k]) for k in range(7)]
-    values = language_model_report.uniformity(torch.from_numpy(means), torch.from_numpy(weight))
-    assert values == pytest.approx({"gnc2_log": numpy.mean(pairs), "nc3_uniform": numpy.std(cosines)})
-
-
 def test_the_partial_correlation_is_that_of_the_ranks_after_regression_on_the_control():
     generator = numpy.random.default_rng(2)
     control = generator.normal(size=60)

@@ -97,22 +97,21 @@ def gnc2_log_spread(
     return compute("gnc2_log_spread", features, target, num_classes, pairs=pairs)
 
 
-def gnc2_riesz(features: Tensor, target: Tensor, num_classes: int | None = None, pairs: float | None = None) -> Tensor:
+def gnc2_riesz(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
     r"""Logarithm of the Riesz energy, :math:`\log \operatorname{mean} \|\hat m_i - \hat m_j\|^{-s}` over the pairs, s = d - 2.
 
     The energy itself leaves the floating range for large d. Any real number; :math:`-\tfrac s2 \log \frac{2K}{K-1}` at a simplex
-    ETF, its minimum for K <= d + 1. nan for d <= 2. Source: Liu et al. (2023), arXiv 2303.06484; s is that of the authors' code.
-
-    ``pairs`` estimates it from random pairs, see :func:`nc1_cdnv`.
+    ETF, its minimum for K <= d + 1. nan for d <= 2. Always over all pairs: the few nearest ones, which random pairs would miss,
+    dominate it. Source: Liu et al. (2023), arXiv 2303.06484; s is that of the authors' code.
     """
-    return compute("gnc2_riesz", features, target, num_classes, pairs=pairs)
+    return compute("gnc2_riesz", features, target, num_classes)
 
 
-def _gnc2_riesz(s: Summary) -> tuple[Tensor, Tensor]:
+def _gnc2_riesz(s: Summary) -> Tensor:
     power = s.means.shape[1] - 2
     if power < 1:
         raise UndefinedError(f"the Riesz energy with s = d - 2 needs three features or more, not {power + 2}")
-    return log_mean_exp_over_pairs(s.means, lambda pairs: power * _log_distance(s, pairs), s.pairs)
+    return log_mean_exp_over_pairs(s.means, lambda pairs: power * _log_distance(s, pairs))
 
 
 def _etf_energy(num_classes: int) -> float:
@@ -142,6 +141,5 @@ ENERGY = {
         _gnc2_riesz,
         "NC2, log of the Riesz energy",
         collapse=lambda classes, features: (features - 2) * _etf_energy(classes),
-        pairwise=True,
     ),
 }

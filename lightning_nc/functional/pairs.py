@@ -126,18 +126,13 @@ def deviation_over_pairs(rows: Tensor, values: Callable[[Pairs], Tensor], pairs:
     return deviation, (error / (2 * deviation)).where(~zero, 0)
 
 
-def log_mean_exp_over_pairs(rows: Tensor, logs: Callable[[Pairs], Tensor], pairs: int | None) -> tuple[Tensor, Tensor]:
-    """The logarithm of the mean of exp(``logs``), which may leave the floating range; see :func:`mean_over_pairs`."""
-    count, sampled, blocks = _walk(rows, logs, pairs)
-    summed = squares = rows.new_full((), -math.inf)
+def log_mean_exp_over_pairs(rows: Tensor, logs: Callable[[Pairs], Tensor]) -> Tensor:
+    """The logarithm of the mean over all pairs of exp(``logs``), which may leave the floating range."""
+    count, _, blocks = _walk(rows, logs, None)
+    summed = rows.new_full((), -math.inf)
     for found in blocks:
-        squares = torch.logaddexp(squares, (2 * found.detach()).logsumexp(dim=0)) if sampled else squares
         summed = torch.logaddexp(summed, found.logsumexp(dim=0))
-    mean = summed - math.log(count)
-    if not sampled:
-        return mean, torch.zeros_like(mean)
-    variance = (squares - math.log(count) - 2 * mean.detach()).expm1()  # over the squared mean, as the logarithm asks
-    return mean, (variance.clamp(min=0) / (count - 1)).sqrt()
+    return summed - math.log(count)
 
 
 def check_pairs(pairs: float | None) -> int | None:

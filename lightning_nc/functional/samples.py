@@ -136,5 +136,5 @@ SAMPLES = {
 }
 
 SCATTER_OF_SAMPLES = {
-    "nc1_cdnv_directional": MetricSpec(_nc1_cdnv_directional, "NC1, directional CDNV", samples=True),
+    "nc1_cdnv_directional": MetricSpec(_nc1_cdnv_directional, "NC1, directional CDNV", within=True, samples=True),
 }

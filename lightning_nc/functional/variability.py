@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_nc.functional.table import MetricSpec, Summary, UndefinedError, compute
-from lightning_nc.moments import ClassDeviations, ClassMoments
+from lightning_nc.moments import ClassMoments
 
 __all__ = ["VARIABILITY", "nc1", "nc1_cdnv", "nc1_trace", "nc1_vci"]
 
@@ -32,16 +32,20 @@ def nc1(features: Tensor, target: Tensor, num_classes: int | None = None) -> Ten
 
 
 def _nc1(s: Summary) -> Tensor:
+    return s.moments.within(_whitening(s)[0]).sum() / s.moments.samples
+
+
+def _whitening(s: Summary) -> tuple[Tensor, Tensor]:
+    """The pseudoinverse of rows T (m, d) with T'T = M'M, and T."""
     directions, values = s.directions
-    whitening = directions / values
-    if s.means.requires_grad:
-        # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
-        # pseudoinverse exists for equal singular values too, that of V does not.
-        contrasts = s.moments.contrasts()
-        if len(values) < min(contrasts.shape):
-            contrasts = contrasts @ directions @ directions.T
-        whitening = torch.linalg.pinv(contrasts, atol=values.min() / 2, rtol=0)
-    return s.moments.within(whitening).sum() / s.moments.samples
+    if not s.means.requires_grad:
+        return directions / values, (directions * values).T
+    # With T = U diag(s) V', V diag(1/s) and the pseudoinverse V diag(1/s) U' give the same value. The gradient of the
+    # pseudoinverse exists for equal singular values too, that of V does not.
+    contrasts = s.moments.contrasts()
+    if len(values) < min(contrasts.shape):
+        contrasts = contrasts @ directions @ directions.T
+    return torch.linalg.pinv(contrasts, atol=values.min() / 2, rtol=0), contrasts
 
 
 def nc1_trace(features: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
@@ -75,59 +79,47 @@ def nc1_vci(features: Tensor, target: Tensor, num_classes: int | None = None) ->
 
     .. math:: \mathrm{VCI} = 1 - \operatorname{tr}\big((\Sigma_W + \Sigma_B)^\dagger \Sigma_B\big) / r,
 
-    with r the rank of :math:`\Sigma_B`. In [0, 1], 0 at collapse, and at most K / (K - 1) times :func:`nc1`. Invariant to
-    every invertible linear map of the features. Computed without that subtraction: with x the eigenvalues of what is left of the
+    with r the rank of :math:`\Sigma_B`. In [0, 1], 0 at collapse, and at most K / r times :func:`nc1`. Invariant to every
+    invertible linear map of the features. Computed without that subtraction: with x the eigenvalues of what is left of the
     within-class covariance along the class means, relative to their separation, once the other directions have explained what
-    they can, it is the mean of x / (1 + x).
+    they can, it is the mean of x / (1 + x). A direction counts if samples vary along it by more than rounding.
 
     nan, with a warning, where :math:`N - K \le d - r`: fewer samples than directions explain each other exactly, whatever the
-    collapse (d counts the directions in which features vary by more than rounding). Source: arXiv 2306.03440; that it divides by
-    r is a choice, which the text of the paper does not settle.
+    collapse (d counts the directions in which features vary). Source: arXiv 2306.03440; that it divides by r is a choice, which the
+    text of the paper does not settle.
     """
     return compute("nc1_vci", features, target, num_classes)
 
 
 def _nc1_vci(s: Summary) -> Tensor:
     directions, lengths = s.directions
-    with torch.no_grad():
-        separation = lengths * (s.moments.samples / len(s.means)).sqrt()
-        factor = s.moments.cholesky() if isinstance(s.moments, ClassMoments) else None
-        if factor is not None:
-            ratios = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, directions * separation, upper=False))
-            parts = 1 / (1 + ratios.square())
-        else:
-            left = torch.linalg.svdvals(_unexplained(s.moments, directions) / separation).square()
-            parts = left / (1 + left)
-        index: Tensor = parts.sum() / len(lengths)
-    if not s.means.requires_grad:
-        return index
-    # The definition cancels where the index is small, but not its gradient.
-    between = s.centered.T @ s.centered / len(s.means)
-    total = s.moments.pooled() / s.moments.samples + between
-    explained = (torch.linalg.pinv(total, hermitian=True) * between).sum() / len(lengths)
-    corrected: Tensor = index + explained.detach() - explained
-    return corrected
+    if isinstance(s.moments, ClassMoments) and (factor := s.moments.cholesky()) is not None:
+        separation = directions * lengths * (s.moments.samples / len(s.means)).sqrt()
+        ratios: Tensor = torch.linalg.svdvals(torch.linalg.solve_triangular(factor, separation, upper=False))
+        return (1 / (1 + ratios.square())).sum() / len(lengths)
+    left = _unexplained(s)
+    ratio = left.T @ left * (len(s.means) / s.moments.samples)
+    index: Tensor = torch.linalg.solve(torch.eye(len(ratio)).to(ratio) + ratio, ratio).trace()
+    return index / len(lengths)
 
 
-def _unexplained(moments: ClassMoments | ClassDeviations, directions: Tensor) -> Tensor:
-    """What is left of the deviations along the directions after regression on those in all other directions.
-
-    Directions in which samples vary by no more than rounding explain nothing.
-    """
-    rows = moments.root()
+def _unexplained(s: Summary) -> Tensor:
+    """What is left of the deviations along the class means, whitened, after regression on those in all other directions."""
+    (directions, _), (whitening, rows), deviations = s.directions, _whitening(s), s.moments.root()
+    along = deviations @ whitening
     complement = torch.linalg.qr(directions, mode="complete").Q[:, directions.shape[1] :]
-    others = rows @ complement
-    along: Tensor = rows @ directions
-    axes, values, across = torch.linalg.svd(others, full_matrices=False)
-    axes = axes[:, values.square() > moments.noise(complement @ across.T)]
-    free = int(moments.samples) - len(moments.means)
-    if free <= axes.shape[1]:
-        raise UndefinedError(
-            f"{int(moments.samples)} samples of {len(moments.means)} classes are too few for features that vary in "
-            f"{axes.shape[1] + directions.shape[1]} directions: it is 0 for any features"
-        )
-    for _ in range(2):  # again, for what rounding has left
-        along = along - axes @ (axes.T @ along)
+    others = (deviations - along @ rows) @ complement
+    with torch.no_grad():
+        axes, values, turn = torch.linalg.svd(others, full_matrices=False)
+        kept = values.square() > s.moments.noise()  # rounding explains nothing, though it would fit anything
+        inverse = (turn[kept].T / values[kept]) @ axes[:, kept].T
+        if s.moments.samples - len(s.means) <= kept.sum():
+            raise UndefinedError(
+                f"{int(s.moments.samples)} samples of {len(s.means)} classes are too few for features that vary in "
+                f"{int(kept.sum()) + len(rows)} directions: it is 0 for any features"
+            )
+    for _ in range(2):  # again, for what rounding has left; what is left does not change with the coefficients
+        along = along - others @ (inverse @ along.detach())
     return along
 
 

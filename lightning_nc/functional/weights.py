@@ -91,7 +91,8 @@ def _gnc2_margin(weight: Tensor) -> Tensor:
         # A step to the vertex of the steepest descent bounds what is left.
         gap = (slope * shares).sum(dim=1) - slope.masked_fill(own, torch.inf).amin(dim=1)
         distance = ((slope * shares).sum(dim=1) - (gram * shares).sum(dim=1) + 1).clamp(min=0)
-        if (gap <= 1e-9 * distance + 1e-14).all():
+        farther = distance - 2 * gap > distance.min()  # than the nearest one, whatever is left
+        if ((gap <= 1e-9 * distance + 1e-14) | farther).all():
             break
         new = _on_simplex((ahead - step * (ahead @ gram - gram)).masked_fill(own, -torch.inf))
         if ((ahead - new) * (new - shares)).sum() > 0:  # it has turned uphill
