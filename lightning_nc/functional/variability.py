@@ -85,8 +85,8 @@ def nc1_vci(features: Tensor, target: Tensor, num_classes: int | None = None) ->
     they can, it is the mean of x / (1 + x). A direction counts if samples vary along it by more than rounding.
 
     nan, with a warning, where :math:`N - K \le d - r`: fewer samples than directions explain each other exactly, whatever the
-    collapse (d counts the directions in which features vary). Source: arXiv 2306.03440; that it divides by r is a choice, which the
-    text of the paper does not settle.
+    collapse (d counts the directions in which features vary). Source: arXiv 2306.03440; that it divides by r is a choice, which
+    the text of the paper does not settle.
     """
     return compute("nc1_vci", features, target, num_classes)
 
