@@ -237,10 +237,7 @@ class NeuralCollapse(_ClassifierMetric):
         if self.centers is not None:
             seen = self.centers.isfinite().all(dim=1)
             means = self.centers.where(seen.unsqueeze(1), 0)
-        weight, bias = self._weight.read(), self._bias.read()
-        return Centers(
-            means, seen, weight if weight is None else weight.detach(), bias if bias is None else bias.detach()
-        )
+        return Centers(means, seen, *self.classifier())
 
     def _compare_kept(self) -> Comparison:
         """The comparison of the samples that are kept."""

@@ -246,7 +246,7 @@ class Collector:
 
     def values(self, stage: str | None = None, loader: int = 0) -> dict[str, float]:
         """The values by key, see :func:`make_key`; those that need the classifier's weight for its input alone."""
-        self._warn_of_left_out()
+        _warn_of_left_out(self)
         values: dict[str, float] = {}
         for layer, metric in self.metrics.items():
             with self._naming(layer, stage):
@@ -267,27 +267,6 @@ class Collector:
                 "warning says"
             )
         return values
-
-    def _warn_of_left_out(self) -> None:
-        if wide := self.too_wide().keys() - self.projected.keys():
-            self.probe.warn_once(
-                "wide",
-                f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
-                "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
-            )
-        lost = {
-            layer or "the classifier input": [
-                n for n in self.names if METRICS[n].scatter and n not in (*metric.metrics, "nc1")
-            ]
-            for layer, metric in self.metrics.items()
-        }
-        if names := dict.fromkeys(chain.from_iterable(lost.values())):
-            self.probe.warn_once(
-                "wide scatter",
-                f"{', '.join(names)} of {', '.join(layer for layer in lost if lost[layer])} left out: features this wide would "
-                f"need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together; "
-                "measure fewer layers or use pool='mean'",
-            )
 
     def _leave_out_samples(self) -> None:
         """Measure no metric that needs the samples again."""
@@ -417,6 +396,29 @@ def _permuted(labels: Tensor, ignore_index: int, ranks: torch.device | None) -> 
     everything = torch.cat(shares)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
     return labels.masked_scatter(used, everything[order][start : start + int(used.sum())])
+
+
+def _warn_of_left_out(collector: Collector) -> None:
+    """Say once which metrics features are too wide for."""
+    if wide := collector.too_wide().keys() - collector.projected.keys():
+        collector.probe.warn_once(
+            "wide",
+            f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
+            "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
+        )
+    lost = {
+        layer or "the classifier input": [
+            n for n in collector.names if METRICS[n].scatter and n not in (*metric.metrics, "nc1")
+        ]
+        for layer, metric in collector.metrics.items()
+    }
+    if names := dict.fromkeys(chain.from_iterable(lost.values())):
+        collector.probe.warn_once(
+            "wide scatter",
+            f"{', '.join(names)} of {', '.join(layer for layer in lost if lost[layer])} left out: features this wide would "
+            f"need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together; "
+            "measure fewer layers or use pool='mean'",
+        )
 
 
 def _why_again(wide: Mapping[str, int], budget: float) -> str:

@@ -44,6 +44,7 @@ __all__ = [
     "exact_pass",
     "measure",
     "names_to_measure",
+    "place",
     "run_over",
 ]
 
@@ -111,11 +112,7 @@ def measure(  # noqa: D417
     probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, ignore_index=ignore_index, pairs=pairs)
     names = names_to_measure(metrics, ood_dataloader)
     match_layers(model, layers or ())  # a name that is not there raises
-    on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
-    ranks = ranks_on(on) if sync else None
-    progress = progress and (ranks_on(on) is None or not dist.get_rank())
-    if ranks is not None:
-        meet()
+    on, progress, ranks = place(model, device, progress, sync, "measure")
 
     def collect(
         data: Iterable[Any], names: Sequence[str], options: Options, ood: Iterable[Any] | None = None
@@ -130,6 +127,20 @@ def measure(  # noqa: D417
         return measurement(collect(dataloader, names, options, ood_dataloader), intervals)
     finally:
         probe.detach()
+
+
+def place(
+    model: nn.Module, device: torch.device | str | None, progress: bool, sync: bool, caller: str
+) -> tuple[torch.device, bool, torch.device | None]:
+    """Where batches go, whether this rank shows progress, and the device of the collectives if the ranks measure together.
+
+    In the last case, waits for the other ranks to come to ``caller``.
+    """
+    on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
+    several = ranks_on(on)
+    if sync and several is not None:
+        meet(caller)
+    return on, progress and (several is None or not dist.get_rank()), several if sync else None
 
 
 def names_to_measure(metrics: str | Sequence[str], ood_dataloader: Iterable[Any] | None) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.collector import Collector
-from lightning_nc.measuring.distributed import all_raise, check_same_shapes, meet, ranks_on
-from lightning_nc.measuring.evaluation import every_sample_once, run_over
+from lightning_nc.measuring.distributed import all_raise, check_same_shapes
+from lightning_nc.measuring.evaluation import every_sample_once, place, run_over
 from lightning_nc.measuring.loaders import check_loader
 from lightning_nc.measuring.probe import Probe, match_layers
 from lightning_nc.moments import check_labels
@@ -87,11 +87,7 @@ def extract_features(  # noqa: D417
     check_loader(dataloader)
     probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, ignore_index=ignore_index)
     match_layers(model, layers or ())  # a name that is not there raises
-    on = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
-    ranks = ranks_on(on) if sync else None
-    progress = progress and (ranks_on(on) is None or not dist.get_rank())
-    if ranks is not None:
-        meet("extract_features")
+    on, progress, ranks = place(model, device, progress, sync, "extract_features")
     collector = _RowCollector(probe)
     try:
         run_over(collector, model, lambda: every_sample_once(dataloader), on, progress, ranks)
