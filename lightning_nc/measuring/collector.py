@@ -253,8 +253,7 @@ class Collector:
                 computed = {**metric.compute()}
                 computed |= self.projected[layer].compute() if layer in self.projected else {}
             for name, value in computed.items():
-                base = base_name(name)
-                if base in self.names:
+                if base_name(name) in self.names:
                     values[make_key(name, layer, stage, loader)] = float(value)
         errors = [values.get(make_key("ncc_error", layer, stage, loader)) for layer in self.metrics if layer != INPUT]
         errors.append(values.get(make_key("ncc_error", INPUT, stage, loader)))
