@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nc.functional.projection import check_few
 from lightning_nc.history import History
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.batches import Pool
@@ -84,6 +85,8 @@ class NeuralCollapseCallback(Results, Callback):
         feature_budget: bytes of features that may be kept, on each rank, for metrics that compare samples with the class means
             (``nc4``, ``ncc_error``, ``nc1_cdnv_directional``); beyond it the exact pass takes a second one.
         pairs: estimate metrics over pairs of classes from so many random pairs; see :class:`lightning_nc.NeuralCollapse`.
+        geometry: two to four classes, such as ``(0, 1, 2)``, of which 40 samples are kept at every measurement, in the
+            coordinates of :meth:`plot_geometry` and :meth:`animate`. Needs ``mode="exact"``.
 
     Raises:
         MisconfigurationException: for arguments that do not fit.
@@ -111,20 +114,22 @@ class NeuralCollapseCallback(Results, Callback):
         ood_dataloader: Iterable[Any] | None = None,
         feature_budget: float = FEATURE_BUDGET,
         pairs: float | None = None,
+        geometry: Sequence[int] | None = None,
     ) -> None:
         try:
             self.metrics = names_to_measure(metrics, ood_dataloader)
             check_loader(dataloader)
             check_loader(ood_dataloader)
             check_schedule(every_n_epochs, stages)
+            chosen = () if geometry is None else check_few(geometry)
             probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        _check_mode(mode, dataloader, ood_dataloader)
+        _check_mode(mode, dataloader, ood_dataloader, geometry)
         self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history, self.previous_histories = History(), list[History]()
-        self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget)
+        self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget, geometry=chosen)
         self._means = TrainingMeans(expected="train" in stages and mode == "exact")
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
@@ -193,13 +198,13 @@ class NeuralCollapseCallback(Results, Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [dict(row) for row in self.history]}
+        return self.history.state()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # trainer.test may load an older checkpoint, the best one, whose history is shorter.
         if self._fitting or not self.history:
-            self.history = History(rows=state_dict["history"])
+            self.history = History.from_state(state_dict)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -381,7 +386,7 @@ class NeuralCollapseCallback(Results, Callback):
         return values
 
 
-def _check_mode(mode: str, dataloader: Any, ood_dataloader: Any) -> None:
+def _check_mode(mode: str, dataloader: Any, ood_dataloader: Any, geometry: Any) -> None:
     if mode not in ("exact", "online"):
         raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
     for name, given in (("dataloader", dataloader), ("ood_dataloader", ood_dataloader)):
@@ -389,6 +394,11 @@ def _check_mode(mode: str, dataloader: Any, ood_dataloader: Any) -> None:
             raise MisconfigurationException(
                 f"mode='online' measures the batches of the training loop, so {name}= has no effect; leave one of them out"
             )
+    if mode == "online" and geometry is not None:
+        raise MisconfigurationException(
+            "geometry= keeps the same samples in every epoch, which only mode='exact' can, because mode='online' sees them in "
+            "another order and with other weights each time; leave one of them out"
+        )
 
 
 def _callbacks_of(trainer: Trainer) -> list[NeuralCollapseCallback]:

@@ -18,7 +18,7 @@ from lightning_nc.functional import METRICS
 from lightning_nc.functional.samples import effective_depth
 from lightning_nc.keys import DEPTH, base_name, make_key
 from lightning_nc.measuring.distributed import all_max, all_raise, check_same_shapes
-from lightning_nc.measuring.kept import KeptSamples, Shards
+from lightning_nc.measuring.kept import FewOfEach, KeptSamples, Shards
 from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe
 from lightning_nc.metrics import NeuralCollapse
 
@@ -43,6 +43,7 @@ class Options:
         shards: whether the statistics of parts of the data are kept, for intervals.
         keep_weight: use the classifier's weight as it is at the first batch, because it is replaced before the values are
             computed: averaged weights are swapped out at the end of validation.
+        geometry: the classes of which a few samples are kept for pictures.
     """
 
     centers: Mapping[str, Tensor] | None = None
@@ -50,6 +51,7 @@ class Options:
     baseline: bool = False
     shards: bool = False
     keep_weight: bool = False
+    geometry: tuple[int, ...] = ()
 
 
 class Collector:
@@ -71,6 +73,7 @@ class Collector:
         self.permuted: dict[str, NeuralCollapse] = {}  # the metrics with permuted labels
         self.shards: dict[str, Shards] = {}
         self.kept = KeptSamples(self.options.budget)
+        self.few = FewOfEach(self.options.geometry)
         self.batches = self.samples = 0
         self.error: Exception | None = None
         self._spans: dict[str, Tensor] = {}
@@ -132,6 +135,8 @@ class Collector:
                 if layer in self.shards:
                     kept = labels != self.probe.ignore_index
                     self.shards[layer].update(values[kept], labels[kept])
+        if INPUT in features and not self._looking:
+            self.few.add(features[INPUT], target.to(features[INPUT].device))
         if self._looking:
             self._drawn = self._drawn[len(target) :]
         elif self.options.baseline or any(map(self._looks_later, self.metrics)):
@@ -161,6 +166,7 @@ class Collector:
         if not self._looking:
             for shards in self.shards.values():
                 shards.merge_over_ranks()
+            self.few.merge_over_ranks()
         return True
 
     def conclude(self, ranks: torch.device | None) -> bool:
@@ -290,6 +296,17 @@ class Collector:
         where = (f"layer {layer!r}" if layer else "classifier's input") + (f", stage {stage!r}" if stage else "")
         for warning in caught:
             self.probe.warn_once(f"{where}: {warning.message}", f"{where}: {warning.message}")
+
+    def few_samples(self) -> dict[int, Tensor]:
+        """The samples of the classes of a picture; empty, and said once, unless each class has some."""
+        missing = [label for label in self.options.geometry if not len(self.few.samples.get(label, ()))]
+        if missing:
+            self.probe.warn_once(
+                "geometry",
+                f"geometry={self.options.geometry}: no picture is kept, because class {missing[0]} has no sample in the data; choose "
+                "classes that have some",
+            )
+        return {} if missing else self.few.samples
 
     def centers(self) -> dict[str, Tensor]:
         """The class means by layer, (K, d), with a row of nan for a class without a sample."""

@@ -46,7 +46,8 @@ def measurement(
     """What a collector has found: the values by key, see :func:`make_key`, and what is known beside them."""
     found = Measurement(collector.values(stage, loader))
     if INPUT in collector.metrics:
-        found.classes = MeasuredClasses(collector.metrics[INPUT].moments(), collector.metrics[INPUT].classifier()[0])
+        metric = collector.metrics[INPUT]
+        found.classes = MeasuredClasses(metric.moments(), metric.classifier()[0], collector.few_samples())
     if collector.options.baseline:
         found.baseline = {"permuted": _permuted(collector), "random": _random(collector)}
     if level is not None:
