@@ -197,10 +197,9 @@ def _dark(color: str) -> Any:
 
 
 def _legend(weight: bool) -> tuple[list[Any], list[str]]:
-    gray = {"color": "0.4", "linestyle": ""}
     entries = {
-        "samples": Line2D([], [], marker="o", markersize=3.5, alpha=0.6, **gray),
-        "class mean": Line2D([], [], marker="o", markersize=9, **gray),
+        "samples": Line2D([], [], color="0.4", linestyle="", marker="o", markersize=3.5, alpha=0.6),
+        "class mean": Line2D([], [], color="0.4", linestyle="", marker="o", markersize=9),
         "row of the weight": Line2D([], [], marker=r"$\rightarrow$", markersize=14, color="0.2", linestyle=""),
         "ideal simplex": Line2D([], [], color="0.6", linewidth=1, linestyle=(0, (5, 3))),
     }
