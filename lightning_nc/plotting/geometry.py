@@ -29,7 +29,7 @@ __all__ = ["animate", "plot_geometry"]
 
 _SPACES = {2: "on the line", 3: "in the plane", 4: "in the space"}
 _RATE = 20  # frames a second
-_MOST_FRAMES = 180
+_MOST_STEPS = 180
 _FARTHEST = 3.0  # of a sample from the center; the class means are at 1 on average
 _SHADES = 14  # of each color in a GIF
 
@@ -76,7 +76,7 @@ def plot_geometry(scenes: Sequence[Scene]) -> Figure:
 def animate(scenes: Sequence[Scene], path: str | Path) -> Path:
     """Write the course of :func:`plot_geometry` over all measured epochs as a GIF or MP4 of at most ten seconds.
 
-    Every measurement is a frame, and points move in straight lines from one to the next. Of more than 180 measurements, 180
+    Every measurement is a frame, and points move in straight lines from one to the next. Of more than 181 measurements, 181
     that are evenly spread are frames. The last frame stays for a second.
 
     Args:
@@ -231,8 +231,8 @@ def _frames(scenes: Sequence[Scene]) -> Iterator[Image.Image]:
 def _places(count: int) -> list[float]:
     """The places of the frames among ``count`` scenes: whole numbers, and fractions between them."""
     gaps = count - 1
-    steps = min(_RATE, _MOST_FRAMES // max(gaps, 1))
-    places = numpy.linspace(0, gaps, gaps * steps + 1) if steps else numpy.linspace(0, gaps, _MOST_FRAMES).round()
+    steps = min(_RATE, _MOST_STEPS // max(gaps, 1))
+    places = numpy.linspace(0, gaps, gaps * steps + 1) if steps else numpy.linspace(0, gaps, _MOST_STEPS + 1).round()
     return [float(place) for place in places.round(6)]
 
 
@@ -252,7 +252,7 @@ def _gif(frames: Iterator[Image.Image], path: Path) -> None:
 def _mp4(frames: Iterator[Image.Image], path: Path) -> None:
     first = next(frames)
     command = [_ffmpeg(), "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(_RATE)]
-    command += ["-s", f"{first.width}x{first.height}", "-i", "-", "-vf", "tpad=stop_mode=clone:stop_duration=1"]
+    command += ["-s", f"{first.width}x{first.height}", "-i", "-", "-vf", "tpad=stop_mode=clone:stop_duration=0.95"]
     command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
