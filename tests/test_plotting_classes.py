@@ -132,7 +132,7 @@ def test_the_color_bar_marks_the_value_of_a_simplex():
 def test_of_many_classes_the_title_says_how_many_are_drawn():
     _, last = found(40)
     figure = plot_frames([last])
-    assert figure.get_suptitle() == "cosines of the centered class means, first 32 of 40 classes"
+    assert figure.get_suptitle() == "cosines of the centered class means\nfirst 32 of 40 classes"
     assert figure.axes[0].images[0].get_array().shape == (32, 32)
 
 

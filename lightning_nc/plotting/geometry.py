@@ -141,7 +141,7 @@ class _Picture:
         self.drawn = max(2, self.dimensions)  # a line is drawn in a plane, so that samples do not hide each other
         if self.drawn == 3:
             axis.set(**dict(zip(("xlim", "ylim", "zlim"), window, strict=True)), proj_type="ortho")
-            axis.set_box_aspect((1, 1, 1), zoom=1.5)
+            axis.set_box_aspect((1, 1, 1), zoom=1.4)
             axis.view_init(elev=20, azim=130)  # no corner hides another one or the center
             axis.set_axis_off()
         else:
