@@ -29,9 +29,9 @@ FLOORS = [
     {"measuring.evaluation"},
     {"measuring.loops", "measuring.extraction"},
     {"runs", "trainers"},
-    {"plotting"},
-    {"loggers", "history"},
-    {"results"},
+    {"plotting", "checkpoints"},
+    {"loggers", "history", "specs"},
+    {"results", "sweep"},
     {"callback", "huggingface"},
     {"__init__", "measuring.__init__", "__main__"},
 ]
@@ -44,6 +44,7 @@ OPTIONAL = {
     "transformers",
     "accelerate",
     "peft",
+    "safetensors",
     "PIL",
     "sklearn",
 }
