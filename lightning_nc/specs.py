@@ -59,7 +59,7 @@ class ModelSpec:
                 f"{type(self._factory).__name__}"
             )
 
-    def load(self, checkpoint: Checkpoint, unsafe: bool = False) -> nn.Module:
+    def load(self, checkpoint: Checkpoint, unsafe: bool = False) -> Any:
         """The model with the weights of a checkpoint.
 
         Raises:
@@ -95,8 +95,9 @@ class ModelSpec:
         model = _call(f"--model {self.text}", "--model-args", self._factory, arguments)
         if not isinstance(model, nn.Module):
             raise ValueError(f"--model {self.text} must return a torch.nn.Module, got a {type(model).__name__}")
-        if hasattr(model, "configure_model"):
-            model.configure_model()
+        configure: Any = getattr(model, "configure_model", None)
+        if configure is not None:
+            configure()
         return model
 
 
