@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -22,7 +23,7 @@ from lightning_nc.measuring.batches import listed
 from lightning_nc.measuring.evaluation import MappedBatches, every_sample_once
 from lightning_nc.measuring.loaders import check_loader
 
-__all__ = ["DataSpec", "ModelSpec", "load_weights"]
+__all__ = ["DataSpec", "ModelSpec", "load_weights", "state_of"]
 
 LIBRARIES = ("torchvision", "timm", "transformers")
 _OF_CLI = ("_instantiator", "_class_path")
@@ -74,7 +75,7 @@ class ModelSpec:
         if self.model is None or not _same(arguments, self._built_with):
             self.model, self._built_with = self._build(arguments).to(self.device), arguments
             strict = getattr(self.model, "strict_loading", True)
-            self._initial = {} if strict else {k: v.clone() for k, v in self.model.state_dict().items()}
+            self._initial = {} if strict else copy.deepcopy(state_of(self.model))
         if checkpoint.is_lightning and hasattr(self.model, "on_load_checkpoint"):
             contents = {**checkpoint.contents, "state_dict": weights}
             self.model.on_load_checkpoint(contents)
@@ -159,6 +160,11 @@ class DataSpec:
         return MappedBatches(loader, lambda batch: after(move(before(batch, 0), device, 0), 0))
 
 
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model, also where its own ``state_dict`` leaves some out."""
+    return nn.Module.state_dict(model)
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> str:
     """Load weights whose names may have a prefix that the model does not know, such as ``module.`` of a distributed run.
 
@@ -173,7 +179,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], initial: Mappi
     Raises:
         ValueError: for missing or unexpected names, and for other shapes.
     """
-    fitting, removed = _renamed(weights, list(model.state_dict()))
+    fitting, removed = _renamed(weights, list(state_of(model)))
     try:
         missing, unexpected = model.load_state_dict({**initial, **fitting}, strict=False)
     except RuntimeError as error:

@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_nc.checkpoints import Checkpoint, Place, find_checkpoints, in_training_order, read_checkpoint
+from lightning_nc.functional.table import check_metrics
 from lightning_nc.history import History
-from lightning_nc.keys import base_name
+from lightning_nc.keys import make_key
 from lightning_nc.measuring.evaluation import measure, names_to_measure
-from lightning_nc.runs import is_metric
-from lightning_nc.specs import DataSpec, ModelSpec
+from lightning_nc.specs import DataSpec, ModelSpec, state_of
 
 __all__ = ["Sweep", "measure_checkpoints", "parse_arguments"]
 
@@ -58,7 +58,7 @@ def measure_checkpoints(  # noqa: D417
     Raises:
         FileNotFoundError, ValueError, ImportError: for arguments that do not fit.
     """
-    names_to_measure(metrics, None)  # a name that is not there raises
+    names = names_to_measure(metrics, None)
     try:
         on = torch.device(device)
     except RuntimeError as error:
@@ -79,7 +79,7 @@ def measure_checkpoints(  # noqa: D417
         failed |= sweep.run(places, history)
     for note in sweep.notes:
         print(note)
-    _print_table(history)
+    _print_table(history, names)
     if out is not None and history:
         print(f"{out}: {len(history)} measurements")
     if plot is not None and history:
@@ -125,7 +125,7 @@ class Sweep:
             raise ValueError("has changed since the command began; measure it again")
         model = self.model.load(checkpoint, self.unsafe)
         self._note(checkpoint)
-        if self._is_repeated(place, following, model.state_dict()):
+        if self._is_repeated(place, following, state_of(model)):
             return
         values = measure(model, self.data.batches(model, self.model.device), **self.settings)
         if values.classes is not None:
@@ -137,8 +137,7 @@ class Sweep:
         """Whether the checkpoint before, of the same epoch and step, has the same weights, as ``last.ckpt`` often has."""
         before, self._kept = self._kept, None
         if following is not None and following[1:] == place[1:]:
-            copies = {name: copy.deepcopy(weight) for name, weight in weights.items()}
-            self._kept = place.path, copies
+            self._kept = place.path, copy.deepcopy(dict(weights))
         if before is None:
             return False
         path, others = before
@@ -197,10 +196,10 @@ def parse_arguments(option: str, pairs: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _print_table(history: History) -> None:
+def _print_table(history: History, metrics: Sequence[str]) -> None:
     """Epoch and step, and up to six metrics of the classifier's input, one row per checkpoint."""
-    names = list(dict.fromkeys(key for row in history for key in row if is_metric(key)))
-    names = [name for name in names if name.count("/") == 1 and base_name(name) == name][:6] or names[:6]
+    shown = [name for name in check_metrics("paper") if name in metrics] or metrics[:6]
+    names = [key for key in (make_key(name, stage="train") for name in shown) if any(key in row for row in history)]
     if not names:
         return
     widths = [max(len(name), 9) for name in names]
