@@ -166,7 +166,7 @@ def _is_state(value: Any) -> bool:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
     plain = [entry for name, entry in value.items() if not name.endswith("_extra_state")]
-    return bool(plain) and all(isinstance(entry, Tensor) for entry in plain)
+    return all(isinstance(entry, Tensor) for entry in plain) and any(entry.dim() for entry in plain)
 
 
 def _unpickled(path: Path, unsafe: bool) -> Any:

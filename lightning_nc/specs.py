@@ -47,8 +47,8 @@ class ModelSpec:
     def __init__(self, text: str | None, given: Mapping[str, Any], device: torch.device) -> None:
         self.text, self.given, self.device = text, dict(given), device
         self.model: Any = None
+        self.arguments: dict[str, Any] = {}  # with which it was built
         self.removed: str = ""  # from the names of the weights in the last checkpoint
-        self._built_with: dict[str, Any] = {}
         self._initial: dict[str, Tensor] = {}
         self._kind, _, name = (text or "transformers:").partition(":")
         self._factory = _factory(self._kind, name) if self._kind in LIBRARIES else _imported("--model", text or "")
@@ -72,8 +72,8 @@ class ModelSpec:
             raise ValueError("is no folder of transformers with a config.json, so --model MODEL must say what it holds")
         weights = checkpoint.load()
         arguments = {**self._arguments(checkpoint, weights), **self.given}
-        if self.model is None or not _same(arguments, self._built_with):
-            self.model, self._built_with = self._build(arguments).to(self.device), arguments
+        if self.model is None or not _same(arguments, self.arguments):
+            self.model, self.arguments = self._build(arguments).to(self.device), arguments
             strict = getattr(self.model, "strict_loading", True)
             self._initial = {} if strict else copy.deepcopy(state_of(self.model))
         if checkpoint.is_lightning and hasattr(self.model, "on_load_checkpoint"):
@@ -116,6 +116,7 @@ class DataSpec:
 
     def __init__(self, text: str, given: Mapping[str, Any]) -> None:
         self.text, self.given = text, dict(given)
+        self.arguments: dict[str, Any] = {}  # with which they were loaded
         self._factory = _imported("--data", text)
         self._module: Any = None
         self._loader: Iterable[Any] | None = None
@@ -131,8 +132,8 @@ class DataSpec:
         Raises:
             ValueError: if they are no batches that can be gone through several times.
         """
-        arguments = {**_hyperparameters(self._factory, checkpoint.contents), **self.given}
-        made = _call(f"--data {self.text}", "--data-args", self._factory, arguments)
+        self.arguments = {**_hyperparameters(self._factory, checkpoint.contents), **self.given}
+        made = _call(f"--data {self.text}", "--data-args", self._factory, self.arguments)
         if hasattr(made, "train_dataloader"):
             self._module = made
             made.prepare_data()

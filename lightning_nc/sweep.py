@@ -65,6 +65,8 @@ def measure_checkpoints(  # noqa: D417
         raise ValueError(f"--device must be one of PyTorch, such as cpu or cuda:0, got {device!r}") from error
     if out is not None and out.exists():
         raise ValueError(f"{out} exists; pass another file as -o, or delete it")
+    if plot is not None:
+        import lightning_nc.plotting  # noqa: F401  # if matplotlib is missing, say so before the measurements
     history = History(out)
     found = find_checkpoints(paths)
     sweep = Sweep(
@@ -82,10 +84,10 @@ def measure_checkpoints(  # noqa: D417
     _print_table(history, names)
     if out is not None and history:
         print(f"{out}: {len(history)} measurements")
+    _print_failed(failed, len(found))
     if plot is not None and history:
         history.plot(sweep.num_classes).savefig(plot, dpi=150)
         print(plot)
-    _print_failed(failed, len(found))
     return int(bool(failed))
 
 
@@ -110,6 +112,7 @@ class Sweep:
         """Append a row to a history for each checkpoint, in this order; those that could not be measured, with the reason."""
         failed: dict[Path, Exception] = {}
         self.data.load(read_checkpoint(places[0].path, self.unsafe))
+        self._note_arguments(self.data)
         for place, following in zip(tqdm(places, "Checkpoints"), [*places[1:], None], strict=True):
             try:
                 with _warnings_once(self._said):
@@ -124,6 +127,7 @@ class Sweep:
         if checkpoint.step != place.step or (place.inside and checkpoint.epoch != place.epoch):
             raise ValueError("has changed since the command began; measure it again")
         model = self.model.load(checkpoint, self.unsafe)
+        self._note_arguments(self.model)
         self._note(checkpoint)
         if self._is_repeated(place, following, state_of(model)):
             return
@@ -149,6 +153,11 @@ class Sweep:
         )
         return False
 
+    def _note_arguments(self, spec: ModelSpec | DataSpec) -> None:
+        if spec.arguments:
+            pairs = ", ".join(f"{name}={value!r:.100}" for name, value in spec.arguments.items())
+            self.notes[f"{spec.text} with {pairs}"] = None
+
     def _note(self, checkpoint: Checkpoint) -> None:
         if self.model.removed:
             self.notes[f"removed {self.model.removed} from the names of the weights"] = None
@@ -168,13 +177,16 @@ def _equal(tensor: Any, other: Any) -> bool:
 @contextmanager
 def _warnings_once(said: set[str]) -> Iterator[None]:
     """Pass on the warnings whose text is not among those said before."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        if str(warning.message) not in said:
-            said.add(str(warning.message))
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for warning in caught:
+            if str(warning.message) not in said:
+                said.add(str(warning.message))
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def parse_arguments(option: str, pairs: Iterable[str]) -> dict[str, Any]:

@@ -65,12 +65,12 @@ def refused(capsys):
 def test_eight_checkpoints_of_the_demo_equal_the_callback_to_the_last_digit_with_a_damaged_one_among_them(
     tmp_path, capsys
 ):
-    layers = ["network.layer1", "network.layer4"]
+    layers = ["network.layer4"]
     callback = NeuralCollapseCallback(layers=layers)
     saving = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, every_n_epochs=1)
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=9, callbacks=[callback, saving], default_root_dir=tmp_path, **options)
-    trainer.fit(ResNet18(width=4), datamodule=Images(batch_size=64, samples_per_class=30))
+    trainer.fit(ResNet18(width=2), datamodule=Images(batch_size=128, samples_per_class=30))
     (damaged,) = (tmp_path / "checkpoints").glob("epoch=4-*.ckpt")
     damaged.write_bytes(damaged.read_bytes()[:5000])
 
@@ -210,7 +210,7 @@ class Partial(Classifier):
         return {name: weight for name, weight in super().state_dict(*args, **kwargs).items() if "net.4" in name}
 
 
-def test_the_class_gets_the_hyperparameters_of_each_checkpoint(tmp_path):
+def test_the_class_gets_the_hyperparameters_of_each_checkpoint(tmp_path, capsys):
     first = trained(tmp_path / "a", 1, model=Leaky(0.5)).history
     second = trained(tmp_path / "b", 2, model=Leaky(0.01)).history
     folders = [tmp_path / name / "checkpoints" for name in "ab"]
@@ -220,6 +220,9 @@ def test_the_class_gets_the_hyperparameters_of_each_checkpoint(tmp_path):
         tmp_path, folders[0], "--model", "test_checkpoints:Leaky", *DATA, "--model-args", "slope=0.01", out="b.csv"
     )
     assert rows[0]["nc/nc1"] != first[0]["nc/nc1"]
+    said = capsys.readouterr().out.splitlines()
+    lines = [f"test_checkpoints:Leaky with slope={slope}, unused=0" for slope in (0.5, 0.01)]
+    assert [line for line in said if line in lines] == [*lines, lines[1]]
 
 
 def test_hooks_of_batch_transfer_are_called_as_in_training(tmp_path):
@@ -267,7 +270,7 @@ def test_averaged_weights_are_measured_where_the_training_saves_them_and_marked(
     assert [row["weights"] for row in rows] == ["swapped", "swapped"]
     said = capsys.readouterr().out
     assert "WeightAveraging" in said
-    assert "not measured: the weights that the checkpoints have under 'current_model_state'" in said
+    assert "not measured: the weights that the checkpoints have under 'current_model_state'\n" in said
 
 
 def test_a_module_that_saves_a_part_of_its_weights_has_the_others_as_it_was_built(tmp_path, monkeypatch):
