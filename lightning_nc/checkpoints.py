@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_nc.keys import natural_order
 from lightning_nc.runs import finite_number
 
-__all__ = ["Checkpoint", "Place", "find_checkpoints", "in_training_order", "read_checkpoint"]
+__all__ = ["Checkpoint", "Place", "check_sums", "find_checkpoints", "in_training_order", "read_checkpoint"]
 
 Weights = dict[str, Tensor]
 
@@ -153,7 +153,7 @@ def _torch_file(path: Path, unsafe: bool) -> Checkpoint:
         )
 
     def load() -> Weights:
-        _check_sums(path)
+        check_sums(path)
         return dict(contents[named[0]] if named else contents)
 
     if not named:
@@ -178,7 +178,7 @@ def _unpickled(path: Path, unsafe: bool) -> Any:
     except OSError:
         raise
     except Exception as error:
-        _check_sums(path)
+        check_sums(path)
         needs = re.search(r"GLOBAL (\S+)", str(error))
         if needs is None or unsafe:
             raise ValueError(f"cannot be read, it may be damaged ({type(error).__name__}: {error!s:.200})") from error
@@ -187,7 +187,7 @@ def _unpickled(path: Path, unsafe: bool) -> Any:
         ) from error
 
 
-def _check_sums(path: Path) -> None:
+def check_sums(path: Path) -> None:
     """Raise ValueError if the bytes of a file of ``torch.save`` do not fit its checksums, which ``torch.load`` ignores."""
     if path.is_file() and zipfile.is_zipfile(path):
         try:

@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.utilities.data import AttributeDict
 from torch import Tensor, nn
 
-from lightning_nc.checkpoints import Checkpoint
+from lightning_nc.checkpoints import Checkpoint, check_sums
 from lightning_nc.measuring.batches import listed
 from lightning_nc.measuring.evaluation import MappedBatches, every_sample_once
 from lightning_nc.measuring.loaders import check_loader
@@ -140,7 +140,7 @@ class DataSpec:
             made.setup("fit")
             made = made.train_dataloader()
         check_loader(made)
-        once = isinstance(made, Iterable) and iter(made) is made
+        once = isinstance(made, Iterator)
         if not isinstance(made, Iterable) or once or (self._module and isinstance(made, list | tuple | Mapping)):
             raise ValueError(
                 f"--data {self.text} must give one DataLoader, got a {type(made).__name__}"
@@ -198,7 +198,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], initial: Mappi
         raise ValueError(
             f"the model, a {type(model).__name__}, needs other weights: the checkpoint comes {', and '.join(parts)}"
             + f", after removing {removed} from its names" * bool(removed)
-            + "; nothing is loaded in part"
         )
     return removed
 
@@ -283,6 +282,8 @@ def _pretrained(path: Path, unsafe: bool, given: Mapping[str, Any]) -> nn.Module
     """The model in a folder of transformers, of the architecture that its config names."""
     from transformers import AutoConfig
 
+    for file in path.glob("pytorch_model*.bin"):
+        check_sums(file)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, **given)
     model: nn.Module
     model, info = _architecture(config).from_pretrained(
