@@ -15,8 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nc.functional.projection import check_few
 from lightning_nc.history import History
-from lightning_nc.loggers import publish_figures
+from lightning_nc.loggers import publish_figures, publish_scene
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options
 from lightning_nc.measuring.evaluation import names_to_measure
@@ -84,6 +85,8 @@ class NeuralCollapseCallback(Results, Callback):
         feature_budget: bytes of features that may be kept, on each rank, for metrics that compare samples with the class means
             (``nc4``, ``ncc_error``, ``nc1_cdnv_directional``); beyond it the exact pass takes a second one.
         pairs: estimate metrics over pairs of classes from so many random pairs; see :class:`lightning_nc.NeuralCollapse`.
+        geometry: two to four classes, such as ``(0, 1, 2)``, of which 40 samples are kept at every measurement, in the
+            coordinates of :meth:`plot_geometry` and :meth:`animate`. Needs ``mode="exact"``.
 
     Raises:
         MisconfigurationException: for arguments that do not fit.
@@ -111,20 +114,22 @@ class NeuralCollapseCallback(Results, Callback):
         ood_dataloader: Iterable[Any] | None = None,
         feature_budget: float = FEATURE_BUDGET,
         pairs: float | None = None,
+        geometry: Sequence[int] | None = None,
     ) -> None:
         try:
             self.metrics = names_to_measure(metrics, ood_dataloader)
             check_loader(dataloader)
             check_loader(ood_dataloader)
             check_schedule(every_n_epochs, stages)
+            chosen = () if geometry is None else check_few(geometry)
             probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        _check_mode(mode, dataloader, ood_dataloader)
+        _check_mode(mode, dataloader, ood_dataloader, geometry)
         self._probe, self.stages, self.mode = probe, tuple(stages), mode
         self.every_n_epochs, self.dataloader, self.strict = every_n_epochs, dataloader, strict
         self.history, self.previous_histories = History(), list[History]()
-        self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget)
+        self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget, geometry=chosen)
         self._means = TrainingMeans(expected="train" in stages and mode == "exact")
         self._loops = RunningLoops(self._probe, self.metrics)
         self._epoch_began: float | None = None
@@ -173,14 +178,8 @@ class NeuralCollapseCallback(Results, Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         every = _callbacks_of(trainer)
-        history = [row for callback in every for row in callback.history]
-        if every[0] is not self or not trainer.is_global_zero or not history:
-            return
-        classes = next((c.measured_classes for c in every if c.measured_classes is not None), None)
-        if classes is not None:
-            rank_zero_info(f"neural collapse: {classes.geometry}")
-        for logger in trainer.loggers:
-            publish_figures(logger, history, classes)
+        if every[0] is self and trainer.is_global_zero:
+            publish_figures(trainer.loggers, [callback.history for callback in every])
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -193,13 +192,13 @@ class NeuralCollapseCallback(Results, Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [dict(row) for row in self.history]}
+        return self.history.state()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # trainer.test may load an older checkpoint, the best one, whose history is shorter.
         if self._fitting or not self.history:
-            self.history = History(rows=state_dict["history"])
+            self.history = History.from_state(state_dict)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -378,10 +377,12 @@ class NeuralCollapseCallback(Results, Callback):
         values = self._probe.attempt(lambda: self.remember(collector, stage, loader, **at, **marks)) or {}
         if stage == "train" and values and self.mode == "exact":
             self._means.keep(collector, self._weights)
+            if self._options.geometry and trainer.is_global_zero:
+                publish_scene(trainer.loggers, self.history.scenes[-1])
         return values
 
 
-def _check_mode(mode: str, dataloader: Any, ood_dataloader: Any) -> None:
+def _check_mode(mode: str, dataloader: Any, ood_dataloader: Any, geometry: Any) -> None:
     if mode not in ("exact", "online"):
         raise MisconfigurationException(f"mode must be 'exact' or 'online', got {mode!r}")
     for name, given in (("dataloader", dataloader), ("ood_dataloader", ood_dataloader)):
@@ -389,6 +390,11 @@ def _check_mode(mode: str, dataloader: Any, ood_dataloader: Any) -> None:
             raise MisconfigurationException(
                 f"mode='online' measures the batches of the training loop, so {name}= has no effect; leave one of them out"
             )
+    if mode == "online" and geometry is not None:
+        raise MisconfigurationException(
+            "geometry= keeps the same samples in every epoch, which only mode='exact' can, because mode='online' sees them in "
+            "another order and with other weights each time; leave one of them out"
+        )
 
 
 def _callbacks_of(trainer: Trainer) -> list[NeuralCollapseCallback]:

@@ -13,15 +13,18 @@ import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_warn
 
 from lightning_nc.keys import CHANCE, STAGES, make_key, parse_key
+from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.measurement import Measurement
 from lightning_nc.runs import FIRST_COLUMNS, finite_number, is_metric, plain_value, read_rows, read_run
+from lightning_nc.scenes import Scene, scene, scenes_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History"]
+__all__ = ["History", "history_of"]
 
 _BEFORE = (-math.inf, -math.inf)
+_MOST_CLASSES = 1000  # of a table that is saved
 
 
 class History(list[dict[str, Any]]):
@@ -37,6 +40,11 @@ class History(list[dict[str, Any]]):
     Args:
         path: the CSV file, which :meth:`append` writes to; None for rows in memory alone.
         rows: rows to start with, those of a checkpoint for example. They are not written.
+
+    Attributes:
+        scenes: what pictures of the classes need, one :class:`~lightning_nc.scenes.Scene` per measurement. Not in the file.
+        classes: the classes as they were measured last: on training data if these are measured.
+        about: settings and versions in words, for a report.
 
     Raises:
         ValueError: if ``path`` does not end in ``.csv``, or is a file of something else.
@@ -54,6 +62,10 @@ class History(list[dict[str, Any]]):
         self.path = None if path is None else Path(path).resolve()
         self._earlier: dict[str, tuple[float, float]] = {}  # the last epoch and step by stage that the file had
         self._continued = False  # the file had rows
+        self.scenes: list[Scene] = []
+        self.classes: MeasuredClasses | None = None
+        self.about: dict[str, Any] = {}
+        self._table: dict[str, list[Any]] = {}
         if self.path is None:
             return
         if self.path.suffix.lower() != ".csv":
@@ -113,6 +125,11 @@ class History(list[dict[str, Any]]):
                 f"a row of stage {stage!r} and epoch {row['epoch']} is there already; pass stage= for other data, or step= for "
                 "another measurement in the epoch"
             )
+        if isinstance(values, Measurement) and values.classes is not None:
+            if stage == "train" or all(other["stage"] != "train" for other in self):
+                self.classes = values.classes
+            if self.classes is values.classes:
+                self.scenes.append(scene(values.classes, row["epoch"], row.get("step", 0), stage))
         super().append(row)
         if self.path is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             self._warn_of_earlier_run(row)
@@ -126,6 +143,32 @@ class History(list[dict[str, Any]]):
                 f"{row['epoch']} is appended to them; delete the file, or pass another path, for a run of its own"
             )
             self._earlier.clear()
+
+    @property
+    def per_class(self) -> dict[str, list[Any]]:
+        """A table of the classes as they were measured last, by column, as ``pandas.DataFrame`` takes it; empty if none were.
+
+        See :func:`lightning_nc.functional.geometry.per_class`.
+        """
+        return self._table if self.classes is None else self.classes.table
+
+    def state(self) -> dict[str, Any]:
+        """All of it but the file, in plain dicts, lists, numbers and texts, for a checkpoint."""
+        small = self.classes is not None and len(self.classes.labels) <= _MOST_CLASSES
+        return {
+            "history": [dict(row) for row in self],
+            "scenes": [dict(vars(found)) for found in self.scenes],
+            "per_class": self.per_class if small else self._table,
+            "about": self.about,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> History:
+        """A history from what :meth:`state` gave."""
+        history = cls(rows=state["history"])
+        history.scenes, history.about = scenes_of(state.get("scenes", ())), dict(state.get("about", {}))
+        history._table = state.get("per_class", {})
+        return history
 
     @classmethod
     def read(cls, path: str | Path) -> History:
@@ -141,8 +184,51 @@ class History(list[dict[str, Any]]):
 
         return plot_history(self, num_classes=num_classes)
 
+    def plot_depth(self) -> Figure:
+        """Every metric against depth, a curve per epoch; see :func:`lightning_nc.plotting.plot_depth`."""
+        from lightning_nc.plotting import plot_depth
+
+        return plot_depth(self)
+
+    def plot_classes(self) -> Figure:
+        """The table of the classes and the cosines of their means; see :func:`lightning_nc.plotting.plot_classes`."""
+        from lightning_nc.plotting import plot_classes
+
+        return plot_classes(self.per_class, self.scenes)
+
+    def plot_frames(self) -> Figure:
+        """The cosines of the class means over time; see :func:`lightning_nc.plotting.plot_frames`."""
+        from lightning_nc.plotting import plot_frames
+
+        return plot_frames(self.scenes)
+
+    def plot_geometry(self) -> Figure:
+        """A few classes in the first, middle and last epoch; see :func:`lightning_nc.plotting.plot_geometry`."""
+        from lightning_nc.plotting import plot_geometry
+
+        return plot_geometry(self.scenes)
+
+    def animate(self, path: str | Path) -> Path:
+        """A few classes over the whole training, as a GIF or MP4; see :func:`lightning_nc.plotting.animate`."""
+        from lightning_nc.plotting import animate
+
+        return animate(self.scenes, path)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (None, list(self)), vars(self)  # by default, a copy would call append for each row
+
+
+def history_of(log_history: Iterable[Mapping[str, Any]], stages: Iterable[str] = tuple(STAGES)) -> History:
+    """The history that the log history of ``transformers.Trainer`` holds."""
+    rows, scenes = [], []
+    for entry in log_history:
+        values = {key: value for key, value in entry.items() if key.startswith("nc/")}
+        marks = {key: entry[key] for key in ("weights", "geometry") if key in entry}
+        stage = parse_key(next(iter(values), "")).stage
+        if values and stage in stages and "step" in entry:
+            rows.append({"stage": stage, "epoch": entry["epoch"], "step": entry["step"], **marks, **values})
+            scenes += [entry["scene"]] if "scene" in entry else []
+    return History.from_state({"history": rows, "scenes": scenes})
 
 
 def _beside(values: Mapping[str, Any], stage: str) -> dict[str, Any]:

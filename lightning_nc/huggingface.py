@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_nc.history import History
-from lightning_nc.keys import parse_key
+from lightning_nc.functional.projection import check_few
+from lightning_nc.history import History, history_of
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options
 from lightning_nc.measuring.distributed import all_max, ranks_on
@@ -51,7 +51,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
 
     Args:
         layers, classifier, num_classes, metrics, target_fn, forward_fn, pool, strict, ignore_index: the same.
-        ood_dataloader, feature_budget, pairs: the same.
+        ood_dataloader, feature_budget, pairs, geometry: the same.
         stages: any of ``"train"``, ``"validate"``, ``"test"``. The last two are measured in an extra pass over the data that
             ``trainer.evaluate`` and ``trainer.predict`` have gone through, in training as often as an epoch is due, under
             ``nc/val/`` and ``nc/test/``. What is evaluated with a ``metric_key_prefix`` that begins with ``"test"`` is of the
@@ -90,6 +90,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         ood_dataloader: Iterable[Any] | None = None,
         feature_budget: float = FEATURE_BUDGET,
         pairs: float | None = None,
+        geometry: Sequence[int] | None = None,
     ) -> None:
         if mode != "exact":
             raise ValueError(
@@ -103,7 +104,10 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         self._probe = Probe(layers, classifier, num_classes, target_fn, forward_fn, pool, strict, ignore_index, pairs)
         self.stages, self.every_n_epochs, self.dataloader = tuple(stages), every_n_epochs, dataloader
         self.history, self.previous_histories = History(), list[History]()
-        self.ood_dataloader, self._options = ood_dataloader, Options(budget=feature_budget)
+        self.ood_dataloader, self._options = (
+            ood_dataloader,
+            Options(budget=feature_budget, geometry=() if geometry is None else check_few(geometry)),
+        )
         self._means = TrainingMeans(expected="train" in stages)
         self._measured: int | None = None  # step of the last measurement of training data
         self._weights = ""  # fingerprint of the weights at the end of the last epoch
@@ -124,7 +128,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         self._probe.reset()
         self._prefixes, self._measured, self._evaluated = {}, None, None
         if state.global_step:
-            self.history = History(rows=_rows(state.log_history, self.stages))
+            self.history = history_of(state.log_history, self.stages)
             self._measured = max((row["step"] for row in self.history if row["stage"] == "train"), default=None)
         elif self._has_trained and self.history:  # another training, of a search for hyperparameters for example
             self.previous_histories.append(self.history)
@@ -242,7 +246,11 @@ class NeuralCollapseCallback(Results, TrainerCallback):
             self._probe.detach()
         if values:
             row = {key: value for key, value in self.history[-1].items() if key != "stage"}
-            state.log_history.append({**row, **at})
+            scenes = [found for found in self.history.scenes[-1:] if (found.stage, found.step) == (stage, at["step"])]
+            entry: dict[str, Any] = {**row, **at}
+            if scenes and self._options.geometry:  # else the log history stays small
+                entry["scene"] = dict(vars(scenes[0]))
+            state.log_history.append(entry)
             if stage == "train":
                 self._means.keep(collector, weights)
         return values
@@ -260,16 +268,6 @@ class NeuralCollapseCallback(Results, TrainerCallback):
             return
         # Trainer.log would also cancel a log of the Trainer's own that is due in this step.
         handler.call_event("on_log", args, state, control, logs={**values, "epoch": state.epoch})
-
-
-def _rows(log_history: Iterable[Mapping[str, Any]], stages: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of the history that a log history holds."""
-    for entry in log_history:
-        values = {key: value for key, value in entry.items() if key.startswith("nc/")}
-        marks = {key: entry[key] for key in ("weights", "geometry") if key in entry}
-        stage = parse_key(next(iter(values), "")).stage
-        if values and stage in stages:
-            yield {"stage": stage, "epoch": entry["epoch"], "step": entry["step"], **marks, **values}
 
 
 def _is_over(state: TrainerState, control: TrainerControl) -> bool:

@@ -13,7 +13,7 @@ PACKAGE = Path(lightning_nc.__file__).parent
 FLOORS = [
     {"moments", "keys", "theory", "simplex_etf"},
     {"comparison", "schedule", "mergeable", "regression_moments"},
-    {"functional.pairs", "functional.regression"},
+    {"functional.pairs", "functional.projection", "functional.regression"},
     {"functional.table"},
     {"functional.variability", "functional.frames", "functional.angles", "functional.samples", "functional.spectrum"},
     {"functional.alignment", "functional.geometry", "functional.weights"},
@@ -28,10 +28,13 @@ FLOORS = [
     {"measuring.measurement", "measuring.held_out"},
     {"measuring.evaluation"},
     {"measuring.loops", "measuring.extraction"},
-    {"runs", "trainers"},
-    {"plotting", "checkpoints"},
-    {"loggers", "history", "specs"},
-    {"results", "sweep"},
+    {"runs", "trainers", "scenes"},
+    {"plotting.style", "checkpoints"},
+    {"plotting.panels", "plotting.depth", "plotting.classes", "plotting.geometry", "specs"},
+    {"plotting.__init__"},
+    {"history"},
+    {"loggers", "sweep"},
+    {"results"},
     {"callback", "huggingface"},
     {"__init__", "measuring.__init__", "__main__"},
 ]
@@ -109,7 +112,7 @@ def test_imports_run_downward_only():
 
 
 def test_the_check_sees_imports_inside_functions_and_of_names():
-    assert {"plotting", "runs"} <= own(imports("__main__"))
+    assert {"history", "runs"} <= own(imports("__main__"))
     assert "measuring.hooks" in own(imports("measuring.probe"))
     assert own(imports("__main__", nested=False)) == set()
 
@@ -127,7 +130,7 @@ def test_measuring_and_the_metrics_know_no_trainer():
 def test_no_optional_package_is_imported_together_with_the_package_or_the_reader_of_runs():
     for module in ("__init__", "__main__", "runs", "history", "loggers", "theory"):
         assert {name.split(".")[0] for name in loaded_with(module)}.isdisjoint(OPTIONAL), module
-    assert "matplotlib" in {name.split(".")[0] for name in loaded_with("plotting")}
+    assert "matplotlib" in {name.split(".")[0] for name in loaded_with("plotting.panels")}
     assert {name.split(".")[0] for name in loaded_with("huggingface")} & OPTIONAL == {"transformers"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,15 +16,23 @@ __all__ = ["MeasuredClasses"]
 
 @dataclass
 class MeasuredClasses:
-    """The statistics of the classes on the CPU, without the scatter matrix, and the weight of the classifier of that moment."""
+    """The statistics of the classes on the CPU, without the scatter matrix, and the weight of the classifier of that moment.
+
+    Args:
+        moments: the statistics.
+        weight: (K, d).
+        samples: a few samples of some classes, (n, d) by class.
+    """
 
     moments: ClassMoments
     weight: Tensor | None = None
+    samples: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         held = {name: part.detach().cpu() for name, part in vars(self.moments).items() if name != "scatter"}
         self.moments = replace(self.moments, **held, scatter=self.moments.scatter[:0, :0].cpu())
         self.weight = None if self.weight is None else self.weight.cpu()
+        self.samples = {label: rows.cpu() for label, rows in self.samples.items()}
 
     @property
     def labels(self) -> list[int]:

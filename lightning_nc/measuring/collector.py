@@ -18,7 +18,7 @@ from lightning_nc.functional import METRICS
 from lightning_nc.functional.samples import effective_depth
 from lightning_nc.keys import DEPTH, base_name, make_key
 from lightning_nc.measuring.distributed import all_max, all_raise, check_same_shapes
-from lightning_nc.measuring.kept import KeptSamples, Shards
+from lightning_nc.measuring.kept import FewOfEach, KeptSamples, Shards
 from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe
 from lightning_nc.metrics import NeuralCollapse
 
@@ -43,6 +43,7 @@ class Options:
         shards: whether the statistics of parts of the data are kept, for intervals.
         keep_weight: use the classifier's weight as it is at the first batch, because it is replaced before the values are
             computed: averaged weights are swapped out at the end of validation.
+        geometry: the classes of which a few samples are kept for pictures.
     """
 
     centers: Mapping[str, Tensor] | None = None
@@ -50,6 +51,7 @@ class Options:
     baseline: bool = False
     shards: bool = False
     keep_weight: bool = False
+    geometry: tuple[int, ...] = ()
 
 
 class Collector:
@@ -71,6 +73,7 @@ class Collector:
         self.permuted: dict[str, NeuralCollapse] = {}  # the metrics with permuted labels
         self.shards: dict[str, Shards] = {}
         self.kept = KeptSamples(self.options.budget)
+        self.few = FewOfEach(self.options.geometry)
         self.batches = self.samples = 0
         self.error: Exception | None = None
         self._spans: dict[str, Tensor] = {}
@@ -132,6 +135,8 @@ class Collector:
                 if layer in self.shards:
                     kept = labels != self.probe.ignore_index
                     self.shards[layer].update(values[kept], labels[kept])
+        if INPUT in features and not self._looking:
+            self.few.add(features[INPUT], target.to(features[INPUT].device))
         if self._looking:
             self._drawn = self._drawn[len(target) :]
         elif self.options.baseline or any(map(self._looks_later, self.metrics)):
@@ -161,6 +166,7 @@ class Collector:
         if not self._looking:
             for shards in self.shards.values():
                 shards.merge_over_ranks()
+            self.few.merge_over_ranks()
         return True
 
     def conclude(self, ranks: torch.device | None) -> bool:
@@ -303,14 +309,7 @@ class Collector:
             return self.metrics[layer]
         weight, bias = self.parts() if layer == INPUT else (None, None)
         given = {"ood"} | {part for part, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
-        names = [name for name in self.names if given.issuperset(METRICS[name].needs)]
-        if "nc1_cdnv_directional" in names and 8 * self.probe.classes**2 > SCATTER_LIMIT:
-            names.remove("nc1_cdnv_directional")
-            self.probe.warn_once(
-                "pairs of classes",
-                f"nc1_cdnv_directional left out: the pairs of {self.probe.classes} classes would take "
-                f"{8 * self.probe.classes**2 / 2**30:.1f} GiB",
-            )
+        names = _that_fit([name for name in self.names if given.issuperset(METRICS[name].needs)], self.probe)
         if not names:
             return None
         taken = sum(8 * m.num_features**2 for m in self.metrics.values() if any(METRICS[n].scatter for n in m.metrics))
@@ -382,6 +381,18 @@ class Collector:
                 f"{', '.join(missing)} left out: the classifier {head.name!r}, a {type(head.module).__name__}, {reason}",
             )
         return weight, bias
+
+
+def _that_fit(names: list[str], probe: Probe) -> list[str]:
+    """The metrics whose tables of pairs of classes are not too large; says once which are left out."""
+    needed = 8 * probe.classes**2
+    if "nc1_cdnv_directional" not in names or needed <= SCATTER_LIMIT:
+        return names
+    probe.warn_once(
+        "pairs of classes",
+        f"nc1_cdnv_directional left out: the pairs of {probe.classes} classes would take {needed / 2**30:.1f} GiB",
+    )
+    return [name for name in names if name != "nc1_cdnv_directional"]
 
 
 def _permuted(labels: Tensor, ignore_index: int, ranks: torch.device | None) -> Tensor:

@@ -1,15 +1,16 @@
-"""What a pass keeps of the samples for a second look at them, and the parts of the data for intervals."""
+"""What a pass keeps of the samples: for a second look at them, for pictures, and the parts of the data for intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_nc.moments import ClassMoments
 
-__all__ = ["SHARDS", "KeptSamples", "Shards"]
+__all__ = ["SHARDS", "FewOfEach", "KeptSamples", "Shards"]
 
 SHARDS = 20
 """Parts of the data whose statistics are kept apart."""
@@ -42,6 +43,42 @@ class KeptSamples:
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         return iter(self._batches)
+
+
+class FewOfEach:
+    """The first few samples of some classes, for pictures: the same ones in every pass that goes through the data in order.
+
+    Args:
+        classes: the classes; none: keep nothing.
+        most: samples of each.
+    """
+
+    def __init__(self, classes: Sequence[int], most: int = 40) -> None:
+        self.most = most
+        self.samples: dict[int, Tensor] = {}  # (n, d) by class
+        self._classes = tuple(classes)
+
+    def add(self, features: Tensor, target: Tensor) -> None:
+        """Keep what is still missing of a batch."""
+        for label in self._classes:
+            found = self.samples.get(label, features[:0])
+            if len(found) < self.most:
+                rows = features.detach()[target == label][: self.most - len(found)]
+                self.samples[label] = torch.cat([found, rows])
+
+    def missing(self) -> list[int]:
+        """The classes without a sample."""
+        return [label for label in self._classes if not len(self.samples.get(label, ()))]
+
+    def merge_over_ranks(self) -> None:
+        """Keep the same samples on all ranks, the first of the first rank that has any. All ranks must call it."""
+        if not self._classes:
+            return
+        shares: list[dict[int, Tensor]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(shares, {label: rows.cpu() for label, rows in self.samples.items()})
+        for label in self._classes:
+            rows = [share[label] for share in shares if label in share]
+            self.samples[label] = torch.cat(rows)[: self.most] if rows else torch.zeros(0, 0)
 
 
 class Shards:

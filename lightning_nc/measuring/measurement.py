@@ -46,7 +46,17 @@ def measurement(
     """What a collector has found: the values by key, see :func:`make_key`, and what is known beside them."""
     found = Measurement(collector.values(stage, loader))
     if INPUT in collector.metrics:
-        found.classes = MeasuredClasses(collector.metrics[INPUT].moments(), collector.metrics[INPUT].classifier()[0])
+        metric = collector.metrics[INPUT]
+        missing = collector.few.missing()
+        if missing:
+            collector.probe.warn_once(
+                "geometry",
+                f"geometry={collector.options.geometry}: no picture is kept, because class {missing[0]} has no sample in the "
+                "data; choose classes that have some",
+            )
+        found.classes = MeasuredClasses(
+            metric.moments(), metric.classifier()[0], {} if missing else collector.few.samples
+        )
     if collector.options.baseline:
         found.baseline = {"permuted": _permuted(collector), "random": _random(collector)}
     if level is not None:

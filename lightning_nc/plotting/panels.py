@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, TRAIN_MEANS, Key, base_name, natural_order, parse_key
+from lightning_nc.plotting.style import COLORS, INPUT_NAME, color_of, draw, name_of, wrapped
 from lightning_nc.runs import Run, epoch_of, metrics_of
 
-__all__ = ["draw", "plot_gram", "plot_history", "plot_runs"]
+__all__ = ["plot_history", "plot_runs"]
 
-# The colors of Okabe and Ito, distinct for every kind of color vision, and two more.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
 _OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
-_INPUT = "classifier input"
 _MOST_NAMES = 16  # lines of text that fit in a legend beside one row of panels
 
 Curves = dict[Key, tuple[list[float], list[float]]]
@@ -79,7 +74,7 @@ def plot_runs(
     count = len(panels) + bool(objective)
     columns = 3 if count > 4 else count
     lines = -(-count // columns)
-    longest = max(len(line) for layer in layers or [_INPUT] for line in _name(layer).splitlines())
+    longest = max(len(line) for layer in layers or [INPUT_NAME] for line in name_of(layer).splitlines())
     beside = 0.6 + 0.065 * longest if layers or len({key[:2] for key in keys}) > 1 else 0
     figure = Figure(figsize=(3.6 * columns + beside, 3.1 * lines * len(runs)), layout="constrained")
     # Constrained layout has no groups of axes, so each run is a subfigure.
@@ -97,77 +92,9 @@ def plot_runs(
         for axis, members in zip(axes[count - len(panels) : count], panels, strict=True):
             _draw_panel(axis, curves[name], members, layers, num_classes)
         _explain(part, axes[:count], keys, layers, most=_MOST_NAMES * lines)
-        found = "\n".join(filter(None, (_text(name, 40 * columns), _geometry(runs[name]))))
+        found = "\n".join(filter(None, (wrapped(name, 40 * columns), _geometry(runs[name]))))
         part.suptitle(found, fontsize=10)
     return figure
-
-
-def plot_gram(gram: Any, classes: Sequence[int] | None = None) -> Figure:
-    """Plot the Gram matrix of the unit class means, (K, K): the cosines of all pairs of classes, 1 on the diagonal.
-
-    Args:
-        gram: the matrix.
-        classes: the class of each row; 0 to K - 1 by default.
-    """
-    figure = Figure(figsize=(4.2, 3.6), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(numpy.asarray(gram), cmap="RdBu_r", vmin=-1, vmax=1)
-    axis.set_title("cosines of the centered class means", fontsize=10)
-    axis.set_xlabel("class")
-    axis.set_ylabel("class")
-    for ticks in (axis.xaxis, axis.yaxis):
-        ticks.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        if classes is not None:
-            ticks.set_major_formatter(lambda at, _: str(classes[int(at)]) if 0 <= at < len(classes) else "")
-    figure.colorbar(image)
-    return figure
-
-
-def draw(
-    axis: Axes,
-    title: str,
-    xlabel: str,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    colors: Sequence[Any] = _COLORS,
-    style: Any = "-",
-    legend: bool = True,
-    linear: bool = False,
-) -> None:
-    """Draw curves by label, each a pair of x and y, on a log axis, where zeros are triangles at its lower edge.
-
-    The axis is linear if it is to be, or if a value is negative.
-    """
-    linear = linear or any(numpy.nanmin(ys, initial=0) < 0 for _, ys in curves.values())
-    for index, (label, (xs, ys)) in enumerate(curves.items()):
-        color, x, y = colors[index % len(colors)], numpy.asarray(xs), numpy.asarray(ys, dtype=float)
-        seen = numpy.isfinite(y) & ((y > 0) | linear)
-        alone = seen & ~numpy.append(seen[1:], False) & ~numpy.append(False, seen[:-1])
-        known = {line.get_label() for line in axis.lines}
-        axis.plot(
-            x,
-            numpy.where(seen, y, numpy.nan),
-            linestyle=style,
-            color=color,
-            label=f"_{label}" if label in known else label,
-            linewidth=1.6,
-            marker="o" if alone.any() else None,
-            markersize=4,
-            markevery=alone.nonzero()[0].tolist(),
-        )
-        if not linear and (zero := y == 0).any():
-            axis.plot(x[zero], zero[zero] * 0.0, "v", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
-    if not linear:
-        axis.set_yscale("log")
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(xlabel)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
-    axis.grid(True, which="major", alpha=0.3)
-    for text in [text for text in axis.texts if text.get_text() == "no finite value"]:
-        text.remove()  # of another stage
-    if not any(numpy.isfinite(line.get_ydata()).any() for line in axis.lines):
-        axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", va="center", color="0.4")
-    if legend and len(curves) > 1:
-        axis.legend(fontsize=8, framealpha=0.8)
 
 
 def _curves(rows: Run) -> Curves:
@@ -259,18 +186,18 @@ def _draw_panel(
         chosen = {key: curve for key, curve in run.items() if key[:2] == group and key.metric in members}
         chances = [(key, curve) for key, curve in run.items() if key[:2] == group and _is_chance(key.metric)]
         if layers:
-            curves = {key.layer or _INPUT: curve for key, curve in chosen.items()}
-            colors = [_color(key.layer, layers) for key in chosen]
+            curves = {key.layer or INPUT_NAME: curve for key, curve in chosen.items()}
+            colors = [color_of(key.layer, layers) for key in chosen]
         else:
-            curves = {_text(key.metric): curve for key, curve in chosen.items()}
-            colors = [_COLORS[members.index(key.metric) % len(_COLORS)] for key in chosen]
+            curves = {wrapped(key.metric): curve for key, curve in chosen.items()}
+            colors = [COLORS[members.index(key.metric) % len(COLORS)] for key in chosen]
         for key, (x, y) in chances:
             own = key._replace(metric=base_name(key.metric))
             if own in chosen:  # behind its curve: what chance alone would give
                 axis.plot(x, y, color=colors[list(chosen).index(own)], alpha=0.3, linewidth=1, marker="_", zorder=1)
         draw(
             axis,
-            _text(title),
+            wrapped(title),
             "epoch",
             curves,
             colors,
@@ -288,8 +215,8 @@ def _draw_panel(
 
 def _explain(part: SubFigure, axes: list[Axes], keys: Sequence[Key], layers: Sequence[str], most: int) -> None:
     """One legend for all panels: layers by color, stages by dashes. Many layers get a color bar with some of their names."""
-    names = [_name(layer) for layer in layers]
-    colors = [_color(layer, layers) for layer in layers]
+    names = [name_of(layer) for layer in layers]
+    colors = [color_of(layer, layers) for layer in layers]
     entries = [(Line2D([], [], color=color), name) for color, name in zip(colors, names, strict=True)]
     if "\n".join(names).count("\n") >= most:
         entries = []
@@ -307,20 +234,6 @@ def _explain(part: SubFigure, axes: list[Axes], keys: Sequence[Key], layers: Seq
         part.legend(*zip(*entries, strict=True), loc="outside right upper", fontsize=8)
 
 
-def _name(layer: str) -> str:
-    return _text(layer or _INPUT, 36)
-
-
-def _text(name: str, width: int = 80) -> str:
-    """A name as text of a figure: wrapped at dots, ``$`` shown as it is, no ``_`` first (Matplotlib hides such labels)."""
-    text = "\n".join(textwrap.wrap(name.replace(".", ". "), width)).replace(". ", ".").replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
 def _style(stage: str, loader: int) -> Any:
     """Solid for training, dashed for validation, dotted for test, with more dashes for further dataloaders."""
     return (0, _DASHES[stage] + (3, 1.5) * loader) if _DASHES[stage] else "-"
-
-
-def _color(layer: str, layers: Sequence[str]) -> Any:
-    return matplotlib.colormaps["viridis_r"](0.25 + 0.75 * layers.index(layer) / max(1, len(layers) - 1))
