@@ -40,6 +40,7 @@ FLOORS = [
 ]
 OPTIONAL = {
     "matplotlib",
+    "imageio_ffmpeg",
     "wandb",
     "tensorboard",
     "torchvision",

@@ -125,7 +125,7 @@ def _ideal(like: Scene) -> Scene:
 def _window(scenes: Sequence[Scene]) -> Any:
     """The smallest cube that shows all scenes and the labels at the corners: from and to by coordinate, (3, 2)."""
     labels = 1.55 * simplex(len(scenes[-1].chosen)).numpy()
-    points = numpy.concatenate([labels, *(rows for scene in scenes for rows in (*scene.samples, scene.weight) if rows)])
+    points = numpy.concatenate([labels, *(rows for scene in scenes for rows in (*scene.samples, scene.means, scene.weight) if rows)])
     points = points[numpy.linalg.norm(points, axis=1) <= _FARTHEST]
     low, high = points.min(axis=0), points.max(axis=0)
     half = 0.52 * (high - low).max()
@@ -214,7 +214,7 @@ def _frames(scenes: Sequence[Scene]) -> Iterator[Image.Image]:
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0.02, 0.02, 0.96, 0.86), projection="3d" if len(scenes[-1].chosen) == 4 else None)
     picture = _Picture(axis, scenes[-1], _window(scenes))
-    for place in tqdm(_places(len(scenes)), "Animation", leave=False):
+    for place in tqdm(_places(len(scenes)), "Animation", leave=False, delay=1):
         before, after = scenes[math.floor(place)], scenes[math.ceil(place)]
         share = place % 1
 
