@@ -79,13 +79,12 @@ def test_without_a_weight_its_column_is_left_out():
     assert list(columns(plot_classes(table, [last]))) == [name for name in COLUMNS if name != "weight_cosine"]
 
 
-def test_the_table_and_the_histogram_are_drawn_alone_if_the_other_is_missing(tmp_path):
+def test_the_table_and_the_histogram_are_drawn_alone_if_the_other_is_missing():
     table, last = found()
     assert histogram(plot_classes(table, [])) is None
     figure = plot_classes({}, [last])
     assert columns(figure) == {}
-    figure.savefig(tmp_path / "classes.png")
-    assert is_picture(tmp_path / "classes.png")
+    figure.draw_without_rendering()
 
 
 def test_what_is_not_a_finite_number_is_written(tmp_path):
@@ -100,12 +99,11 @@ def test_what_is_not_a_finite_number_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [1, 2])
-def test_one_class_and_two_are_drawn(classes, tmp_path):
+def test_one_class_and_two_are_drawn(classes):
     kept = measured(torch.randn(8, 3), torch.arange(8) % classes, classes)
     scenes = [scene(kept, 0, 0, "train")]
-    for draw in (lambda: plot_classes(kept.table, scenes), lambda: plot_frames(scenes)):
-        draw().savefig(tmp_path / "classes.png")
-        assert is_picture(tmp_path / "classes.png")
+    for figure in (plot_classes(kept.table, scenes), plot_frames(scenes)):
+        figure.draw_without_rendering()
 
 
 def test_heat_maps_show_the_cosines_of_the_first_middle_and_last_epoch_on_one_scale(tmp_path):
