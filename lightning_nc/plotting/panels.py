@@ -47,6 +47,7 @@ from lightning_nc.runs import Run, epoch_of, metrics_of
 __all__ = ["plot_history", "plot_runs"]
 
 _MOST_NAMES = 16  # lines of text that fit in a legend beside one row of panels
+_LEFT, _RIGHT = [COLORS[index] for index in (0, 5, 6, 8)], [COLORS[index] for index in (1, 4, 3, 7)]
 _CHANCE = {"alpha": 0.35, "linewidth": 1, "marker": "_"}
 
 
@@ -176,12 +177,12 @@ def _draw_objectives(axis: Axes, run: RunCurves) -> None:
     right = {name: curve for name, curve in run.objectives.items() if "acc" in name.lower()}
     left = {name: curve for name, curve in run.objectives.items() if name not in right}
     title = " and ".join(["loss"] * bool(left) + ["accuracy"] * bool(right)).capitalize() or "Loss and accuracy"
-    draw(axis, title, run.over, left or right, COLORS[:1] + COLORS[5:], legend=False, linear=not left)
+    draw(axis, title, run.over, left or right, _LEFT, legend=False, linear=not left)
     axis.set_ylabel("loss" if left else "accuracy", color=COLORS[0])
     handles, labels = axis.get_legend_handles_labels()
     if left and right:
         twin = axis.twinx()
-        draw(twin, "", run.over, right, COLORS[1:5], legend=False, linear=True)
+        draw(twin, "", run.over, right, _RIGHT, legend=False, linear=True)
         twin.set_ylabel("accuracy", color=COLORS[1])
         twin.grid(False)
         more, names = twin.get_legend_handles_labels()

@@ -37,7 +37,7 @@ INPUT_NAME = "classifier input"
 LEVEL_STYLE: dict[str, Any] = {"color": "0.4", "linestyle": "-.", "linewidth": 1}
 WIDTH = 12.0  # inches; no figure is wider
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
-_PER_LEGEND_ROW = 42  # characters of the names in a legend that fit below a panel
+_PER_LEGEND_ROW = 54  # characters of the names in a legend that fit below a panel
 
 
 def draw(
@@ -55,7 +55,7 @@ def draw(
 
     The axis is linear if it is to be, or if a value is negative. Several curves get a legend below the axis.
     """
-    linear = linear or any(numpy.nanmin(ys, initial=0) < 0 for _, ys in curves.values())
+    linear = linear or any(value < 0 for _, ys in curves.values() for value in ys)
     for index, (label, (xs, ys)) in enumerate(curves.items()):
         color, x, y = colors[index % len(colors)], numpy.asarray(xs), numpy.asarray(ys, dtype=float)
         seen = numpy.isfinite(y) & ((y > 0) | linear)
@@ -78,7 +78,7 @@ def draw(
         plain_log_ticks(axis)
     lines = subtitle.count("\n") + bool(subtitle)
     axis.set_title(title, fontsize=10, pad=6 + 11 * lines)
-    if subtitle:
+    if subtitle not in ["", *(text.get_text() for text in axis.texts)]:
         place = dict(xy=(0.5, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points")
         axis.annotate(subtitle, **place, ha="center", va="bottom", fontsize=8, color="0.35", annotation_clip=False)
     axis.set_xlabel(xlabel)
@@ -95,9 +95,9 @@ def draw(
 def legend_below(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """A legend below the label of the x axis, where it hides no curve."""
     longest = max(len(line) for label in labels for line in label.splitlines())
-    columns = min(len(labels), max(1, _PER_LEGEND_ROW // (longest + 6)))
+    columns = min(len(labels), max(1, _PER_LEGEND_ROW // (longest + 5)))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 4.3}  # lines, below ticks and label
-    axis.legend(handles, labels, ncols=columns, fontsize=8, frameon=False, columnspacing=1.2, **below)
+    axis.legend(handles, labels, ncols=columns, fontsize=8, frameon=False, handlelength=1.4, columnspacing=1.2, **below)
 
 
 def plain_log_ticks(axis: Axes) -> None:
@@ -109,12 +109,12 @@ def plain_log_ticks(axis: Axes) -> None:
 
 
 class _LogTicks(LogLocator):
-    """Powers of ten; with 2 and 5 between them below two and a half decades; evenly spaced below a third of a decade."""
+    """Powers of ten; with 2 and 5 between them below two and a half decades; evenly spaced below a factor of five."""
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         if not 0 < vmin < vmax or (decades := math.log10(vmax / vmin)) >= 2.5:
             return super().tick_values(vmin, vmax)
-        if decades < 0.33:
+        if decades < 0.7:
             ticks = MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(vmin, vmax)
             return ticks[ticks > 0]
         exponents = numpy.arange(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
