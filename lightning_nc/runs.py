@@ -29,6 +29,7 @@ __all__ = [
     "plain_value",
     "read_rows",
     "read_run",
+    "split_seeds",
 ]
 
 Run = Sequence[Mapping[str, Any]]
@@ -156,6 +157,19 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     # Some loggers sort their columns by name, others do not.
     own = bool(rows) and tuple(rows[0])[:2] == FIRST_COLUMNS
     return rows if own else [{key: row[key] for key in sorted(row, key=_order)} for row in _joined(rows)]
+
+
+def split_seeds(label: str, rows: Run) -> list[tuple[str, Run]]:
+    """Label and rows of each run in the rows of a file, which has several if its column ``seed`` has several values.
+
+    Example:
+        >>> split_seeds("figure4.csv", [{"seed": 0, "nc1": 0.5}, {"seed": 1, "nc1": 0.4}])
+        [('figure4.csv, seed 0', [{'seed': 0, 'nc1': 0.5}]), ('figure4.csv, seed 1', [{'seed': 1, 'nc1': 0.4}])]
+    """
+    seeds = list(dict.fromkeys(row.get("seed") for row in rows))
+    if len(seeds) < 2:
+        return [(label, rows)]
+    return [(f"{label}, seed {seed}", [row for row in rows if row.get("seed") == seed]) for seed in seeds]
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ __all__ = [
     "RunCurves",
     "chosen",
     "drawn",
+    "is_accuracy",
     "is_chance",
     "is_linear",
     "other_frames",
@@ -34,6 +36,7 @@ __all__ = [
 
 MOST_PANELS = 12  # more are drawn only if their metrics are named
 
+_STAGE_PART = re.compile(r"(train|val|valid|validation|eval|test)[_/](.+)")
 _OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
 
 Curve = tuple[list[float], list[float]]
@@ -45,13 +48,13 @@ class RunCurves(NamedTuple):
 
     Args:
         metrics: epochs and values by stage, dataloader, layer and metric; the classifier's input last, so that it is on top.
-        objectives: losses and accuracies by name.
+        objectives: losses and accuracies, likewise; ``val_loss`` is ``loss`` of the stage ``validate``.
         asked: the metrics that were asked for; the others are distances to frames that a history keeps beside them.
         over: what the x axis counts: ``"epoch"`` or ``"iteration"``.
     """
 
     metrics: Curves
-    objectives: dict[str, Curve]
+    objectives: Curves
     asked: set[str]
     over: str
 
@@ -59,7 +62,7 @@ class RunCurves(NamedTuple):
 def read_curves(rows: Run) -> RunCurves:
     """The curves of the rows; ``ValueError`` if there is no metric, or a row has no epoch, an unknown stage or a value twice."""
     points: dict[Key, list[tuple[float, float]]] = {}
-    losses: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    losses: dict[Key, list[tuple[float, float]]] = {}
     for row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"history must hold rows such as {{'epoch': 0, 'nc1': 0.5}}, got {row!r:.60}")
@@ -75,24 +78,30 @@ def read_curves(rows: Run) -> RunCurves:
                     points.setdefault(key, []).append((epoch, value))
             for name, value in row.items():
                 if is_objective(name) and isinstance(value, int | float) and not isinstance(value, bool):
-                    losses.setdefault((name, stage), []).append((epoch, value))
+                    losses.setdefault(_objective_key(name, stage, row), []).append((epoch, value))
     if not points:
         found = list(dict.fromkeys(name for row in rows for name in row))
         raise ValueError(
             f"nothing to plot in {len(rows)} rows: needs 'epoch' and a metric such as 'nc1' or 'nc/nc1', found {found!r:.300}"
         )
+    over = "iteration" if all("iteration" in row for row in rows) else "epoch"
+    return RunCurves(_sorted(points), _sorted(losses), _asked(rows), over)
+
+
+def _objective_key(name: str, stage: str, row: Mapping[str, object]) -> Key:
+    """A loss or an accuracy by stage, which the name may tell: ``val_loss``."""
+    found = _STAGE_PART.fullmatch(name)
+    if found is None or found[2] in row:
+        return Key(stage, 0, "", name)
+    return Key({"t": "train", "v": "validate", "e": "validate"}[name[0]] if found[1] != "test" else "test", 0, "", found[2])
+
+
+def _sorted(points: Mapping[Key, list[tuple[float, float]]]) -> Curves:
     order = list(STAGES)
     keys = sorted(points, key=lambda key: (order.index(key.stage), key.loader, not key.layer))
-    named = [name for name, _ in losses]
-    objectives = {name if named.count(name) == 1 else f"{name}, {stage}": curve for (name, stage), curve in losses.items()}
-    over = "iteration" if all("iteration" in row for row in rows) else "epoch"
-    metrics, scores = {key: _sorted(points[key]) for key in keys}, {name: _sorted(at) for name, at in objectives.items()}
-    return RunCurves(metrics, scores, _asked(rows), over)
-
-
-def _sorted(points: list[tuple[float, float]]) -> Curve:
-    points = sorted(points, key=lambda point: point[0])  # rows of checkpoints come in any order
-    return [x for x, _ in points], [y for _, y in points]
+    # Rows of checkpoints come in any order.
+    by_epoch = {key: sorted(points[key], key=lambda point: point[0]) for key in keys}
+    return {key: ([x for x, _ in found], [y for _, y in found]) for key, found in by_epoch.items()}
 
 
 def _asked(rows: Run) -> set[str]:
@@ -109,6 +118,11 @@ def _asked(rows: Run) -> set[str]:
                 (late if index > place and metric in FRAMES_IN_WORDS else asked).add(metric)
                 known = known or index < place
     return asked if known else asked | late
+
+
+def is_accuracy(name: str) -> bool:
+    """Whether a loss or an accuracy is an accuracy, by its name."""
+    return "acc" in name.lower()
 
 
 def is_chance(metric: str) -> bool:

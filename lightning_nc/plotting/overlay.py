@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lightning_nc.keys import Key, natural_order
+from lightning_nc.keys import natural_order
 from lightning_nc.plotting.curves import (
     Curve,
     Curves,
     RunCurves,
     chosen,
     drawn,
+    is_accuracy,
     is_chance,
     is_linear,
     other_frames,
@@ -41,11 +42,9 @@ from lightning_nc.plotting.style import (
 )
 from lightning_nc.runs import Run
 
-__all__ = ["SEED", "plot_overlay"]
+__all__ = ["plot_overlay"]
 
-SEED = r"[\W_]*seed[\W_]*\d+"
-"""The part of a label that names the seed of a run."""
-
+_SEED = r"[\W_]*seed[\W_]*\d+"
 _BAND = 0.2  # opacity
 
 
@@ -66,7 +65,7 @@ def plot_overlay(
         metrics: see :func:`plot_history`. Losses and accuracies are left out if given.
         num_classes: see :func:`plot_history`.
         group: a regular expression; runs whose labels are the same without the part that it matches form a group. With
-            :data:`SEED`, ``"cnn-seed0"`` and ``"cnn-seed1"`` are the group ``"cnn"``; with ``""``, labels that are equal.
+            ``""`` that part is the seed: ``"cnn-seed0"`` and ``"cnn, seed 1"`` are the group ``"cnn"``.
         layer: the layer to draw; the classifier's input by default, or the last layer if there is none.
 
     Raises:
@@ -98,10 +97,10 @@ def _at(curves: Curves, layer: str) -> Curves:
 
 
 def _all_curves(run: RunCurves, names: Sequence[str], objectives: bool) -> Curves:
-    """The curves of the metrics that are drawn, and those of losses and accuracies under keys like theirs."""
+    """The curves of the metrics that are drawn, and those of losses and accuracies."""
     curves = {key: curve for key, curve in drawn(run.metrics, names).items() if not is_chance(key.metric)}
     if objectives:
-        curves |= {Key("train", 0, "", name): curve for name, curve in run.objectives.items()}
+        curves |= run.objectives
     return curves
 
 
@@ -109,14 +108,14 @@ def _groups(runs: Sequence[tuple[str, Curves]], pattern: str | None) -> dict[str
     """The runs by the label of their group."""
     groups: dict[str, list[Curves]] = {}
     for label, curves in runs:
-        rest = label if pattern is None else re.sub(pattern, "", label) if pattern else label
+        rest = label if pattern is None else re.sub(pattern or _SEED, "", label)
         groups.setdefault(rest or label, []).append(curves)
     several = [label for label, members in groups.items() if members[1:]]
     if pattern is None and several:
         raise ValueError(f"several runs have the label {several[0]!r}; pass labels that differ, or draw them as a group")
     if pattern is not None and not several:
         raise ValueError(
-            f"no two runs have the same label without {pattern!r}; the labels are {', '.join(label for label, _ in runs)}"
+            f"no two runs have the same label without {pattern or _SEED!r}; the labels are {', '.join(label for label, _ in runs)}"
         )
     return groups
 
@@ -126,7 +125,7 @@ def _draw(
 ) -> Figure:
     runs = [curves for members in groups.values() for curves in members]
     keys = list(dict.fromkeys(key for curves in runs for key in curves))
-    scores = [name for name in dict.fromkeys(key.metric for key in keys) if name not in names]
+    scores = sorted({key.metric for key in keys} - set(names), key=lambda name: (is_accuracy(name), name))
     panels = [*scores, *names]
     columns = columns_of(len(panels))
     lines, width = -(-len(panels) // columns), min(3.6, WIDTH / columns)
@@ -135,7 +134,7 @@ def _draw(
     colors = _colors(len(groups))
     levels: dict[str, float] = {}
     for axis, name in zip(axes, panels, strict=False):
-        linear = is_linear([name], runs) or (name in scores and "acc" in name.lower())
+        linear = is_linear([name], runs) or (name in scores and is_accuracy(name))
         subtitle = "" if name in scores else reading([name], num_classes)
         stages = dict.fromkeys(key for key in keys if key.metric == name)
         for color, (label, members) in zip(colors, groups.items(), strict=True):
@@ -158,7 +157,7 @@ def _draw(
     longest = max(len(line) for _, text in entries for line in text.splitlines())
     fit = max(1, min(len(entries), int(width * columns / 0.065) // (longest + 7)))
     figure.legend(*zip(*entries, strict=True), loc="outside lower center", fontsize=8, frameon=False, ncols=fit)
-    figure.suptitle(wrapped(layer or INPUT_NAME), fontsize=10)
+    figure.suptitle(wrapped(f"layer {layer}" if layer else INPUT_NAME), fontsize=10)
     return figure
 
 
@@ -183,4 +182,4 @@ def _draw_band(axis: Axes, label: str, curves: Sequence[Curve], runs: int, color
 
 def _colors(count: int) -> Sequence[Any]:
     """A color for each run; those of a scale for more than there are distinct ones."""
-    return COLORS if count <= len(COLORS) else matplotlib.colormaps["viridis_r"](numpy.linspace(0.15, 1, count))
+    return COLORS[:count] if count <= len(COLORS) else matplotlib.colormaps["viridis_r"](numpy.linspace(0.15, 1, count))

@@ -17,9 +17,11 @@ from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.keys import Key, base_name, natural_order, parse_key
 from lightning_nc.plotting.curves import (
     Curve,
+    Curves,
     RunCurves,
     chosen,
     drawn,
+    is_accuracy,
     is_chance,
     is_linear,
     other_frames,
@@ -113,11 +115,11 @@ def plot_runs(
     found = {name: read_curves(rows) for name, rows in runs.items()}
     names = chosen(found.values(), metrics)
     found = {name: run._replace(metrics=drawn(run.metrics, names)) for name, run in found.items()}
-    if objective is not None:
-        found = {name: run._replace(objectives=_over_training(runs[name], objective)) for name, run in found.items()}
+    if objective is not None or metrics is not None:
+        found = {name: run._replace(objectives=_over_training(runs[name], objective or {})) for name, run in found.items()}
     layout = _layout(list(found.values()), names, num_classes)
     entries = _entries(found.values(), layout)
-    first = any(run.objectives for run in found.values()) and (metrics is None or objective is not None)
+    first = any(run.objectives for run in found.values())
     count = len(layout.panels) + first
     columns = columns_of(count)
     lines = -(-count // columns)
@@ -144,9 +146,9 @@ def plot_runs(
     return figure
 
 
-def _over_training(rows: Run, objective: Mapping[str, Sequence[float]]) -> dict[str, Curve]:
+def _over_training(rows: Run, objective: Mapping[str, Sequence[float]]) -> Curves:
     epochs = [epoch_of(row) for row in rows if row.get("stage", "train") == "train"]
-    return {label: (epochs, list(values)) for label, values in objective.items()}
+    return {Key("train", 0, "", label): (epochs, list(values)) for label, values in objective.items()}
 
 
 def _layout(runs: Sequence[RunCurves], names: Sequence[str], num_classes: int | None) -> _Layout:
@@ -174,21 +176,31 @@ def _geometry(rows: Run) -> str:
 
 def _draw_objectives(axis: Axes, run: RunCurves) -> None:
     """Losses on a log axis on the left, accuracies on a linear one on the right."""
-    right = {name: curve for name, curve in run.objectives.items() if "acc" in name.lower()}
-    left = {name: curve for name, curve in run.objectives.items() if name not in right}
+    right = {key: curve for key, curve in run.objectives.items() if is_accuracy(key.metric)}
+    left = {key: curve for key, curve in run.objectives.items() if key not in right}
     title = " and ".join(["loss"] * bool(left) + ["accuracy"] * bool(right)).capitalize() or "Loss and accuracy"
-    draw(axis, title, run.over, left or right, _LEFT, legend=False, linear=not left)
-    axis.set_ylabel("loss" if left else "accuracy", color=COLORS[0])
-    handles, labels = axis.get_legend_handles_labels()
+    handles, labels = _draw_scores(axis, title, run.over, left or right, _LEFT if left else _RIGHT, linear=not left)
     if left and right:
-        twin = axis.twinx()
-        draw(twin, "", run.over, right, _RIGHT, legend=False, linear=True)
-        twin.set_ylabel("accuracy", color=COLORS[1])
-        twin.grid(False)
-        more, names = twin.get_legend_handles_labels()
+        more, names = _draw_scores(axis.twinx(), "", run.over, right, _RIGHT, linear=True)
         handles, labels = handles + more, labels + [f"{name} (right)" for name in names]
     if labels:
         legend_below(axis, handles, labels)
+
+
+def _draw_scores(
+    axis: Axes, title: str, over: str, curves: Curves, colors: Sequence[str], linear: bool
+) -> tuple[list[Any], list[str]]:
+    """Losses or accuracies, a color for each name; what a legend needs."""
+    names = list(dict.fromkeys(key.metric for key in curves))
+    if not curves:
+        draw(axis, title, over, {})
+    for key, curve in curves.items():
+        color = colors[names.index(key.metric) % len(colors)]
+        draw(axis, title, over, {wrapped(key.metric): curve}, [color], style_of(*key[:2]), legend=False, linear=linear)
+    axis.set_ylabel("accuracy" if linear else "loss", color=colors[0])
+    if not title:  # the left axis has a grid
+        axis.grid(False)
+    return axis.get_legend_handles_labels()
 
 
 def _draw_panel(axis: Axes, run: RunCurves, layout: _Layout, index: int) -> None:
@@ -228,7 +240,7 @@ def _draw_panel(axis: Axes, run: RunCurves, layout: _Layout, index: int) -> None
 
 def _entries(runs: Iterable[RunCurves], layout: _Layout) -> list[tuple[Line2D, str]]:
     """The entries of the legend beside the layers: stages by dashes, values by chance, and exact frames of the other kind."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.metrics))
+    keys = list(dict.fromkeys(key for run in runs for key in [*run.metrics, *run.objectives]))
     entries = stage_entries(keys)
     if any(is_chance(key.metric) for key in keys):
         entries.append((Line2D([], [], color="0.2", **_CHANCE), "chance"))
