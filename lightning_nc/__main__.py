@@ -12,28 +12,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plot finished runs from the files of their loggers; returns the exit status."""
     parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
     commands = parser.add_subparsers(dest="command", required=True)
-    plot = commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper")
-    run = "a CSV file, or a directory of CSVLogger, TensorBoardLogger or WandbLogger (offline); the newest file in it"
-    plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
-    out = "PNG, PDF or SVG file, or a directory (default: %(default)s)"
-    plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
-    frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
-    plot.add_argument("-k", "--num-classes", type=int, help=frames)
-    names = "after the runs: paper, all, or names such as nc1 nc3; without it, what was asked for in the measurement"
-    plot.add_argument("--metrics", nargs="+", metavar="NAME", help=names)
-    plot.add_argument("--labels", nargs="+", metavar="LABEL", help="after the runs: what to call them, one for each")
-    plot.add_argument("--overlay", action="store_true", help="all runs in one set of panels, a color each")
-    alike = "with --overlay: runs with the same label are one group, drawn as median and range; PATTERN, a regular expression, "
-    plot.add_argument("--group", nargs="?", const="", metavar="PATTERN", help=alike + "is left out of labels first (default: the seed)")
-    layer = "with --overlay: the layer to draw (default: the classifier input)"
-    plot.add_argument("--layer", help=layer)
+    _add_plot(commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper"))
     given = parser.parse_args(arguments)
     if given.num_classes is not None and given.num_classes < 2:
         parser.error(f"--num-classes must be at least 2, got {given.num_classes}")
-    if given.labels and len(given.labels) != len(given.runs):
-        parser.error(f"--labels must name each of the {len(given.runs)} runs once, got {len(given.labels)}")
-    if not given.overlay and (given.group is not None or given.layer is not None):
-        parser.error("--group and --layer need --overlay")
     try:
         _plot(given)
     except (OSError, ValueError, ImportError) as error:
@@ -43,11 +25,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _add_plot(plot: argparse.ArgumentParser) -> None:
+    run = "a CSV file, or a directory of CSVLogger, TensorBoardLogger or WandbLogger (offline); the newest file in it"
+    plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
+    out = "PNG, PDF or SVG file, or a directory (default: %(default)s)"
+    plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
+    frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
+    plot.add_argument("-k", "--num-classes", type=int, help=frames)
+    names = "after the runs: all, paper, or names such as nc1 nc3 (default: what the measurement was asked for)"
+    plot.add_argument("--metrics", nargs="+", metavar="NAME", help=names)
+    plot.add_argument("--labels", nargs="+", metavar="LABEL", help="after the runs: what to call each of them")
+    plot.add_argument("--overlay", action="store_true", help="draw all runs in one set of panels, a color each")
+    bands = (
+        "with --overlay: draw runs as median and range whose labels are the same without PATTERN (default: the seed)"
+    )
+    plot.add_argument("--group", nargs="?", const="", metavar="PATTERN", help=bands)
+    plot.add_argument("--layer", help="with --overlay: the layer to draw (default: the classifier input)")
+
+
 def _plot(given: argparse.Namespace) -> None:
     from lightning_nc.history import History
     from lightning_nc.plotting import plot_overlay, plot_runs
     from lightning_nc.runs import find_log, split_seeds
 
+    if given.labels and len(given.labels) != len(given.runs):
+        raise ValueError(f"--labels must name each of the {len(given.runs)} runs, got {len(given.labels)} labels")
+    if not given.overlay and (given.group is not None or given.layer is not None):
+        raise ValueError("--group and --layer are about one set of panels; pass --overlay too")
     logs: dict[Path, Path] = {}
     for path in given.runs:
         log = find_log(path)
@@ -63,7 +67,7 @@ def _plot(given: argparse.Namespace) -> None:
         figure = plot_overlay(runs, metrics, given.num_classes, given.group, given.layer)
     else:
         if len(set(labels)) < len(labels):
-            raise ValueError(f"labels must differ, unless --overlay --group draws equal ones as a group; got {labels}")
+            raise ValueError(f"--labels must differ, but for groups of --overlay --group; got {' '.join(labels)}")
         figure = plot_runs(dict(runs) if len(runs) > 1 else {"": runs[0][1]}, None, given.num_classes, metrics)
     out: Path = given.out
     if out.is_dir():

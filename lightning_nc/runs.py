@@ -38,7 +38,9 @@ Run = Sequence[Mapping[str, Any]]
 FIRST_COLUMNS = ("stage", "epoch")
 """How the CSV file of a :class:`lightning_nc.History` begins."""
 
-_OBJECTIVE = re.compile(r"(.*[^a-z0-9])?(loss|objective|acc|accuracy)([_@/]?(epoch|top|\d+|dataloader_idx))*", re.IGNORECASE)
+_OBJECTIVE = re.compile(
+    r"(.*[^a-z0-9])?(loss|objective|acc|accuracy)([_@/]?(epoch|top|\d+|dataloader_idx))*", re.IGNORECASE
+)
 _UFM_LEVEL = re.compile(r"(.+)_(h1|pre)")  # columns of the UFM example: the first layer, and before the ReLU
 
 
@@ -129,11 +131,11 @@ def read_run(path: str | Path) -> Run:
     goes into the first row of its epoch that has metrics.
 
     Args:
-        path: a CSV file with a column ``epoch`` or ``iteration``, which then is the ``epoch`` too, or a directory that holds, at any depth, ``metrics.csv``, TensorBoard's
-            ``events.out.tfevents*`` or W&B's ``run-*.wandb``; the newest file is read. Keys are as the callback logs them
-            (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). Columns ``stage``, ``seed``,
-            ``weights`` and ``partial`` are kept. In a file over iterations, a column ``nc1_h1`` or ``nc1_pre`` of the UFM
-            example is ``nc1`` of a layer ``h1`` or ``pre``.
+        path: a CSV file with a column ``epoch`` or ``iteration``, or a directory that holds, at any depth, ``metrics.csv``,
+            TensorBoard's ``events.out.tfevents*`` or W&B's ``run-*.wandb``; the newest file is read. Keys are as the callback
+            logs them (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). Columns ``stage``,
+            ``seed``, ``weights`` and ``partial`` are kept. Iterations without epochs become the ``epoch`` too; in such a file, a
+            column ``nc1_h1`` or ``nc1_pre``, as the UFM example writes it, is ``nc1`` of a layer ``h1`` or ``pre``.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
@@ -22,16 +22,14 @@ __all__ = [
     "RunCurves",
     "chosen",
     "drawn",
+    "heads_of",
     "is_accuracy",
     "is_chance",
     "is_linear",
     "other_frames",
     "panels_of",
     "read_curves",
-    "reading",
-    "same_curve",
-    "same_layers",
-    "title_of",
+    "same",
 ]
 
 MOST_PANELS = 12  # more are drawn only if their metrics are named
@@ -93,7 +91,9 @@ def _objective_key(name: str, stage: str, row: Mapping[str, object]) -> Key:
     found = _STAGE_PART.fullmatch(name)
     if found is None or found[2] in row:
         return Key(stage, 0, "", name)
-    return Key({"t": "train", "v": "validate", "e": "validate"}[name[0]] if found[1] != "test" else "test", 0, "", found[2])
+    return Key(
+        {"t": "train", "v": "validate", "e": "validate"}[name[0]] if found[1] != "test" else "test", 0, "", found[2]
+    )
 
 
 def _sorted(points: Mapping[Key, list[tuple[float, float]]]) -> Curves:
@@ -212,7 +212,15 @@ def panels_of(metrics: Sequence[str], by_family: bool) -> list[list[str]]:
     return list(families.values())
 
 
-def title_of(members: Sequence[str]) -> str:
+def heads_of(members: Sequence[str], num_classes: int | None, width: float) -> str:
+    """Title and subtitle of a panel of so many inches, in lines; an empty line stands between them."""
+    parts = _reading(members, num_classes)
+    lines = [" · ".join(parts)] if len(" · ".join(parts)) <= 15 * width else parts
+    subtitle = "\n".join(wrapped(line, int(15 * width)) for line in lines)
+    return f"{wrapped(_title(members), int(12 * width))}\n\n{subtitle}"
+
+
+def _title(members: Sequence[str]) -> str:
     """The title of a panel, in words."""
     spec = METRICS.get(base_name(members[0]))
     if members[1:] and spec:
@@ -220,46 +228,48 @@ def title_of(members: Sequence[str]) -> str:
     around = ", around training means" * members[0].endswith(TRAIN_MEANS)
     if members[0] == DEPTH:
         return "effective depth"
-    return wrapped(spec.title + around if spec and spec.title else members[0])
+    return spec.title + around if spec and spec.title else members[0]
 
 
-def reading(members: Sequence[str], num_classes: int | None) -> str:
+def _reading(members: Sequence[str], num_classes: int | None) -> list[str]:
     """How to read a panel: the name of its metric as it is logged, and which values are closer to collapse."""
     spec = METRICS.get(base_name(members[0]))
-    name = [] if members[1:] else [wrapped(members[0])]
+    name = [] if members[1:] else [members[0]]
     if spec is None:
-        return "\n".join(name)
+        return name
     at = "collapse"
     if num_classes and spec.value_at_collapse(num_classes, 10**6) == spec.value_at_collapse(num_classes):
         at = f"{spec.value_at_collapse(num_classes):.3g}"
     if spec.direction == "approaches":
-        return " · ".join([*name, f"approaches {at}" if at != "collapse" else "approaches its value at collapse"])
+        return [*name, f"approaches {at}" if at != "collapse" else "approaches its value at collapse"]
     bound = "" if spec.collapse == 0.0 or at == "collapse" else f", {at} at collapse"
-    return " · ".join([*name, f"{'smaller' if spec.direction == 'falls' else 'larger'} is closer{bound}"])
+    return [*name, f"{'smaller' if spec.direction == 'falls' else 'larger'} is closer{bound}"]
 
 
-def same_layers(runs: Sequence[Curves], layers: Sequence[str]) -> dict[str, str]:
-    """The layers to draw, by their names; layers with the same numbers are one, ``"layer4 = classifier input"``."""
-    by_layer: dict[str, dict[tuple[int, Key], Curve]] = {layer: {} for layer in layers}
+def same(runs: Sequence[Curves], names: Sequence[str], part: Literal["layer", "metric"]) -> dict[str, str]:
+    """What each layer or metric is called that is drawn: those with the same numbers are one, ``"layer4 = classifier input"``.
+
+    The last of them is the one to draw.
+    """
+    curves: dict[str, dict[tuple[int, Key], Curve]] = {name: {} for name in names}
     for index, run in enumerate(runs):
         for key, curve in run.items():
-            if key.layer in by_layer:
-                by_layer[key.layer][index, key._replace(layer="")] = curve
-    names = {layer: [layer or INPUT_NAME] for layer in layers}
-    for place, layer in enumerate(layers):
-        twin = next((later for later in layers[place + 1 :] if _same(by_layer[layer], by_layer[later])), None)
+            if (name := getattr(key, part)) in curves:
+                rest = key._replace(layer="") if part == "layer" else key._replace(metric="")
+                curves[name][index, rest] = curve
+    called = {name: [name or INPUT_NAME] for name in names}
+    for place, name in enumerate(names):
+        twin = next((later for later in names[place + 1 :] if _same(curves[name], curves[later])), None)
         if twin is not None:
-            names[twin] = names.pop(layer) + names[twin]
-    return {layer: " = ".join(same) for layer, same in names.items()}
+            called[twin] = called.pop(name) + called[twin]
+    return {name: " = ".join(found) for name, found in called.items()}
 
 
 def _same(curves: Mapping[tuple[int, Key], Curve], later: Mapping[tuple[int, Key], Curve]) -> bool:
-    """Whether one layer has no curve that another lacks or has with other numbers, up to rounding."""
-    return bool(curves) and all(key in later and same_curve(curve, later[key]) for key, curve in curves.items())
-
-
-def same_curve(curve: Curve, other: Curve) -> bool:
-    """Whether two curves are the same numbers, up to rounding of float32."""
-    return curve[0] == other[0] and all(
-        math.isclose(a, b, rel_tol=1e-6) or (a != a and b != b) for a, b in zip(curve[1], other[1], strict=True)
+    """Whether all curves of one have the same numbers in the other, up to rounding of float32."""
+    return bool(curves) and all(
+        key in later
+        and xs == later[key][0]
+        and all(math.isclose(y, z, rel_tol=1e-6) or (y != y and z != z) for y, z in zip(ys, later[key][1], strict=True))
+        for key, (xs, ys) in curves.items()
     )

@@ -21,13 +21,12 @@ from lightning_nc.plotting.curves import (
     RunCurves,
     chosen,
     drawn,
+    heads_of,
     is_accuracy,
     is_chance,
     is_linear,
     other_frames,
     read_curves,
-    reading,
-    title_of,
 )
 from lightning_nc.plotting.style import (
     COLORS,
@@ -36,6 +35,7 @@ from lightning_nc.plotting.style import (
     WIDTH,
     columns_of,
     draw,
+    sized_figure,
     stage_entries,
     style_of,
     wrapped,
@@ -88,7 +88,9 @@ def _layer(runs: Sequence[RunCurves], layer: str | None) -> str:
     layers = sorted({key.layer for run in runs for key in run.metrics}, key=natural_order)
     wanted = ("" if "" in layers else layers[-1]) if layer is None else "" if layer == INPUT_NAME else layer
     if wanted not in layers:
-        raise ValueError(f"no run has a layer {wanted!r}; measured were {', '.join(name or INPUT_NAME for name in layers)}")
+        raise ValueError(
+            f"no run has a layer {wanted!r}; measured were {', '.join(name or INPUT_NAME for name in layers)}"
+        )
     return wanted
 
 
@@ -112,10 +114,12 @@ def _groups(runs: Sequence[tuple[str, Curves]], pattern: str | None) -> dict[str
         groups.setdefault(rest or label, []).append(curves)
     several = [label for label, members in groups.items() if members[1:]]
     if pattern is None and several:
-        raise ValueError(f"several runs have the label {several[0]!r}; pass labels that differ, or draw them as a group")
+        raise ValueError(
+            f"several runs have the label {several[0]!r}; pass labels that differ, or draw them as a group"
+        )
     if pattern is not None and not several:
         raise ValueError(
-            f"no two runs have the same label without {pattern or _SEED!r}; the labels are {', '.join(label for label, _ in runs)}"
+            f"no two runs have the same label without {pattern or _SEED!r}; labels: {', '.join(label for label, _ in runs)}"
         )
     return groups
 
@@ -129,18 +133,18 @@ def _draw(
     panels = [*scores, *names]
     columns = columns_of(len(panels))
     lines, width = -(-len(panels) // columns), min(3.6, WIDTH / columns)
-    figure = Figure(figsize=(width * columns, (0.4 + 0.85 * width) * lines + 0.3), layout="constrained")
+    figure = sized_figure(columns, lines, width, below=0.3)
     axes = list(figure.subplots(lines, columns, squeeze=False).ravel())
     colors = _colors(len(groups))
     levels: dict[str, float] = {}
     for axis, name in zip(axes, panels, strict=False):
         linear = is_linear([name], runs) or (name in scores and is_accuracy(name))
-        subtitle = "" if name in scores else reading([name], num_classes)
+        heads = wrapped(name) if name in scores else heads_of([name], num_classes, width)
         stages = dict.fromkeys(key for key in keys if key.metric == name)
         for color, (label, members) in zip(colors, groups.items(), strict=True):
             for key in stages:
                 curve = _draw_band(axis, label, [run[key] for run in members if key in run], len(members), color)
-                draw(axis, title_of([name]), over, curve, [color], style_of(*key[:2]), False, linear, subtitle)
+                draw(axis, heads, over, curve, [color], style_of(*key[:2]), False, linear)
         found = other_frames([name], runs, num_classes)
         for level in found.values():
             axis.axhline(level, **LEVEL_STYLE)

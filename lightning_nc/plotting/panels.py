@@ -21,16 +21,14 @@ from lightning_nc.plotting.curves import (
     RunCurves,
     chosen,
     drawn,
+    heads_of,
     is_accuracy,
     is_chance,
     is_linear,
     other_frames,
     panels_of,
     read_curves,
-    reading,
-    same_curve,
-    same_layers,
-    title_of,
+    same,
 )
 from lightning_nc.plotting.style import (
     COLORS,
@@ -40,6 +38,7 @@ from lightning_nc.plotting.style import (
     columns_of,
     draw,
     legend_below,
+    sized_figure,
     stage_entries,
     style_of,
     wrapped,
@@ -50,17 +49,19 @@ __all__ = ["plot_history", "plot_runs"]
 
 _MOST_NAMES = 16  # lines of text that fit in a legend beside one row of panels
 _LEFT, _RIGHT = [COLORS[index] for index in (0, 5, 6, 8)], [COLORS[index] for index in (1, 4, 3, 7)]
-_CHANCE = {"alpha": 0.35, "linewidth": 1, "marker": "_"}
+_CHANCE: dict[str, Any] = {"alpha": 0.35, "linewidth": 1, "marker": "_"}
 
 
 class _Layout(NamedTuple):
     """What the panels of all runs have in common."""
 
     panels: list[list[str]]
-    layers: dict[str, str]  # the layers by what they are called; empty if only the classifier's input was measured
+    metrics: list[dict[str, str]]  # those that are drawn in each panel, and what they are called
+    layers: dict[str, str]  # the layers, and what they are called; empty if only the classifier's input was measured
     linear: list[bool]
     levels: list[dict[str, float]]
     num_classes: int | None
+    width: float = 3.6  # of a panel, in inches
 
 
 def plot_history(
@@ -116,7 +117,9 @@ def plot_runs(
     names = chosen(found.values(), metrics)
     found = {name: run._replace(metrics=drawn(run.metrics, names)) for name, run in found.items()}
     if objective is not None or metrics is not None:
-        found = {name: run._replace(objectives=_over_training(runs[name], objective or {})) for name, run in found.items()}
+        found = {
+            name: run._replace(objectives=_over_training(runs[name], objective or {})) for name, run in found.items()
+        }
     layout = _layout(list(found.values()), names, num_classes)
     entries = _entries(found.values(), layout)
     first = any(run.objectives for run in found.values())
@@ -125,8 +128,8 @@ def plot_runs(
     lines = -(-count // columns)
     texts = [line for text in [*layout.layers.values(), *(text for _, text in entries)] for line in text.splitlines()]
     beside = 0.6 + 0.065 * max(map(len, texts)) if texts else 0
-    width = min(3.6, (WIDTH - beside) / columns)
-    figure = Figure(figsize=(width * columns + beside, (0.4 + 0.85 * width) * lines * len(runs)), layout="constrained")
+    layout = layout._replace(width=min(layout.width, (WIDTH - beside) / columns))
+    figure = sized_figure(columns, lines * len(runs), layout.width, beside)
     above: list[Axes] = []
     # Constrained layout has no groups of axes, so each run is a subfigure.
     for (name, run), part in zip(found.items(), figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
@@ -142,8 +145,19 @@ def plot_runs(
         for index, axis in enumerate(axes[first:count]):
             _draw_panel(axis, run, layout, index)
         _explain(part, axes[:count], layout, entries, most=_MOST_NAMES * lines)
-        part.suptitle("\n".join(filter(None, (wrapped(name, 40 * columns), _geometry(runs[name])))), fontsize=10)
+        heading = [wrapped(name, 40 * columns), _geometry(runs[name]), _left_out(found[name], names, metrics)]
+        part.suptitle("\n".join(filter(None, heading)), fontsize=10)
     return figure
+
+
+def _left_out(run: RunCurves, names: Sequence[str], metrics: str | Sequence[str] | None) -> str:
+    """What a reader should know of metrics that are not drawn by default."""
+    count = sum(not is_chance(name) for name in run.asked - set(names))
+    return (
+        f"{count} more metrics were measured; metrics='all' or their names draw them"
+        if count and metrics is None
+        else ""
+    )
 
 
 def _over_training(rows: Run, objective: Mapping[str, Sequence[float]]) -> Curves:
@@ -156,11 +170,13 @@ def _layout(runs: Sequence[RunCurves], names: Sequence[str], num_classes: int | 
     if len(runs) > 1:  # they may have different layers
         layers.sort(key=natural_order)
     layers += [""] * (bool(layers) and any(not key.layer for run in runs for key in run.metrics))
-    called = {layer: wrapped(name, 36) for layer, name in same_layers([run.metrics for run in runs], layers).items()}
-    panels, curves = panels_of(names, by_family=not layers), [run.metrics for run in runs]
+    curves = [run.metrics for run in runs]
+    panels = panels_of(names, by_family=not layers)
+    metrics = [same(curves, members, "metric") for members in panels]
     linear = [is_linear(members, curves) for members in panels]
     levels = [other_frames(members, curves, num_classes) for members in panels]
-    return _Layout(panels, called, linear, levels, num_classes)
+    called = {layer: wrapped(name, 36) for layer, name in same(curves, layers, "layer").items()}
+    return _Layout(panels, metrics, called, linear, levels, num_classes)
 
 
 def _geometry(rows: Run) -> str:
@@ -171,7 +187,9 @@ def _geometry(rows: Run) -> str:
     if name not in FRAMES_IN_WORDS:
         return ""
     value = next((value for key, value in metrics_of(row).items() if parse_key(key)[2:] == ("", name)), None)
-    return f"nearest frame at the end: {FRAMES_IN_WORDS[name]}" + (f" ({name} {value:.2g})" if value is not None else "")
+    return f"nearest frame at the end: {FRAMES_IN_WORDS[name]}" + (
+        f" ({name} {value:.2g})" if value is not None else ""
+    )
 
 
 def _draw_objectives(axis: Axes, run: RunCurves) -> None:
@@ -204,38 +222,28 @@ def _draw_scores(
 
 
 def _draw_panel(axis: Axes, run: RunCurves, layout: _Layout, index: int) -> None:
-    members, layers = layout.panels[index], list(layout.layers)
-    text = title_of(members), run.over
-    subtitle = reading(members, layout.num_classes)
+    members, called, layers = layout.panels[index], layout.metrics[index], list(layout.layers)
+    heads = heads_of(members, layout.num_classes, layout.width)
     for group in dict.fromkeys(key[:2] for key in run.metrics) or [("train", 0)]:
-        of_group = {key: curve for key, curve in run.metrics.items() if key[:2] == group}
-        curves: dict[str, Curve] = {}
-        colors: dict[Key, Any] = {}
-        for key, curve in of_group.items():
-            if key.metric in members and (not layers or key.layer in layers):
-                label = layout.layers[key.layer] if layers else wrapped(key.metric)
-                same = None if layers else next((name for name in curves if same_curve(curves[name], curve)), None)
-                if same is not None:  # it would lie on the other and hide it
-                    curves = {f"{name} = {label}" if name == same else name: curves[name] for name in curves}
-                    continue
-                curves[label] = curve
-                colors[key] = color_of(key.layer, layers) if layers else COLORS[members.index(key.metric) % len(COLORS)]
-        draw(
-            axis,
-            *text,
-            curves,
-            list(colors.values()),
-            style_of(*group),
-            legend=not layers and len(members) > 1,
-            linear=layout.linear[index],
-            subtitle=subtitle,
-        )
-        for key, (x, y) in of_group.items():
+        shown = {key: curve for key, curve in run.metrics.items() if key[:2] == group and key.metric in called}
+        if layers:
+            shown = {key: curve for key, curve in shown.items() if key.layer in layers}
+        colors = {key: color_of(key.layer, layers) if layers else _color(key.metric, members) for key in shown}
+        names = [layout.layers[key.layer] if layers else wrapped(called[key.metric], 50) for key in shown]
+        curves = dict(zip(names, shown.values(), strict=True))
+        draw(axis, heads, run.over, curves, list(colors.values()), style_of(*group), False, layout.linear[index])
+        for key, (x, y) in run.metrics.items():
             own = key._replace(metric=base_name(key.metric))
             if is_chance(key.metric) and own in colors:
                 axis.plot(x, y, color=colors[own], zorder=1, **_CHANCE)
+    if not layers and members[1:]:
+        legend_below(axis, *axis.get_legend_handles_labels())
     for level in dict.fromkeys(layout.levels[index].values()):
         axis.axhline(level, **LEVEL_STYLE)
+
+
+def _color(metric: str, members: Sequence[str]) -> str:
+    return COLORS[members.index(metric) % len(COLORS)]
 
 
 def _entries(runs: Iterable[RunCurves], layout: _Layout) -> list[tuple[Line2D, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -26,6 +27,7 @@ __all__ = [
     "legend_below",
     "name_of",
     "plain_log_ticks",
+    "sized_figure",
     "stage_entries",
     "style_of",
     "wrapped",
@@ -34,6 +36,7 @@ __all__ = [
 # The colors of Okabe and Ito, distinct for every kind of color vision, and two more.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
 INPUT_NAME = "classifier input"
+_SMALL: dict[str, Any] = {"fontsize": 8, "color": "0.35"}
 LEVEL_STYLE: dict[str, Any] = {"color": "0.4", "linestyle": "-.", "linewidth": 1}
 WIDTH = 12.0  # inches; no figure is wider
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
@@ -49,11 +52,11 @@ def draw(
     style: Any = "-",
     legend: bool = True,
     linear: bool = False,
-    subtitle: str = "",
 ) -> None:
     """Draw curves by label, each a pair of x and y, on a log axis, where zeros are triangles at its lower edge.
 
-    The axis is linear if it is to be, or if a value is negative. Several curves get a legend below the axis.
+    The axis is linear if it is to be, or if a value is negative. Several curves get a legend below the axis. A subtitle may
+    follow the title after an empty line.
     """
     linear = linear or any(value < 0 for _, ys in curves.values() for value in ys)
     for index, (label, (xs, ys)) in enumerate(curves.items()):
@@ -76,11 +79,12 @@ def draw(
             axis.plot(x[zero], zero[zero] * 0.0, "v", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
     if not linear:
         plain_log_ticks(axis)
+    title, _, subtitle = title.partition("\n\n")
     lines = subtitle.count("\n") + bool(subtitle)
     axis.set_title(title, fontsize=10, pad=6 + 11 * lines)
     if subtitle not in ["", *(text.get_text() for text in axis.texts)]:
-        place = dict(xy=(0.5, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points")
-        axis.annotate(subtitle, **place, ha="center", va="bottom", fontsize=8, color="0.35", annotation_clip=False)
+        above: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "annotation_clip": False}
+        axis.annotate(subtitle, (0.5, 1), xycoords="axes fraction", ha="center", va="bottom", **_SMALL, **above)
     axis.set_xlabel(xlabel)
     axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
     axis.grid(True, which="major", alpha=0.3)
@@ -96,7 +100,11 @@ def legend_below(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> N
     """A legend below the label of the x axis, where it hides no curve."""
     longest = max(len(line) for label in labels for line in label.splitlines())
     columns = min(len(labels), max(1, _PER_LEGEND_ROW // (longest + 5)))
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 4.3}  # lines, below ticks and label
+    below: dict[str, Any] = {
+        "loc": "upper center",
+        "bbox_to_anchor": (0.5, 0.0),
+        "borderaxespad": 4.3,
+    }  # lines, below ticks and label
     axis.legend(handles, labels, ncols=columns, fontsize=8, frameon=False, handlelength=1.4, columnspacing=1.2, **below)
 
 
@@ -115,7 +123,7 @@ class _LogTicks(LogLocator):
         if not 0 < vmin < vmax or (decades := math.log10(vmax / vmin)) >= 2.5:
             return super().tick_values(vmin, vmax)
         if decades < 0.7:
-            ticks = MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(vmin, vmax)
+            ticks = numpy.asarray(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(vmin, vmax))
             return ticks[ticks > 0]
         exponents = numpy.arange(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
         return numpy.outer(10.0**exponents, (1, 2, 5)).ravel()
@@ -141,6 +149,7 @@ def _power(value: float) -> str:
 
 
 def name_of(layer: str) -> str:
+    """What a figure calls a layer."""
     return wrapped(layer or INPUT_NAME, 36)
 
 
@@ -151,7 +160,13 @@ def wrapped(name: str, width: int = 80) -> str:
 
 
 def color_of(layer: str, layers: Sequence[str]) -> Any:
+    """The color of a layer: from light to dark with its depth."""
     return matplotlib.colormaps["viridis_r"](0.25 + 0.75 * layers.index(layer) / max(1, len(layers) - 1))
+
+
+def sized_figure(columns: int, lines: int, width: float, beside: float = 0.0, below: float = 0.0) -> Figure:
+    """A figure for panels of this width in inches, and a legend beside or below them."""
+    return Figure(figsize=(width * columns + beside, (0.4 + 0.85 * width) * lines + below), layout="constrained")
 
 
 def columns_of(panels: int) -> int:
