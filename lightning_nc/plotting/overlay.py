@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lightning_nc.keys import natural_order
+from lightning_nc.keys import Key, natural_order
 from lightning_nc.plotting.curves import (
     Curve,
     Curves,
@@ -32,9 +32,11 @@ from lightning_nc.plotting.style import (
     COLORS,
     INPUT_NAME,
     LEVEL_STYLE,
+    PANEL,
     WIDTH,
     columns_of,
     draw,
+    legend_under,
     sized_figure,
     stage_entries,
     style_of,
@@ -131,38 +133,40 @@ def _draw(
     keys = list(dict.fromkeys(key for curves in runs for key in curves))
     scores = sorted({key.metric for key in keys} - set(names), key=lambda name: (is_accuracy(name), name))
     panels = [*scores, *names]
+    levels = {name: other_frames([name], runs, num_classes) for name in panels}
+    entries = _entries(groups, keys, levels.values())
     columns = columns_of(len(panels))
-    lines, width = -(-len(panels) // columns), min(3.6, WIDTH / columns)
-    figure = sized_figure(columns, lines, width, below=0.3)
+    lines, width = -(-len(panels) // columns), min(PANEL, WIDTH / columns)
+    figure = sized_figure(columns, lines, 1, width, 0.0, entries)
     axes = list(figure.subplots(lines, columns, squeeze=False).ravel())
-    colors = _colors(len(groups))
-    levels: dict[str, float] = {}
+    for axis in axes[len(panels) :]:
+        axis.remove()
     for axis, name in zip(axes, panels, strict=False):
         linear = is_linear([name], runs) or (name in scores and is_accuracy(name))
         heads = wrapped(name) if name in scores else heads_of([name], num_classes, width)
-        stages = dict.fromkeys(key for key in keys if key.metric == name)
-        for color, (label, members) in zip(colors, groups.items(), strict=True):
-            for key in stages:
+        for color, (label, members) in zip(_colors(len(groups)), groups.items(), strict=True):
+            for key in (key for key in keys if key.metric == name):
                 curve = _draw_band(axis, label, [run[key] for run in members if key in run], len(members), color)
                 draw(axis, heads, over, curve, [color], style_of(*key[:2]), False, linear)
-        found = other_frames([name], runs, num_classes)
-        for level in found.values():
+        for level in levels[name].values():
             axis.axhline(level, **LEVEL_STYLE)
-        levels |= found
-    for axis in axes[len(panels) :]:
-        axis.remove()
+    legend_under(figure, entries, width * columns)
+    figure.suptitle(wrapped(f"layer {layer}" if layer else INPUT_NAME), fontsize=10)
+    return figure
+
+
+def _entries(
+    groups: Mapping[str, list[Curves]], keys: Iterable[Key], levels: Iterable[Mapping[str, float]]
+) -> list[tuple[Any, str]]:
+    """The legend: runs or groups by color, stages by dashes, exact frames of the other kind."""
     entries: list[tuple[Any, str]] = [
         (Line2D([], [], color=color), wrapped(f"{label} ({len(members)} runs)" if members[1:] else label, 50))
-        for color, (label, members) in zip(colors, groups.items(), strict=True)
+        for color, (label, members) in zip(_colors(len(groups)), groups.items(), strict=True)
     ]
     if any(members[1:] for members in groups.values()):
         entries.append((Patch(color="0.3", alpha=_BAND), "line: median of the runs, band: smallest to largest"))
-    entries += [*stage_entries(keys), *((Line2D([], [], **LEVEL_STYLE), label) for label in levels)]
-    longest = max(len(line) for _, text in entries for line in text.splitlines())
-    fit = max(1, min(len(entries), int(width * columns / 0.065) // (longest + 7)))
-    figure.legend(*zip(*entries, strict=True), loc="outside lower center", fontsize=8, frameon=False, ncols=fit)
-    figure.suptitle(wrapped(f"layer {layer}" if layer else INPUT_NAME), fontsize=10)
-    return figure
+    frames = dict.fromkeys(label for found in levels for label in found)
+    return [*entries, *stage_entries(keys), *((Line2D([], [], **LEVEL_STYLE), label) for label in frames)]
 
 
 def _draw_band(axis: Axes, label: str, curves: Sequence[Curve], runs: int, color: Any) -> dict[str, Curve]:
@@ -184,6 +188,8 @@ def _draw_band(axis: Axes, label: str, curves: Sequence[Curve], runs: int, color
     return {label: (common, numpy.median(values, axis=0).tolist())}
 
 
-def _colors(count: int) -> Sequence[Any]:
+def _colors(count: int) -> list[Any]:
     """A color for each run; those of a scale for more than there are distinct ones."""
-    return COLORS[:count] if count <= len(COLORS) else matplotlib.colormaps["viridis_r"](numpy.linspace(0.15, 1, count))
+    return list(
+        COLORS[:count] if count <= len(COLORS) else matplotlib.colormaps["viridis_r"](numpy.linspace(0.15, 1, count))
+    )

@@ -12,11 +12,9 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.keys import Key, base_name, natural_order, parse_key
 from lightning_nc.plotting.curves import (
-    Curve,
     Curves,
     RunCurves,
     chosen,
@@ -33,11 +31,13 @@ from lightning_nc.plotting.curves import (
 from lightning_nc.plotting.style import (
     COLORS,
     LEVEL_STYLE,
+    PANEL,
     WIDTH,
     color_of,
     columns_of,
     draw,
     legend_below,
+    legend_under,
     sized_figure,
     stage_entries,
     style_of,
@@ -47,7 +47,7 @@ from lightning_nc.runs import Run, epoch_of, metrics_of
 
 __all__ = ["plot_history", "plot_runs"]
 
-_MOST_NAMES = 16  # lines of text that fit in a legend beside one row of panels
+_MOST_NAMES = 16  # lines of text in a legend or beside a color bar
 _LEFT, _RIGHT = [COLORS[index] for index in (0, 5, 6, 8)], [COLORS[index] for index in (1, 4, 3, 7)]
 _CHANCE: dict[str, Any] = {"alpha": 0.35, "linewidth": 1, "marker": "_"}
 
@@ -61,7 +61,9 @@ class _Layout(NamedTuple):
     linear: list[bool]
     levels: list[dict[str, float]]
     num_classes: int | None
-    width: float = 3.6  # of a panel, in inches
+    scores: list[str]  # "loss", "accuracy", or both
+    bar: float  # inches for the color bar of many layers; 0 without
+    width: float  # of a panel, in inches
 
 
 def plot_history(
@@ -117,47 +119,41 @@ def plot_runs(
     names = chosen(found.values(), metrics)
     found = {name: run._replace(metrics=drawn(run.metrics, names)) for name, run in found.items()}
     if objective is not None or metrics is not None:
-        found = {
-            name: run._replace(objectives=_over_training(runs[name], objective or {})) for name, run in found.items()
-        }
+        curves = {name: _over_training(rows, objective or {}) for name, rows in runs.items()}
+        found = {name: run._replace(objectives=curves[name]) for name, run in found.items()}
     layout = _layout(list(found.values()), names, num_classes)
     entries = _entries(found.values(), layout)
-    first = any(run.objectives for run in found.values())
-    count = len(layout.panels) + first
+    count = len(layout.panels) + bool(layout.scores)
     columns = columns_of(count)
-    lines = -(-count // columns)
-    texts = [line for text in [*layout.layers.values(), *(text for _, text in entries)] for line in text.splitlines()]
-    beside = 0.6 + 0.065 * max(map(len, texts)) if texts else 0
-    layout = layout._replace(width=min(layout.width, (WIDTH - beside) / columns))
-    figure = sized_figure(columns, lines * len(runs), layout.width, beside)
+    figure = sized_figure(columns, -(-count // columns), len(runs), layout.width, layout.bar, entries)
     above: list[Axes] = []
+    right: Axes | None = None
     # Constrained layout has no groups of axes, so each run is a subfigure.
     for (name, run), part in zip(found.items(), figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
-        axes = list(part.subplots(lines, columns, squeeze=False).ravel())
-        for axis in axes[count:]:
+        grid = list(part.subplots(-(-count // columns), columns, squeeze=False).ravel())
+        for axis in grid[count:]:
             axis.remove()
-        for axis, other in zip(axes[:count], above, strict=False):  # so that runs can be compared by eye
+        axes = grid[:count]
+        for axis, other in zip(axes, above, strict=False):  # so that runs can be compared by eye
             axis.sharex(other)
             axis.sharey(other)
         above = above or axes
-        if first:
-            _draw_objectives(axes[0], run)
-        for index, axis in enumerate(axes[first:count]):
+        if layout.scores:
+            right = _draw_objectives(axes[0], run, layout.scores, right)
+        for index, axis in enumerate(axes[count - len(layout.panels) :]):
             _draw_panel(axis, run, layout, index)
-        _explain(part, axes[:count], layout, entries, most=_MOST_NAMES * lines)
-        heading = [wrapped(name, 40 * columns), _geometry(runs[name]), _left_out(found[name], names, metrics)]
+        if layout.bar:
+            _color_bar(part, axes, layout.layers)
+        legend_under(part, entries, layout.width * columns)
+        heading = [wrapped(name, 40 * columns), _geometry(runs[name]), "" if metrics else _left_out(run, names)]
         part.suptitle("\n".join(filter(None, heading)), fontsize=10)
     return figure
 
 
-def _left_out(run: RunCurves, names: Sequence[str], metrics: str | Sequence[str] | None) -> str:
+def _left_out(run: RunCurves, names: Sequence[str]) -> str:
     """What a reader should know of metrics that are not drawn by default."""
     count = sum(not is_chance(name) for name in run.asked - set(names))
-    return (
-        f"{count} more metrics were measured; metrics='all' or their names draw them"
-        if count and metrics is None
-        else ""
-    )
+    return f"{count} more metrics were measured; metrics='all' or their names draw them" if count else ""
 
 
 def _over_training(rows: Run, objective: Mapping[str, Sequence[float]]) -> Curves:
@@ -176,7 +172,12 @@ def _layout(runs: Sequence[RunCurves], names: Sequence[str], num_classes: int | 
     linear = [is_linear(members, curves) for members in panels]
     levels = [other_frames(members, curves, num_classes) for members in panels]
     called = {layer: wrapped(name, 36) for layer, name in same(curves, layers, "layer").items()}
-    return _Layout(panels, metrics, called, linear, levels, num_classes)
+    accurate = {is_accuracy(key.metric) for run in runs for key in run.objectives}
+    scores = ["loss"] * (False in accurate) + ["accuracy"] * (True in accurate)
+    texts = [line for name in called.values() for line in name.splitlines()]
+    bar = 0.6 + 0.065 * max(map(len, texts)) if len(texts) > _MOST_NAMES else 0.0
+    width = min(PANEL, (WIDTH - bar) / columns_of(len(panels) + bool(scores)))
+    return _Layout(panels, metrics, called, linear, levels, num_classes, scores, bar, width)
 
 
 def _geometry(rows: Run) -> str:
@@ -192,33 +193,41 @@ def _geometry(rows: Run) -> str:
     )
 
 
-def _draw_objectives(axis: Axes, run: RunCurves) -> None:
-    """Losses on a log axis on the left, accuracies on a linear one on the right."""
-    right = {key: curve for key, curve in run.objectives.items() if is_accuracy(key.metric)}
-    left = {key: curve for key, curve in run.objectives.items() if key not in right}
-    title = " and ".join(["loss"] * bool(left) + ["accuracy"] * bool(right)).capitalize() or "Loss and accuracy"
-    handles, labels = _draw_scores(axis, title, run.over, left or right, _LEFT if left else _RIGHT, linear=not left)
-    if left and right:
-        more, names = _draw_scores(axis.twinx(), "", run.over, right, _RIGHT, linear=True)
-        handles, labels = handles + more, labels + [f"{name} (right)" for name in names]
+def _draw_objectives(axis: Axes, run: RunCurves, scores: Sequence[str], above: Axes | None) -> Axes | None:
+    """Losses on a log axis on the left, accuracies on a linear one on the right, or one of them alone on the left.
+
+    The right axis has the limits of ``above``.
+    """
+    handles: list[Any] = []
+    labels: list[str] = []
+    right = None
+    for kind, colors in zip(scores, (_LEFT, _RIGHT), strict=False):
+        if kind == scores[0]:
+            side, title = axis, " and ".join(scores).capitalize()
+        else:
+            side = right = axis.twinx()
+            title = ""
+            if above is not None:
+                side.sharey(above)
+        curves = {
+            key: curve for key, curve in run.objectives.items() if is_accuracy(key.metric) == (kind == "accuracy")
+        }
+        names = list(dict.fromkeys(key.metric for key in curves))
+        for key in curves or [Key("train", 0, "", "")]:
+            shown = {wrapped(key.metric): curves[key]} if curves else {}
+            color = colors[names.index(key.metric) % len(colors)] if curves else colors[0]
+            draw(side, title, run.over, shown, [color], style_of(*key[:2]), legend=False, linear=kind == "accuracy")
+        side.set_ylabel(kind, color=colors[0])
+        found = side.get_legend_handles_labels()
+        handles, labels = (
+            handles + found[0],
+            labels + [f"{name} (right)" if side is right else name for name in found[1]],
+        )
+    if right is not None:
+        right.grid(False)  # the left axis has a grid
     if labels:
         legend_below(axis, handles, labels)
-
-
-def _draw_scores(
-    axis: Axes, title: str, over: str, curves: Curves, colors: Sequence[str], linear: bool
-) -> tuple[list[Any], list[str]]:
-    """Losses or accuracies, a color for each name; what a legend needs."""
-    names = list(dict.fromkeys(key.metric for key in curves))
-    if not curves:
-        draw(axis, title, over, {})
-    for key, curve in curves.items():
-        color = colors[names.index(key.metric) % len(colors)]
-        draw(axis, title, over, {wrapped(key.metric): curve}, [color], style_of(*key[:2]), legend=False, linear=linear)
-    axis.set_ylabel("accuracy" if linear else "loss", color=colors[0])
-    if not title:  # the left axis has a grid
-        axis.grid(False)
-    return axis.get_legend_handles_labels()
+    return right
 
 
 def _draw_panel(axis: Axes, run: RunCurves, layout: _Layout, index: int) -> None:
@@ -246,30 +255,24 @@ def _color(metric: str, members: Sequence[str]) -> str:
     return COLORS[members.index(metric) % len(COLORS)]
 
 
-def _entries(runs: Iterable[RunCurves], layout: _Layout) -> list[tuple[Line2D, str]]:
-    """The entries of the legend beside the layers: stages by dashes, values by chance, and exact frames of the other kind."""
+def _entries(runs: Iterable[RunCurves], layout: _Layout) -> list[tuple[Any, str]]:
+    """The legend below all panels: layers by color, stages by dashes, values by chance, exact frames of the other kind."""
+    layers = list(layout.layers)
+    entries = [(Line2D([], [], color=color_of(layer, layers)), name) for layer, name in layout.layers.items()]
     keys = list(dict.fromkeys(key for run in runs for key in [*run.metrics, *run.objectives]))
-    entries = stage_entries(keys)
+    entries = ([] if layout.bar else entries) + stage_entries(keys)
     if any(is_chance(key.metric) for key in keys):
         entries.append((Line2D([], [], color="0.2", **_CHANCE), "chance"))
     levels = dict.fromkeys(label for found in layout.levels for label in found)
     return entries + [(Line2D([], [], **LEVEL_STYLE), label) for label in levels]
 
 
-def _explain(
-    part: SubFigure, axes: list[Axes], layout: _Layout, entries: Sequence[tuple[Line2D, str]], most: int
-) -> None:
-    """One legend for all panels: layers by color, then the entries. Many layers get a color bar with some of their names."""
-    layers, names = list(layout.layers), list(layout.layers.values())
-    colors = [color_of(layer, layers) for layer in layers]
-    entries = [*((Line2D([], [], color=color), name) for color, name in zip(colors, names, strict=True)), *entries]
-    if "\n".join(names).count("\n") >= most:
-        entries = entries[len(names) :]
-        ticks = max(2, min(6, most // max(name.count("\n") + 1 for name in names)))
-        shown = numpy.linspace(0, len(layers) - 1, ticks).round().astype(int)
-        scale = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(colors))
-        bar = part.colorbar(scale, ax=axes, aspect=30)
-        bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
-        bar.ax.invert_yaxis()
-    if entries:
-        part.legend(*zip(*entries, strict=True), loc="outside right upper", fontsize=8)
+def _color_bar(part: SubFigure, axes: list[Axes], layers: Mapping[str, str]) -> None:
+    """The colors of many layers, with some of their names."""
+    names = list(layers.values())
+    ticks = max(2, min(6, _MOST_NAMES // max(name.count("\n") + 1 for name in names)))
+    shown = numpy.linspace(0, len(names) - 1, ticks).round().astype(int)
+    colors = ListedColormap([color_of(layer, list(layers)) for layer in layers])
+    bar = part.colorbar(ScalarMappable(Normalize(-0.5, len(names) - 0.5), colors), ax=axes, aspect=30)
+    bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
+    bar.ax.invert_yaxis()

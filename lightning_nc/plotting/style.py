@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -20,11 +20,13 @@ __all__ = [
     "COLORS",
     "INPUT_NAME",
     "LEVEL_STYLE",
+    "PANEL",
     "WIDTH",
     "color_of",
     "columns_of",
     "draw",
     "legend_below",
+    "legend_under",
     "name_of",
     "plain_log_ticks",
     "sized_figure",
@@ -38,9 +40,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 INPUT_NAME = "classifier input"
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "0.35"}
 LEVEL_STYLE: dict[str, Any] = {"color": "0.4", "linestyle": "-.", "linewidth": 1}
-WIDTH = 12.0  # inches; no figure is wider
+PANEL, WIDTH = 3.1, 12.0  # inches; no panel and no figure is wider
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
-_PER_LEGEND_ROW = 54  # characters of the names in a legend that fit below a panel
 
 
 def draw(
@@ -88,18 +89,25 @@ def draw(
     axis.set_xlabel(xlabel)
     axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
     axis.grid(True, which="major", alpha=0.3)
-    for text in [text for text in axis.texts if text.get_text() == "no finite value"]:
+    for text in [text for text in axis.texts if text.get_text() in ("no finite value", "not measured")]:
         text.remove()  # of another stage
     if not any(numpy.isfinite(line.get_ydata()).any() for line in axis.lines):
-        axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", va="center", color="0.4")
+        axis.text(
+            0.5,
+            0.5,
+            "no finite value" if axis.lines else "not measured",
+            transform=axis.transAxes,
+            ha="center",
+            va="center",
+            color="0.4",
+        )
     if legend and len(curves) > 1:
         legend_below(axis, *axis.get_legend_handles_labels())
 
 
 def legend_below(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """A legend below the label of the x axis, where it hides no curve."""
-    longest = max(len(line) for label in labels for line in label.splitlines())
-    columns = min(len(labels), max(1, _PER_LEGEND_ROW // (longest + 5)))
+    columns = _legend_columns(labels, PANEL)
     below: dict[str, Any] = {
         "loc": "upper center",
         "bbox_to_anchor": (0.5, 0.0),
@@ -164,9 +172,28 @@ def color_of(layer: str, layers: Sequence[str]) -> Any:
     return matplotlib.colormaps["viridis_r"](0.25 + 0.75 * layers.index(layer) / max(1, len(layers) - 1))
 
 
-def sized_figure(columns: int, lines: int, width: float, beside: float = 0.0, below: float = 0.0) -> Figure:
-    """A figure for panels of this width in inches, and a legend beside or below them."""
-    return Figure(figsize=(width * columns + beside, (0.4 + 0.85 * width) * lines + below), layout="constrained")
+def sized_figure(
+    columns: int, lines: int, runs: int, width: float, beside: float, entries: Sequence[tuple[Any, str]]
+) -> Figure:
+    """A figure for the panels of some runs, each of this width in inches, with the entries of a legend under each run."""
+    below = 0.17 * -(-len(entries) // _legend_columns([text for _, text in entries], width * columns)) + 0.2
+    return Figure(
+        figsize=(width * columns + beside, ((0.55 + 0.8 * width) * lines + below) * runs), layout="constrained"
+    )
+
+
+def legend_under(part: Figure | SubFigure, entries: Sequence[tuple[Any, str]], inches: float) -> None:
+    """A legend under all panels of a figure, which are so many inches wide."""
+    if entries:
+        handles, texts = zip(*entries, strict=True)
+        columns = _legend_columns(texts, inches)
+        part.legend(handles, texts, loc="outside lower center", fontsize=8, frameon=False, ncols=columns)
+
+
+def _legend_columns(texts: Sequence[str], inches: float) -> int:
+    """How many entries of a legend stand side by side."""
+    longest = max((len(line) for text in texts for line in text.splitlines()), default=0)
+    return max(1, min(len(texts), int(inches / 0.068) // (longest + 6)))
 
 
 def columns_of(panels: int) -> int:
