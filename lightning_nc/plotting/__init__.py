@@ -3,6 +3,7 @@
 from lightning_nc.plotting.classes import plot_classes, plot_frames, plot_gram
 from lightning_nc.plotting.depth import has_depth, plot_depth
 from lightning_nc.plotting.geometry import animate, plot_geometry
+from lightning_nc.plotting.overlay import plot_overlay
 from lightning_nc.plotting.panels import plot_history, plot_runs
 from lightning_nc.plotting.style import draw
 
@@ -16,5 +17,6 @@ __all__ = [
     "plot_geometry",
     "plot_gram",
     "plot_history",
+    "plot_overlay",
     "plot_runs",
 ]
