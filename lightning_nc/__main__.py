@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
     frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
     plot.add_argument("-k", "--num-classes", type=int, help=frames)
-    report = commands.add_parser("report", help="write one or more runs as a single HTML page that opens without a network")
+    report = commands.add_parser(
+        "report", help="write one or more runs as a single HTML page that opens without a network"
+    )
     run = "a directory with a log or a checkpoint of the run, or a CSV file, a checkpoint (.ckpt) or trainer_state.json"
     report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
     report.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")

@@ -111,7 +111,9 @@ def _lightning(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = str(error).replace("\n", " ")
         reason = found.partition("WeightsUnpickler error: ")[2].partition(". ")[0] or found[:200]
-        raise ValueError(f"{file} holds objects that are only read by executing what is in the file: {reason}") from error
+        raise ValueError(
+            f"{file} holds objects that are only read by executing what is in the file: {reason}"
+        ) from error
     except (RuntimeError, OSError, EOFError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     callbacks = loaded.get("callbacks", {}) if isinstance(loaded, Mapping) else {}
