@@ -138,7 +138,7 @@ def _values_axis(values: Sequence[float], linear: bool) -> Figure:
     if linear or not known:
         return {"type": "linear"}
     few = 4 < max(known) / min(known) < 300
-    return {"type": "log", "tickformat": ".2~g", **({"dtick": "D2"} if few else {"nticks": 6})}
+    return {"type": "log", "tickformat": ".3~g", **({"dtick": "D2"} if few else {"nticks": 6})}
 
 
 def depth(series: Series, metric: str) -> Figure | None:

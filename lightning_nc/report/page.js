@@ -74,11 +74,11 @@ function movingTraces(moving, at) {
   moving.classes.forEach((name, place) => {
     const color = moving.colors[place];
     traces.push(pointsOf(moving, frame.samples[place], {
-      name: `${name}, samples`, mode: "markers", opacity: 0.55, marker: { color, size: solid ? 3.5 : 6 },
+      name: `${name}, samples`, mode: "markers", opacity: 0.55, marker: { color, size: solid ? 2.5 : 6 },
     }));
     traces.push(pointsOf(moving, [frame.means[place]], {
       name: `${name}, class mean`, mode: "markers",
-      marker: { color, size: solid ? 9 : 15, line: { color: "#FFFFFF/#14171A", width: 2 } },
+      marker: { color, size: solid ? 7 : 15, line: { color: "#FFFFFF/#14171A", width: 2 } },
     }));
     if (frame.weight.length) {
       traces.push(pointsOf(moving, [origin, frame.weight[place]], {
@@ -157,8 +157,15 @@ const watcher = new IntersectionObserver((entries) => {
     }
   }
 }, { rootMargin: "300px" });
-document.querySelectorAll(".plot").forEach((div) => watcher.observe(div));
-dark.addEventListener("change", () => drawn.forEach(draw));
+
+// Words and tables can be read before plotly.js, the largest part of the page, has run.
+requestAnimationFrame(() => setTimeout(() => {
+  const code = document.createElement("script");
+  code.textContent = document.getElementById("plotly").textContent;
+  document.head.append(code);
+  document.querySelectorAll(".plot").forEach((div) => watcher.observe(div));
+  dark.addEventListener("change", () => drawn.forEach(draw));
+}));
 
 // -------------------------------------------------------------------------------------------------- sorted tables
 
