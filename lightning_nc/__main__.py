@@ -1,4 +1,4 @@
-"""The command line: ``lightning-nc plot RUN...``."""
+"""The command line: ``lightning-nc plot RUN...``, ``lightning-nc report RUN...``, ``lightning-nc measure CHECKPOINT...``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plot finished runs from the files of their loggers; returns the exit status."""
+    """Plot finished runs or report on them, or measure checkpoints; returns the exit status."""
     parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
     commands = parser.add_subparsers(dest="command", required=True)
     plot = commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper")
@@ -19,25 +20,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
     frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
     plot.add_argument("-k", "--num-classes", type=int, help=frames)
-    report = commands.add_parser(
-        "report", help="write one or more runs as a single HTML page that opens without a network"
-    )
+    report = commands.add_parser("report", help="write one or more runs as one HTML page that needs no network")
     run = "a directory with a log or a checkpoint of the run, or a CSV file, a checkpoint (.ckpt) or trainer_state.json"
     report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
     report.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
+    _add_measure(commands)
     given = parser.parse_args(arguments)
     if given.command == "plot" and given.num_classes is not None and given.num_classes < 2:
         parser.error(f"--num-classes must be at least 2, got {given.num_classes}")
     try:
+        if given.command == "measure":
+            return _measure(given)
         if given.command == "report":
-            _report(given.runs, given.out)
-        else:
-            _plot(given.runs, given.out, given.num_classes)
+            return _report(given.runs, given.out)
+        _plot(given.runs, given.out, given.num_classes)
     except (OSError, ValueError, ImportError) as error:
         remedy = "; install it with pip" if isinstance(error, ModuleNotFoundError) else ""
         print("lightning-nc:", " ".join(f"{error}{remedy}".split()), file=sys.stderr)
         return 1
     return 0
+
+
+def _add_measure(commands: Any) -> None:
+    measure = commands.add_parser("measure", help="measure the checkpoints of a training")
+    files = "files of torch.save, Lightning or safetensors, folders of transformers, or a folder of these"
+    measure.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", type=Path, help=files)
+    model = (
+        "package.module:name of a LightningModule class or of a function that returns a module; torchvision:NAME, timm:NAME or "
+        "transformers:NAME; not needed for folders of transformers"
+    )
+    measure.add_argument("--model", help=model)
+    data = "package.module:name of a function that returns a DataLoader, or of a LightningDataModule class"
+    measure.add_argument("--data", required=True, help=data)
+    for name, what in (("model", "MODEL"), ("data", "DATA")):
+        arguments = f"arguments for {what}; they replace those that the checkpoints hold"
+        measure.add_argument(f"--{name}-args", nargs="+", default=[], metavar="NAME=VALUE", help=arguments)
+    measure.add_argument("--layers", nargs="+", help="names or shell patterns of layers that are measured too")
+    measure.add_argument("--metrics", nargs="+", default=["paper"], help="paper, all, or names (default: paper)")
+    measure.add_argument("-o", "--out", type=Path, help="CSV file, which plot can read; it must not exist yet")
+    measure.add_argument("--plot", type=Path, help="PNG, PDF or SVG file for a figure")
+    measure.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    unsafe = (
+        "unpickle whatever a checkpoint asks for, which may run any code: only for checkpoints from a source you trust"
+    )
+    measure.add_argument("--unsafe", action="store_true", help=unsafe)
+
+
+def _measure(given: argparse.Namespace) -> int:
+    from lightning_nc.sweep import measure_checkpoints, parse_arguments
+
+    return measure_checkpoints(
+        given.checkpoints,
+        given.model,
+        given.data,
+        layers=given.layers,
+        metrics=given.metrics[0] if len(given.metrics) == 1 else given.metrics,
+        model_arguments=parse_arguments("--model-args", given.model_args),
+        data_arguments=parse_arguments("--data-args", given.data_args),
+        device=given.device,
+        unsafe=given.unsafe,
+        out=given.out,
+        plot=given.plot,
+    )
 
 
 def _plot(paths: Sequence[Path], out: Path, num_classes: int | None) -> None:
@@ -64,7 +108,7 @@ def _plot(paths: Sequence[Path], out: Path, num_classes: int | None) -> None:
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
 
 
-def _report(paths: Sequence[Path], out: Path) -> None:
+def _report(paths: Sequence[Path], out: Path) -> int:
     from lightning_nc.history import History
     from lightning_nc.report import write_report
 
@@ -79,6 +123,7 @@ def _report(paths: Sequence[Path], out: Path) -> None:
     for name, rows in runs.items():
         print(f"{name}: {len(rows)} measurements")
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 2**20:.1f} MB")
+    return 0
 
 
 if __name__ == "__main__":
