@@ -37,10 +37,10 @@ def read_saved(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_file() and (read := _reader(path)):
-        state = read(path)
-        if not state["history"]:
+        saved = read(path)
+        if not saved["history"]:
             raise ValueError(f"{path} holds no history of NeuralCollapseCallback; was it in the Trainer?")
-        return state
+        return saved
     try:
         log = find_log(path)
     except FileNotFoundError as error:

@@ -6,7 +6,7 @@ import torch
 
 from lightning_nc import History, functional
 from lightning_nc.measuring.classes import MeasuredClasses
-from lightning_nc.moments import ClassDeviations
+from lightning_nc.metrics import NeuralCollapse
 from lightning_nc.scenes import scene
 
 PAPER = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")
@@ -28,10 +28,10 @@ def collapsing(epochs=200, layers=("layer1", "layer2", "layer3", "layer4"), clas
             head = corners + spread * noise[:classes]
             for name in PAPER if not layer else PAPER[:4]:
                 values["/".join(filter(None, ("nc", layer, name)))] = float(value_of(name, near, target, head))
-        moments = ClassDeviations.of(features, target, classes)
-        classes_of_last = MeasuredClasses(
-            moments, head, {label: features[target == label][:per_class] for label in chosen}
-        )
+        metric = NeuralCollapse(classes, 32, weight=head)
+        metric.update(features, target)
+        kept = {label: features[target == label] for label in chosen}
+        classes_of_last = MeasuredClasses(metric.moments(), head, kept)
         scenes.append(scene(classes_of_last, epoch, 10 * (epoch + 1), "train"))
         rows.append(
             {"stage": "train", "epoch": epoch, "step": 10 * (epoch + 1), "geometry": "nc2_etf_centered", **values}
@@ -43,7 +43,7 @@ def collapsing(epochs=200, layers=("layer1", "layer2", "layer3", "layer4"), clas
         "metrics": ", ".join(PAPER),
         "classes": str(classes),
         "features": "32",
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     return history
 

@@ -22,7 +22,9 @@ def collapsing(epochs=5, classes=6, chosen=(0, 1, 2), dimensions=8, each=12, sta
     target = torch.arange(classes).repeat(each)
     return [
         scene(
-            measured((1 + epoch) * (means[target] + 2.0**-epoch * noise), target, classes, weight + epoch * means, chosen),
+            measured(
+                (1 + epoch) * (means[target] + 2.0**-epoch * noise), target, classes, weight + epoch * means, chosen
+            ),
             epoch,
             10 * epoch,
             stage,

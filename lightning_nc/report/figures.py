@@ -133,12 +133,13 @@ def _lines(points: Points, line: Figure, style: Figure, linear: bool) -> list[Fi
 
 
 def _values_axis(values: Sequence[float], linear: bool) -> Figure:
-    """Log axes over one or two decades have ticks at 1, 2 and 5."""
+    """Log axes over one or two decades have ticks at 1, 2 and 5, over more at the powers of ten."""
     known = [value for value in values if value > 0 and math.isfinite(value)]
     if linear or not known:
         return {"type": "linear"}
-    few = 4 < max(known) / min(known) < 300
-    return {"type": "log", "tickformat": ".3~g", **({"dtick": "D2"} if few else {"nticks": 6})}
+    ratio = max(known) / min(known)
+    ticks = {"nticks": 6} if not 4 < ratio < 1e6 else {"dtick": "D2" if ratio < 300 else 1}
+    return {"type": "log", "tickformat": ".3~g", **ticks}
 
 
 def depth(series: Series, metric: str) -> Figure | None:
