@@ -1,4 +1,4 @@
-"""The command line: ``lightning-nc plot RUN...`` and ``lightning-nc measure CHECKPOINT...``."""
+"""The command line: ``lightning-nc plot RUN...``, ``lightning-nc report RUN...``, ``lightning-nc measure CHECKPOINT...``."""
 
 from __future__ import annotations
 
@@ -6,31 +6,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plot finished runs, or measure checkpoints; returns the exit status."""
+    """Plot finished runs or report on them, or measure checkpoints; returns the exit status."""
     parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plot(commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper"))
-    _add_measure(commands)
+    _add_measure(commands.add_parser("measure", help="measure the checkpoints of a training"))
+    _add_report(commands.add_parser("report", help="write one or more runs as one HTML page that needs no network"))
     given = parser.parse_args(arguments)
-    if given.command == "plot" and given.num_classes is not None and given.num_classes < 2:
-        parser.error(f"--num-classes must be at least 2, got {given.num_classes}")
     try:
-        if given.command == "measure":
-            return _measure(given)
-        _plot(given)
+        status: int = given.run(given)
+        return status
     except (OSError, ValueError, ImportError) as error:
         remedy = "; install it with pip" if isinstance(error, ModuleNotFoundError) else ""
         print("lightning-nc:", " ".join(f"{error}{remedy}".split()), file=sys.stderr)
         return 1
-    return 0
 
 
-def _add_measure(commands: Any) -> None:
-    measure = commands.add_parser("measure", help="measure the checkpoints of a training")
+def _add_measure(measure: argparse.ArgumentParser) -> None:
+    measure.set_defaults(run=_measure)
     files = "files of torch.save, Lightning or safetensors, folders of transformers, or a folder of these"
     measure.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", type=Path, help=files)
     model = (
@@ -73,12 +69,13 @@ def _measure(given: argparse.Namespace) -> int:
 
 
 def _add_plot(plot: argparse.ArgumentParser) -> None:
+    plot.set_defaults(run=_plot)
     run = "a CSV file, or a directory of CSVLogger, TensorBoardLogger or WandbLogger (offline); the newest file in it"
     plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
     out = "PNG, PDF or SVG file, or a directory (default: %(default)s)"
     plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
     frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
-    plot.add_argument("-k", "--num-classes", type=int, help=frames)
+    plot.add_argument("-k", "--num-classes", type=_at_least_two, help=frames)
     names = "after the runs: all, paper, or names such as nc1 nc3 (default: what the measurement was asked for)"
     plot.add_argument("--metrics", nargs="+", metavar="NAME", help=names)
     plot.add_argument("--labels", nargs="+", metavar="LABEL", help="after the runs: what to call each of them")
@@ -90,7 +87,14 @@ def _add_plot(plot: argparse.ArgumentParser) -> None:
     plot.add_argument("--layer", help="with --overlay: the layer to draw (default: the classifier input)")
 
 
-def _plot(given: argparse.Namespace) -> None:
+def _at_least_two(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {number}")
+    return number
+
+
+def _plot(given: argparse.Namespace) -> int:
     from lightning_nc.history import History
     from lightning_nc.plotting import plot_overlay, plot_runs
     from lightning_nc.runs import find_log, split_seeds
@@ -125,6 +129,33 @@ def _plot(given: argparse.Namespace) -> None:
     for log, rows in zip(logs.values(), histories, strict=True):
         print(f"{log}: {len(rows)} measurements")
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
+    return 0
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.set_defaults(run=_report)
+    run = "a directory with a log or a checkpoint of the run, or a CSV file, a checkpoint (.ckpt) or trainer_state.json"
+    report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
+    report.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
+
+
+def _report(given: argparse.Namespace) -> int:
+    from lightning_nc.history import History
+    from lightning_nc.report import write_report
+
+    paths, out = given.runs, given.out
+    places = [path.resolve() for path in paths]
+    for place, path in zip(places, paths, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{path} is given twice; pass each run once")
+    runs = {str(path): History.read(path) for path in paths}
+    if out.is_dir():
+        out = out / "report.html"
+    write_report(runs, out)
+    for name, rows in runs.items():
+        print(f"{name}: {len(rows)} measurements")
+    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 2**20:.1f} MB")
+    return 0
 
 
 if __name__ == "__main__":

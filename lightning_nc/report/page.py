@@ -1,0 +1,219 @@
+"""The page of a report: its sections, and what its script draws."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from lightning_nc.history import History
+from lightning_nc.report.figures import HEAT, color_at, curves, depth, heat_map, places_of, run_color
+from lightning_nc.report.geometry import moving
+from lightning_nc.report.parts import (
+    buttons,
+    details,
+    dot,
+    figure,
+    grid,
+    heading,
+    plot,
+    scale,
+    settings,
+    table,
+    text_of,
+    words,
+)
+from lightning_nc.report.series import (
+    Series,
+    by_layer,
+    course_of,
+    in_words,
+    metrics_shown,
+    number,
+    series_of,
+    stage_name,
+    without_twins,
+)
+from lightning_nc.scenes import first_middle_last, pictured
+
+__all__ = ["report", "write_report"]
+
+_AT_SIGHT = 6  # panels of curves; the rest is behind a click
+_NO_SAMPLES = (
+    "No samples were kept. `NeuralCollapseCallback(geometry=(0, 1, 2))` keeps a few of two to four classes, and the checkpoint "
+    "of the run holds them."
+)
+_GEOMETRY = (
+    "At collapse every cloud of samples (small dots) is a single point at its class mean (large dot), and class means and rows "
+    "of the weight (arrows) lie on the corners of the dashed frame. The unit of each epoch is the root mean square distance of "
+    "the class means from their center."
+)
+
+
+def write_report(runs: Mapping[str, History], path: str | Path) -> Path:
+    """Write :func:`report` to a file, whose directory is created; returns its path."""
+    path = Path(path)
+    text = report(runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def report(runs: Mapping[str, History]) -> str:
+    """One or more runs as an HTML page that needs no other file and no network.
+
+    It has a summary in words, the curves, the geometry of a few classes with a slider over epochs, the cosines between class
+    means, a table of the classes, metrics against depth, and settings and versions, as far as a run holds them.
+
+    Args:
+        runs: histories by name.
+
+    Raises:
+        ValueError: if there is no run, or a run has no metric.
+        ImportError: without plotly.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise ImportError('a report needs plotly: pip install "lightning-neural-collapse[report]"') from error
+    series = {name: series_of(history) for name, history in runs.items()}
+    if not series or not all(series.values()):
+        empty = [name for name, found in series.items() if not found]
+        raise ValueError(f"a report needs runs with metrics such as 'nc/nc1'; {empty!r:.300} have none")
+    page = _Page(runs, series)
+    here = files("lightning_nc.report")
+    return Template(here.joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        title="Neural collapse",
+        style=here.joinpath("page.css").read_text(encoding="utf-8"),
+        body="\n".join(page.parts()),
+        data=_json({"figures": page.figures, "moving": page.moving}),
+        plotly=get_plotlyjs(),
+        script=here.joinpath("page.js").read_text(encoding="utf-8"),
+    )
+
+
+class _Page:
+    """The HTML of the sections; what its script draws is collected beside it."""
+
+    def __init__(self, runs: Mapping[str, History], series: Mapping[str, Series]) -> None:
+        self.runs, self.series = runs, series
+        self.figures: dict[str, Any] = {}
+        self.moving: dict[str, Any] = {}
+
+    def parts(self) -> Iterator[str]:
+        """The sections: the curves of all runs together, the rest of each run by itself."""
+        several = len(self.runs) > 1
+        if several:
+            links = [f'<a href="#run{place}">{escape(name)}</a>' for place, name in enumerate(self.runs)]
+            yield f'<nav aria-label="runs">{"".join(links)}</nav><h2>Curves of all runs</h2>'
+            yield from self.curves()
+        for place, (name, history) in enumerate(self.runs.items()):
+            yield f'<section id="run{place}"><h2>{escape(name)}</h2>{words(history)}'
+            if not several:
+                yield heading(3, "Curves")
+                yield from self.curves()
+            yield self.geometry(history)
+            yield self.cosines(history)
+            yield table(history.per_class)
+            yield self.depth(course_of(self.series[name]), history.about.get("metrics", ""))
+            yield settings({"run": name, "measurements": len(history), **history.about}) + "</section>"
+
+    def curves(self) -> Iterator[str]:
+        """Buttons, and a panel for each metric."""
+        drawn, names = without_twins(self.series)
+        layers, stages = places_of(drawn.values())
+        several = len(self.runs) > 1
+        if several:
+            yield buttons("run", {name: dot(run_color(place)) for place, name in enumerate(self.runs)})
+        if len(layers) > 1:
+            dots = ["" if several else dot(color_at(at / (len(layers) - 1))) for at in range(len(layers))]
+            yield buttons("layer", {names[layer]: mark for layer, mark in zip(layers, dots, strict=True)}, several)
+        if len(stages) > 1:
+            yield buttons("stage", {stage_name(*stage): f'<span class="swatch {stage[0]}"></span>' for stage in stages})
+        asked = [history.about.get("metrics", "") for history in self.runs.values()]
+        shown = metrics_shown((key for run in drawn.values() for key in run), ", ".join(asked) if all(asked) else "")
+        panels = [self.panel(metric, curves(drawn, metric, names), f"{metric} over epochs") for metric in shown]
+        caption = (
+            "Each metric over the epochs: curves that fall toward 0 approach collapse. A triangle is an exact 0. A drag zooms, "
+            "and a double click returns."
+        )
+        yield figure(grid(panels[:_AT_SIGHT]), caption) + details(panels[_AT_SIGHT:])
+
+    def panel(self, metric: str, spec: Any, label: str) -> str:
+        """A figure of one metric under its name."""
+        head = f"<h4><code>{escape(metric)}</code> <small>{escape(in_words(metric))}</small></h4>"
+        return f"<figure>{head}{self.plot(spec, label)}</figure>"
+
+    def plot(self, spec: Any, label: str) -> str:
+        """A figure without words."""
+        name = f"figure{len(self.figures)}"
+        self.figures[name] = spec
+        return plot(name, label)
+
+    def geometry(self, history: History) -> str:
+        """The chosen classes, with a slider over the epochs."""
+        found = moving(history.scenes)
+        if found is None:
+            return heading(3, "Geometry") + text_of("p", [_NO_SAMPLES])
+        name, last = f"moving{len(self.moving)}", len(found["frames"]) - 1
+        self.moving[name] = found
+        where = {2: "on the line", 3: "in the plane", 4: "in the space"}[len(found["classes"])]
+        label = f"samples, means and rows of the weight of {', '.join(found['classes'])} {where} of the class means"
+        slider = (
+            '<div class="slide"><button type="button">Play</button><input type="range" min="0" '
+            f'max="{last}" value="{last}" aria-label="epoch"><output></output></div>'
+        )
+        shown = figure(plot(f"{name}-plot", label) + slider, _GEOMETRY, f' class="turn" data-moving="{name}"')
+        return heading(3, "Geometry") + shown
+
+    def cosines(self, history: History) -> str:
+        """Heat maps of the first, middle and last measurement."""
+        scenes = first_middle_last([scene for scene in pictured(history.scenes) if len(scene.labels) > 1])
+        if not scenes:
+            return ""
+        classes, shown = scenes[-1].classes, len(scenes[-1].labels)
+        panels = []
+        for scene in scenes:
+            label = f"cosines between the class means at epoch {scene.epoch:g}"
+            panels.append(f"<figure><h4>epoch {scene.epoch:g}</h4>{self.plot(heat_map(scene), label)}</figure>")
+        ideal = -1 / (classes - 1)
+        bar = scale(HEAT, ["−1", "0", "1"], mark=(1 + ideal) / 2)
+        caption = (
+            f"At a simplex ETF of {classes} classes all cosines off the diagonal are {number(ideal)}, the mark on the scale, so "
+            f"all squares off the diagonal have one color.{f' The first {shown} classes are shown.' * (shown < classes)}"
+        )
+        return heading(3, "Cosines between class means") + figure(grid(panels, "square") + bar, caption)
+
+    def depth(self, course: Series, asked: str) -> str:
+        """Metrics against depth."""
+        found = {metric: depth(course, metric) for metric in metrics_shown(course, asked) if by_layer(course, metric)}
+        if not found:
+            return ""
+        panels = [self.panel(metric, spec, f"{metric} against depth") for metric, spec in found.items()]
+        epochs = [epoch for points in course.values() for epoch, _ in points]
+        colors = [color_at(at / 5) for at in range(6)]
+        bar = scale(colors, [f"epoch {min(epochs):g}", f"epoch {max(epochs):g}"])
+        caption = (
+            "Each metric against depth, a curve for each of at most twelve epochs: where a curve falls to the right, deeper "
+            "layers are more collapsed."
+        )
+        return heading(3, "Depth") + figure(grid(panels[:4]) + bar, caption) + details(panels[4:])
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand inside a script: floats have six digits, nan and infinity are null, and no tag can begin or end."""
+    text = json.dumps(_rounded(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value
