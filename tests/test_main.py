@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import is_picture
 
 from lightning_nc import History
@@ -95,6 +96,15 @@ def test_the_seeds_of_a_table_of_the_ufm_example_are_runs(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'a.png'}: 3 runs"
 
 
+def test_a_checkpoint_without_a_log_is_drawn(tmp_path):
+    history = History()
+    for epoch in range(3):
+        history.append({"nc1": 0.5**epoch}, epoch=epoch)
+    torch.save({"state_dict": {}, "callbacks": {"NeuralCollapseCallback": history.state()}}, tmp_path / "last.ckpt")
+    assert main(["plot", str(tmp_path), "-o", str(tmp_path / "a.png")]) == 0
+    assert is_picture(tmp_path / "a.png")
+
+
 def test_options_that_do_not_fit_are_one_line(run, refused):
     a, b = run("a"), run("b")
     assert "no metric 'x' was measured; measured were nc1, nc2_of, nc3" in refused(a, "--metrics", "nc1", "x")
@@ -172,4 +182,4 @@ def test_a_package_that_is_missing_is_named_with_the_remedy(run, refused, monkey
 def test_a_number_of_classes_below_two_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         main(["plot", str(run("a")), "-k", "1"])
-    assert "--num-classes must be at least 2, got 1" in capsys.readouterr().err
+    assert "--num-classes: must be at least 2, got 1" in capsys.readouterr().err
