@@ -127,7 +127,7 @@ def _together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _newest(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The history in the newest checkpoint of a directory that agrees with the rows of its log, if there is one."""
+    """The history in the newest checkpoint of a directory that matches the rows of its log, if there is one."""
     files = [file for pattern in ("*.ckpt", "trainer_state.json") for file in folder.rglob(pattern) if file.is_file()]
     problems: list[str] = []
     other = False

@@ -100,7 +100,14 @@ def test_a_checkpoint_without_a_log_is_drawn(tmp_path):
     history = History()
     for epoch in range(3):
         history.append({"nc1": 0.5**epoch}, epoch=epoch)
-    torch.save({"state_dict": {}, "callbacks": {"NeuralCollapseCallback": history.state()}}, tmp_path / "last.ckpt")
+    torch.save(
+        {
+            "pytorch-lightning_version": "2.6.0",
+            "state_dict": {"weight": torch.zeros(1)},
+            "callbacks": {"NeuralCollapseCallback": history.state()},
+        },
+        tmp_path / "last.ckpt",
+    )
     assert main(["plot", str(tmp_path), "-o", str(tmp_path / "a.png")]) == 0
     assert is_picture(tmp_path / "a.png")
 
@@ -113,7 +120,9 @@ def test_options_that_do_not_fit_are_one_line(run, refused):
     assert "--labels must differ" in refused(a, b, "--labels", "x", "x")
     assert "pass --overlay too" in refused(a, b, "--group")
     assert "no two runs have the same label" in refused(a, b, "--overlay", "--group")
-    assert "group must be a regular expression, got '*': nothing to repeat" in refused(a, b, "--overlay", "--group", "*")
+    assert "group must be a regular expression, got '*': nothing to repeat" in refused(
+        a, b, "--overlay", "--group", "*"
+    )
 
 
 def test_dollar_signs_in_paths_layers_and_metrics_are_no_formulas(run, tmp_path):

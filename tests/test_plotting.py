@@ -434,9 +434,9 @@ def test_more_metrics_than_fit_are_counted_and_those_that_are_named_are_drawn():
         "NC3, weight to class means",
     ]
     with pytest.raises(
-        ValueError, match=r"no metric 'nc3_centred' was measured; did you mean 'nc3_centered'.*nc1_trace"
+        ValueError, match=r"no metric 'nc3_center' was measured; did you mean 'nc3_centered'.*nc1_trace"
     ):
-        plot_history(rows, metrics="nc3_centred")
+        plot_history(rows, metrics="nc3_center")
 
 
 def test_runs_are_drawn_one_below_the_other_with_the_same_limits():
