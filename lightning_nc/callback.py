@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_nc.functional.projection import check_few
 from lightning_nc.history import History
-from lightning_nc.loggers import publish_figures
+from lightning_nc.loggers import publish_figures, publish_scene
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options
 from lightning_nc.measuring.evaluation import names_to_measure
@@ -178,14 +178,8 @@ class NeuralCollapseCallback(Results, Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         every = _callbacks_of(trainer)
-        history = [row for callback in every for row in callback.history]
-        if every[0] is not self or not trainer.is_global_zero or not history:
-            return
-        classes = next((c.measured_classes for c in every if c.measured_classes is not None), None)
-        if classes is not None:
-            rank_zero_info(f"neural collapse: {classes.geometry}")
-        for logger in trainer.loggers:
-            publish_figures(logger, history, classes)
+        if every[0] is self and trainer.is_global_zero:
+            publish_figures(trainer.loggers, [callback.history for callback in every])
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -383,6 +377,8 @@ class NeuralCollapseCallback(Results, Callback):
         values = self._probe.attempt(lambda: self.remember(collector, stage, loader, **at, **marks)) or {}
         if stage == "train" and values and self.mode == "exact":
             self._means.keep(collector, self._weights)
+            if self._options.geometry and trainer.is_global_zero:
+                publish_scene(trainer.loggers, self.history.scenes[-1])
         return values
 
 

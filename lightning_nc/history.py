@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,7 +218,7 @@ class History(list[dict[str, Any]]):
         return type(self), (None, list(self)), vars(self)  # by default, a copy would call append for each row
 
 
-def history_of(log_history: Iterable[Mapping[str, Any]], stages: Sequence[str] = STAGES) -> History:
+def history_of(log_history: Iterable[Mapping[str, Any]], stages: Iterable[str] = tuple(STAGES)) -> History:
     """The history that the log history of ``transformers.Trainer`` holds."""
     rows, scenes = [], []
     for entry in log_history:

@@ -247,7 +247,10 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         if values:
             row = {key: value for key, value in self.history[-1].items() if key != "stage"}
             scenes = [found for found in self.history.scenes[-1:] if (found.stage, found.step) == (stage, at["step"])]
-            state.log_history.append({**row, **at, **{"scene": dict(vars(found)) for found in scenes}})
+            entry: dict[str, Any] = {**row, **at}
+            if scenes:
+                entry["scene"] = dict(vars(scenes[0]))
+            state.log_history.append(entry)
             if stage == "train":
                 self._means.keep(collector, weights)
         return values

@@ -2,78 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
-import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_nc.measuring.classes import MeasuredClasses
+from lightning_nc.history import History
 from lightning_nc.runs import metrics_of
+from lightning_nc.scenes import Scene
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["publish_figures"]
+__all__ = ["publish_figures", "publish_scene"]
 
-_MOST_CLASSES = 1000  # a larger Gram matrix has less than a pixel per pair
+_MOST_CLASSES = 1000  # rows of a table
 
 
-def publish_figures(logger: Any, history: Sequence[Mapping[str, Any]], classes: MeasuredClasses | None) -> None:
-    """Log the panels of :func:`~lightning_nc.plotting.plot_history` and the Gram matrix of the class means.
+def publish_figures(loggers: Iterable[Any], histories: Sequence[History]) -> None:
+    """Log the figures of a run whose callbacks have kept ``histories``, and print which frame the class means are nearest to.
 
-    W&B gets images and tables of the final values and of the classes, TensorBoard and MLflow get figures. For a logger that
-    takes none of these but has a directory, PNG files are saved there. Does nothing if matplotlib is not installed.
+    The figures are those of :class:`~lightning_nc.History`: the panels, the cosines of the class means, the classes, depth if
+    layers were measured, and the geometry if it was kept. W&B gets images and tables of the final values and of the classes,
+    TensorBoard and MLflow get figures. For a logger that takes none of these but has a directory, PNG files are saved there.
+    Does nothing if matplotlib is not installed.
     """
+    rows = [row for history in histories for row in history]
+    if not rows:
+        return
+    kept = next((history for history in histories if history.classes is not None), histories[0])
+    if kept.classes is not None:
+        rank_zero_info(f"neural collapse: {kept.classes.geometry}")
     if find_spec("matplotlib") is None:
         rank_zero_info(
             "neural collapse: no figures are drawn, because matplotlib is not installed: pip install matplotlib"
         )
         return
-    from lightning_nc.plotting import plot_gram, plot_history
+    for logger in loggers:
+        _attempt(lambda: _publish_all(logger, rows, kept))  # noqa: B023
 
-    figures = {"neural_collapse": plot_history(history, num_classes=None if classes is None else len(classes.labels))}
-    if classes is not None and len(classes.labels) <= _MOST_CLASSES:
-        unit = torch.nn.functional.normalize(classes.means - classes.means.mean(dim=0), dim=1)
-        figures["class_means"] = plot_gram(unit @ unit.T, classes.labels)
-    try:
+
+def publish_scene(loggers: Iterable[Any], scene: Scene) -> None:
+    """Log the cosines of the class means and the geometry at one measurement, to loggers that take images."""
+    takers = [logger for logger in loggers if _takes_images(logger)]
+    if not takers or find_spec("matplotlib") is None:
+        return
+    from lightning_nc.plotting import plot_frames, plot_geometry
+
+    figures = {"class_means": plot_frames([scene])}
+    figures |= {"geometry": plot_geometry([scene])} if scene.chosen else {}
+    for logger in takers:
         for name, figure in figures.items():
-            _publish(logger, name, figure, step=history[-1]["step"])
-        if hasattr(logger, "log_table"):
-            last = {key: value for row in history for key, value in metrics_of(row).items()}
-            rows = [list(item) for item in last.items()]
-            logger.log_table("figures/final_values", columns=["metric", "value"], data=rows)
-            if "class_means" in figures and classes is not None:
-                columns = classes.table
-                logger.log_table(
-                    "figures/classes", [*columns], [list(row) for row in zip(*columns.values(), strict=True)]
-                )
-    except Exception as error:  # a full disk or a server that is gone: the run itself is done and saved
+            _attempt(lambda: _publish(logger, f"figures/{name}_by_epoch", figure, int(scene.step)))  # noqa: B023
+
+
+def _publish_all(logger: Any, rows: Sequence[Any], kept: History) -> None:
+    for name, figure in _figures(rows, kept).items():
+        _publish(logger, f"figures/{name}", figure, rows[-1]["step"])
+    if hasattr(logger, "log_table"):
+        last = {key: value for row in rows for key, value in metrics_of(row).items()}
+        logger.log_table(
+            "figures/final_values", columns=["metric", "value"], data=[list(item) for item in last.items()]
+        )
+        if kept.classes is not None and len(kept.classes.labels) <= _MOST_CLASSES:
+            table = kept.per_class
+            logger.log_table("figures/classes", [*table], [list(row) for row in zip(*table.values(), strict=True)])
+
+
+def _figures(rows: Sequence[Any], kept: History) -> dict[str, Figure]:
+    from lightning_nc.plotting import has_depth, plot_classes, plot_depth, plot_frames, plot_geometry, plot_history
+
+    classes = None if kept.classes is None else len(kept.classes.labels)
+    figures = {"neural_collapse": plot_history(rows, num_classes=classes)}
+    if has_depth(rows):
+        figures["depth"] = plot_depth(rows)
+    if kept.scenes:
+        figures["class_means"] = plot_frames(kept.scenes)
+        if classes is not None and classes <= _MOST_CLASSES:
+            figures["classes"] = plot_classes(kept.per_class, kept.scenes)
+        if any(scene.chosen for scene in kept.scenes):
+            figures["geometry"] = plot_geometry(kept.scenes)
+    return figures
+
+
+def _attempt(publish: Callable[[], None]) -> None:
+    try:
+        publish()
+    except Exception as error:  # a full disk or a server that is gone: the run goes on, or is done and saved
         rank_zero_warn(
             f"the figures of neural collapse could not be written: {error}; callback.plot() draws them again"
         )
 
 
+def _takes_images(logger: Any) -> bool:
+    return hasattr(logger, "log_image") or any(
+        hasattr(logger.experiment, name) for name in ("add_figure", "log_figure")
+    )
+
+
 def _publish(logger: Any, name: str, figure: Figure, step: int) -> None:
-    experiment = logger.experiment
+    experiment, file = logger.experiment, name.rpartition("/")[2]
     if hasattr(logger, "log_image"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from PIL import Image
 
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        logger.log_image(f"figures/{name}", [Image.fromarray(numpy.array(canvas.buffer_rgba()))])
+        logger.log_image(name, [Image.fromarray(numpy.array(canvas.buffer_rgba()))], step=step)
     elif hasattr(experiment, "add_figure"):
-        experiment.add_figure(f"figures/{name}", figure, global_step=step)
+        experiment.add_figure(name, figure, global_step=step)
     elif hasattr(experiment, "log_figure"):
         # MLflow's client needs the run's id; Comet's experiment is the run itself.
         if hasattr(logger, "run_id"):
-            experiment.log_figure(logger.run_id, figure, f"{name}.png")
+            place = f"{file}/{step:08d}.png" if file.endswith("_by_epoch") else f"{file}.png"
+            experiment.log_figure(logger.run_id, figure, place)
         else:
-            experiment.log_figure(f"figures/{name}", figure, step=step)
+            experiment.log_figure(name, figure, step=step)
     elif getattr(logger, "log_dir", None):
         Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
-        figure.savefig(Path(logger.log_dir) / f"{name}.png", dpi=150)
+        figure.savefig(Path(logger.log_dir) / f"{file}.png", dpi=150)

@@ -24,7 +24,7 @@ __all__ = ["Results"]
 
 
 class Results:
-    """A history, and the figures of it. ``class_means`` and so on are of the last measurement: of training data if there are any."""
+    """A history and its figures. What is known of the classes is from the last measurement, of training data if there are any."""
 
     stages: Sequence[str]
     history: History

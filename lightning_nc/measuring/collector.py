@@ -297,17 +297,6 @@ class Collector:
         for warning in caught:
             self.probe.warn_once(f"{where}: {warning.message}", f"{where}: {warning.message}")
 
-    def few_samples(self) -> dict[int, Tensor]:
-        """The samples of the classes of a picture; empty, and said once, unless each class has some."""
-        missing = [label for label in self.options.geometry if not len(self.few.samples.get(label, ()))]
-        if missing:
-            self.probe.warn_once(
-                "geometry",
-                f"geometry={self.options.geometry}: no picture is kept, because class {missing[0]} has no sample in the data; choose "
-                "classes that have some",
-            )
-        return {} if missing else self.few.samples
-
     def centers(self) -> dict[str, Tensor]:
         """The class means by layer, (K, d), with a row of nan for a class without a sample."""
         return {
@@ -320,14 +309,7 @@ class Collector:
             return self.metrics[layer]
         weight, bias = self.parts() if layer == INPUT else (None, None)
         given = {"ood"} | {part for part, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
-        names = [name for name in self.names if given.issuperset(METRICS[name].needs)]
-        if "nc1_cdnv_directional" in names and 8 * self.probe.classes**2 > SCATTER_LIMIT:
-            names.remove("nc1_cdnv_directional")
-            self.probe.warn_once(
-                "pairs of classes",
-                f"nc1_cdnv_directional left out: the pairs of {self.probe.classes} classes would take "
-                f"{8 * self.probe.classes**2 / 2**30:.1f} GiB",
-            )
+        names = _that_fit([name for name in self.names if given.issuperset(METRICS[name].needs)], self.probe)
         if not names:
             return None
         taken = sum(8 * m.num_features**2 for m in self.metrics.values() if any(METRICS[n].scatter for n in m.metrics))
@@ -399,6 +381,18 @@ class Collector:
                 f"{', '.join(missing)} left out: the classifier {head.name!r}, a {type(head.module).__name__}, {reason}",
             )
         return weight, bias
+
+
+def _that_fit(names: list[str], probe: Probe) -> list[str]:
+    """The metrics whose tables of pairs of classes are not too large; says once which are left out."""
+    needed = 8 * probe.classes**2
+    if "nc1_cdnv_directional" not in names or needed <= SCATTER_LIMIT:
+        return names
+    probe.warn_once(
+        "pairs of classes",
+        f"nc1_cdnv_directional left out: the pairs of {probe.classes} classes would take {needed / 2**30:.1f} GiB",
+    )
+    return [name for name in names if name != "nc1_cdnv_directional"]
 
 
 def _permuted(labels: Tensor, ignore_index: int, ranks: torch.device | None) -> Tensor:

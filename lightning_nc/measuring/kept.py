@@ -66,6 +66,10 @@ class FewOfEach:
                 rows = features.detach()[target == label][: self.most - len(found)]
                 self.samples[label] = torch.cat([found, rows])
 
+    def missing(self) -> list[int]:
+        """The classes without a sample."""
+        return [label for label in self._classes if not len(self.samples.get(label, ()))]
+
     def merge_over_ranks(self) -> None:
         """Keep the same samples on all ranks, the first of the first rank that has any. All ranks must call it."""
         if not self._classes:

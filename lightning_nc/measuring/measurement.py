@@ -47,7 +47,16 @@ def measurement(
     found = Measurement(collector.values(stage, loader))
     if INPUT in collector.metrics:
         metric = collector.metrics[INPUT]
-        found.classes = MeasuredClasses(metric.moments(), metric.classifier()[0], collector.few_samples())
+        missing = collector.few.missing()
+        if missing:
+            collector.probe.warn_once(
+                "geometry",
+                f"geometry={collector.options.geometry}: no picture is kept, because class {missing[0]} has no sample in the "
+                "data; choose classes that have some",
+            )
+        found.classes = MeasuredClasses(
+            metric.moments(), metric.classifier()[0], {} if missing else collector.few.samples
+        )
     if collector.options.baseline:
         found.baseline = {"permuted": _permuted(collector), "random": _random(collector)}
     if level is not None:

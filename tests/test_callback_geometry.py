@@ -1,0 +1,87 @@
+"""The scenes of a run: which samples are kept, their coordinates, checkpoints, and what the loggers get."""
+
+import pytest
+import torch
+from conftest import fit, loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_nc import NeuralCollapseCallback, extract_features
+from lightning_nc.history import History
+from lightning_nc.scenes import pictured
+
+
+def products(rows, others):
+    return torch.tensor(rows, dtype=torch.float64) @ torch.tensor(others, dtype=torch.float64).T
+
+
+def test_coordinates_have_the_inner_products_of_the_features_with_the_class_means(tmp_path):
+    callback = NeuralCollapseCallback(geometry=(0, 2, 1), strict=True)
+    _, module = fit(tmp_path, [callback], max_epochs=2)
+    features, target = extract_features(module, loader(False), progress=False)["classifier input"]
+    scene = callback.history.scenes[-1]
+    assert [scene.chosen, scene.epoch, scene.stage] == [[0, 2, 1], 1, "train"]
+    rows = [features[target == label].double() for label in scene.chosen]
+    means = torch.stack([of_class.mean(dim=0) for of_class in rows])
+    centered = means - means.mean(dim=0)
+    for kept, of_class in zip(scene.samples, rows, strict=True):
+        expected = (of_class[:40] - means.mean(dim=0)) @ centered.T
+        torch.testing.assert_close(products(kept, scene.means), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products(scene.means, scene.means), centered @ centered.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resumed_run_has_the_scenes_of_the_whole_run(tmp_path):
+    whole = NeuralCollapseCallback(geometry=(0, 1), strict=True)
+    fit(tmp_path / "whole", [whole], max_epochs=3)
+    first = NeuralCollapseCallback(geometry=(0, 1), strict=True)
+    saved = ModelCheckpoint(tmp_path, filename="first", save_last=False)
+    fit(tmp_path / "first", [first, saved], max_epochs=2)
+    file = tmp_path / "first.ckpt"
+    states = torch.load(file, weights_only=True)["callbacks"]
+    (state,) = (state for key, state in states.items() if key.startswith("NeuralCollapseCallback"))
+    assert History.from_state(state).scenes == first.history.scenes == whole.history.scenes[:2]
+    second = NeuralCollapseCallback(geometry=(0, 1), strict=True)
+    fit(tmp_path / "second", [second], max_epochs=3, ckpt_path=file)
+    assert second.history.scenes == whole.history.scenes
+
+
+def test_scenes_of_training_data_come_first(tmp_path):
+    callback = NeuralCollapseCallback(stages=("train", "validate"), geometry=(0, 1))
+    fit(tmp_path, [callback], max_epochs=2, val=loader(False))
+    assert [scene.epoch for scene in pictured(callback.history.scenes)] == [0, 1]
+    assert {scene.stage for scene in pictured(callback.history.scenes)} == {"train"}
+    held_out = NeuralCollapseCallback(stages=("validate",), geometry=(0, 1))
+    fit(tmp_path, [held_out], max_epochs=2, val=loader(False))
+    assert [scene.stage for scene in pictured(held_out.history.scenes)] == ["validate", "validate"]
+
+
+def test_a_class_without_samples_is_said_once_and_everything_else_is_measured(tmp_path):
+    callback = NeuralCollapseCallback(geometry=(0, 99))
+    with pytest.warns(UserWarning, match=r"geometry=\(0, 99\): no picture is kept, because class 99 has no sample") as said:
+        fit(tmp_path, [callback], max_epochs=2)
+    assert sum("no picture is kept" in str(warning.message) for warning in said) == 1
+    assert [scene.chosen for scene in callback.history.scenes] == [[], []]
+    assert len(callback.history) == 2
+
+
+@pytest.mark.parametrize("geometry", [(0,), (0, 1, 2, 3, 4), (0, 0), (0, -1), ("a", "b"), 3, "01", (0, 1.5)])
+def test_what_is_not_two_to_four_classes_is_refused(geometry):
+    with pytest.raises(MisconfigurationException, match="geometry must be two to four different class indices"):
+        NeuralCollapseCallback(geometry=geometry)
+
+
+def test_running_loops_keep_no_scenes_of_training():
+    with pytest.raises(MisconfigurationException, match="which only mode='exact' can"):
+        NeuralCollapseCallback(geometry=(0, 1), mode="online")
+
+
+def test_a_logger_gets_the_pictures_of_every_measured_epoch(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    fit(tmp_path, [NeuralCollapseCallback(geometry=(0, 1, 2), strict=True)], max_epochs=3, logger=logger)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    steps = [event.step for event in events.Images("figures/geometry_by_epoch")]
+    assert len(steps) == len(set(steps)) == 3
+    assert [event.step for event in events.Images("figures/class_means_by_epoch")] == steps
