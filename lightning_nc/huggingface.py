@@ -248,7 +248,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
             row = {key: value for key, value in self.history[-1].items() if key != "stage"}
             scenes = [found for found in self.history.scenes[-1:] if (found.stage, found.step) == (stage, at["step"])]
             entry: dict[str, Any] = {**row, **at}
-            if scenes:
+            if scenes and self._options.geometry:  # else the log history stays small
                 entry["scene"] = dict(vars(scenes[0]))
             state.log_history.append(entry)
             if stage == "train":

@@ -77,9 +77,9 @@ def every_stage():
 
 
 def exact():
-    callback = NeuralCollapseCallback(LAYERS, strict=True)
+    callback = NeuralCollapseCallback(LAYERS, strict=True, geometry=(0, 1, 2))
     _, model = fit([callback])
-    return {"history": callback.history, "state": state_of(model)}
+    return {"history": callback.history, "state": state_of(model), "scenes": callback.history.scenes}
 
 
 def online():

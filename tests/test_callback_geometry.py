@@ -19,7 +19,8 @@ def products(rows, others):
 def test_coordinates_have_the_inner_products_of_the_features_with_the_class_means(tmp_path):
     callback = NeuralCollapseCallback(geometry=(0, 2, 1), strict=True)
     _, module = fit(tmp_path, [callback], max_epochs=2)
-    features, target = extract_features(module, loader(False), progress=False)["classifier input"]
+    found, target = extract_features(module, loader(False), progress=False)
+    features = found["classifier input"]
     scene = callback.history.scenes[-1]
     assert [scene.chosen, scene.epoch, scene.stage] == [[0, 2, 1], 1, "train"]
     rows = [features[target == label].double() for label in scene.chosen]
@@ -32,18 +33,19 @@ def test_coordinates_have_the_inner_products_of_the_features_with_the_class_mean
 
 
 def test_a_resumed_run_has_the_scenes_of_the_whole_run(tmp_path):
-    whole = NeuralCollapseCallback(geometry=(0, 1), strict=True)
-    fit(tmp_path / "whole", [whole], max_epochs=3)
     first = NeuralCollapseCallback(geometry=(0, 1), strict=True)
-    saved = ModelCheckpoint(tmp_path, filename="first", save_last=False)
-    fit(tmp_path / "first", [first, saved], max_epochs=2)
+    fit(tmp_path, [first, ModelCheckpoint(tmp_path, filename="first")], max_epochs=2)
     file = tmp_path / "first.ckpt"
     states = torch.load(file, weights_only=True)["callbacks"]
     (state,) = (state for key, state in states.items() if key.startswith("NeuralCollapseCallback"))
-    assert History.from_state(state).scenes == first.history.scenes == whole.history.scenes[:2]
+    assert History.from_state(state).scenes == first.history.scenes
+    assert History.from_state(state).per_class == first.per_class
     second = NeuralCollapseCallback(geometry=(0, 1), strict=True)
-    fit(tmp_path / "second", [second], max_epochs=3, ckpt_path=file)
-    assert second.history.scenes == whole.history.scenes
+    fit(tmp_path, [second], max_epochs=3, ckpt_path=file)
+    assert second.history.scenes[:2] == first.history.scenes
+    assert [scene.epoch for scene in second.history.scenes] == [0, 1, 2]
+    assert second.history.about == first.history.about
+    assert first.history.about["classifier"] == "net.4"
 
 
 def test_scenes_of_training_data_come_first(tmp_path):

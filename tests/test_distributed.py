@@ -164,6 +164,21 @@ def test_a_rank_that_measures_alone_says_so_after_a_while_and_later_measurements
 # ---------------------------------------------------------------------------------------------------------- whole trainings
 
 
+def test_all_ranks_keep_the_same_samples_of_both_for_pictures():
+    first, second = (rank["exact"] for rank in run("ddp")[0])
+    assert first["scenes"] == second["scenes"]
+    rows, target = TRAIN.tensors
+    with torch.no_grad():
+        features = model_with(first["state"]).eval().net[:4](rows).double()
+    means = torch.stack([features[target == label].mean(dim=0) for label in range(3)])
+    centered, scene = means - means.mean(dim=0), first["scenes"][-1]
+    assert [len(kept) for kept in scene.samples] == [int((target == label).sum()) for label in range(3)]  # all of them
+    for label, kept in enumerate(scene.samples):
+        products = torch.tensor(kept).double() @ torch.tensor(scene.means).double().T
+        expected = (features[target == label] - means.mean(dim=0)) @ centered.T
+        torch.testing.assert_close(products.sort(dim=0).values, expected.sort(dim=0).values, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("part", ["exact", "every_stage", "online", "uneven", "wide", "model_parallel"])
 def test_both_ranks_have_the_same_history(part):
     first, second = run("ddp")[0]

@@ -408,10 +408,12 @@ def test_a_resumed_training_is_the_same_and_goes_on_with_the_history_of_the_chec
         saving = {"save_strategy": "steps", "save_steps": saved, "save_total_limit": 9}
         return train(tmp_path, callback, data=TEXTS, collator=padded, num_train_epochs=2, **saving, **kwargs)
 
-    whole, resumed = NeuralCollapseCallback(strict=True), NeuralCollapseCallback(strict=True)
+    whole, resumed = (NeuralCollapseCallback(geometry=(0, 1), strict=True) for _ in range(2))
     first = state_of(run(whole, model=bert()))
     trainer = run(resumed, model=bert(1), resume=str(tmp_path / f"checkpoint-{saved}"))
     assert resumed.history == whole.history
+    assert resumed.history.scenes == whole.history.scenes
+    assert [scene.chosen for scene in whole.history.scenes] == [[0, 1], [0, 1]]
     assert [entry["nc/nc1"] for entry in measured(trainer)] == [row["nc/nc1"] for row in whole.history]
     assert_identical(state_of(trainer)["weights"], first["weights"])
     assert_identical(state_of(trainer)["optimizer"], first["optimizer"])
