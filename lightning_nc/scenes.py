@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,13 +12,15 @@ from torch import Tensor
 from lightning_nc.functional.projection import span_of_means
 from lightning_nc.measuring.classes import MeasuredClasses
 
-__all__ = ["MOST_COSINES", "Points", "Scene", "pictured", "scene", "scenes_of"]
+__all__ = ["MOST_COSINES", "Points", "Scene", "first_middle_last", "pictured", "posed", "scene", "scenes_of"]
 
 MOST_COSINES = 32
 """Classes whose cosines are kept at every measurement."""
 
 Points = list[list[float]]
 """Rows of three coordinates."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Scene:
 
 def scene(found: MeasuredClasses, epoch: float, step: float, stage: str) -> Scene:
     """The scene of a measurement."""
-    means, labels = found.means.double(), found.labels
-    unit = torch.nn.functional.normalize((means - means.mean(dim=0))[:MOST_COSINES], dim=1)
+    means, labels = found.means, found.labels
+    centered = means[:MOST_COSINES].double() - means.mean(dim=0, dtype=torch.float64)
+    unit = torch.nn.functional.normalize(centered, dim=1)
     points = _points(found) if _is_complete(found) else {"chosen": [], "samples": [], "means": [], "weight": []}
     return Scene(epoch, step, stage, len(labels), labels[:MOST_COSINES], _rows(unit @ unit.T), **points)
 
@@ -87,10 +90,47 @@ def _rows(values: Tensor) -> list[list[float]]:
 
 
 def pictured(scenes: Sequence[Scene]) -> list[Scene]:
-    """The scenes of one course of training, in order: those of the training data if there are any, else of the first stage."""
+    """The scenes of one course of training by epoch and step: those of the training data if there are any, else of the first stage.
+
+    If there are several at one step, such as those of two dataloaders, the first of them.
+    """
     stages = [found.stage for found in scenes]
     stage = "train" if "train" in stages else next(iter(stages), "")
-    return [found for found in scenes if found.stage == stage]
+    course: dict[tuple[float, float], Scene] = {}
+    for found in scenes:
+        if found.stage == stage:
+            course.setdefault((found.epoch, found.step), found)
+    return [course[place] for place in sorted(course)]
+
+
+def posed(scenes: Sequence[Scene]) -> list[Scene]:
+    """The pictured scenes that have points, each in a unit of its own: the root mean square distance of its class means from the origin.
+
+    In this unit an ideal frame has its corners at distance 1 in every epoch, however long the features are. All scenes have the
+    classes and the number of samples of the last one, so that points can move from one to the next.
+    """
+    found = [found for found in pictured(scenes) if any(map(any, found.means))]
+    return [_in_its_unit(each) for each in found if _shape(each) == _shape(found[-1])]
+
+
+def _shape(found: Scene) -> tuple[list[int], list[int], int]:
+    return found.chosen, list(map(len, found.samples)), len(found.weight)
+
+
+def _in_its_unit(found: Scene) -> Scene:
+    squares = [x * x for row in found.means for x in row]
+    unit = (sum(squares) / len(found.means)) ** 0.5
+
+    def scaled(points: Points) -> Points:
+        return [[x / unit for x in row] for row in points]
+
+    samples = list(map(scaled, found.samples))
+    return replace(found, samples=samples, means=scaled(found.means), weight=scaled(found.weight))
+
+
+def first_middle_last(scenes: Sequence[T]) -> list[T]:
+    """The first, the middle and the last of a sequence, each once. The middle is that of the measurements, not of the epochs."""
+    return [scenes[place] for place in sorted({0, len(scenes) // 2, len(scenes) - 1})] if scenes else []
 
 
 def scenes_of(states: Sequence[Mapping[str, Any]]) -> list[Scene]:
