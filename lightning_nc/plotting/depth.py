@@ -1,0 +1,134 @@
+"""Metrics against the depth of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+
+from lightning_nc.functional import METRICS
+from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, TRAIN_MEANS, base_name, parse_key
+from lightning_nc.plotting.style import COLORS, draw, name_of, wrapped
+from lightning_nc.runs import epoch_of, metrics_of
+
+__all__ = ["plot_depth"]
+
+_MOST_MARKED = 12  # epochs whose curves are thick and have a dot at every layer
+_MOST_NAMES = 16  # layers that are all named
+
+Epochs = list[tuple[float, dict[tuple[str, str], float]]]
+"""The epoch of each measurement and its values by metric and layer."""
+
+
+def plot_depth(history: Iterable[Mapping[str, Any]]) -> Figure:
+    """Draw every metric against depth, a curve for each measured epoch, on log axes that show zeros at their lower edge.
+
+    The layers stand from left to right in the order of the rows, the classifier's input last; colors go from light to dark with
+    the epochs. A dashed line marks the effective depth in the last epoch that has it, which needs the metric ``ncc_error``. The
+    values are those of the training data, or else of the stage and dataloader that come first.
+
+    Args:
+        history: rows with ``epoch`` and metrics by key, as in ``NeuralCollapseCallback.history``.
+
+    Raises:
+        ValueError: if no metric was measured at two depths, or a row with metrics has no epoch.
+    """
+    epochs = _values(history)
+    names = dict.fromkeys(name for _, values in epochs for name in values if name[0] != DEPTH)
+    layers = [layer for layer in dict.fromkeys(layer for _, layer in names) if layer]
+    layers += [""] * any(not layer for _, layer in names)  # the classifier's input
+    depths = {metric: [layer for other, layer in names if other == metric] for metric, _ in names}
+    metrics = sorted((metric for metric, found in depths.items() if len(found) > 1), key=_place)
+    if not metrics:
+        raise ValueError(
+            f"depth needs a metric at two layers or more, found {sorted(map(name_of, layers))!r:.300}; pass layers= to the "
+            "callback or to measure(), such as layers=['layer1', 'layer2']"
+        )
+    columns = min(3, len(metrics))
+    lines = -(-len(metrics) // columns)
+    figure = Figure(figsize=(3.2 * columns + 0.9, 3.2 * lines + 0.5), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    for axis in axes[len(metrics) :]:
+        axis.remove()
+    axes = axes[: len(metrics)]
+    shades = numpy.linspace(0.25, 1, len(epochs)) if len(epochs) > 1 else [1.0]
+    colors = [matplotlib.colormaps["viridis_r"](shade) for shade in shades]
+    for axis, metric in zip(axes, metrics, strict=True):
+        _panel(axis, metric, epochs, layers, colors)
+    _color_bar(figure, axes, [epoch for epoch, _ in epochs], colors)
+    _mark_depth(figure, axes, epochs, layers)
+    return figure
+
+
+def _values(history: Iterable[Mapping[str, Any]]) -> Epochs:
+    """What was measured of one stage and dataloader, by epoch."""
+    rows = [row for row in history if metrics_of(row)]
+    found: dict[tuple[str, int], Epochs] = {}
+    for row in sorted(rows, key=epoch_of):
+        values: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
+        for key, value in metrics_of(row).items():
+            part = parse_key(key)
+            stage = row.get("stage", "train") if part.stage == "train" else part.stage
+            if not part.metric.endswith((ERROR, *CHANCE.values())):
+                values.setdefault((stage, part.loader), {})[part.metric, part.layer] = value
+        for group, measured in values.items():
+            found.setdefault(group, []).append((epoch_of(row), measured))
+    return found.get(("train", 0)) or next(iter(found.values()), [])
+
+
+def _place(metric: str) -> int:
+    names = list(METRICS)
+    return names.index(base_name(metric)) if base_name(metric) in names else len(names)
+
+
+def _panel(axis: Axes, metric: str, epochs: Epochs, layers: Sequence[str], colors: Sequence[Any]) -> None:
+    spec = METRICS.get(base_name(metric))
+    curves = {}
+    for place, (_, values) in enumerate(epochs):
+        depths = [depth for depth, layer in enumerate(layers) if (metric, layer) in values]
+        curves[str(place)] = depths, [values[metric, layers[depth]] for depth in depths]
+    linear = spec is not None and spec.direction == "approaches"
+    around = ", around training means" * metric.endswith(TRAIN_MEANS)
+    title = f"{spec.title}{around}\n{metric}" if spec is not None and spec.title else metric
+    draw(axis, wrapped(title, 44), "", curves, colors, legend=False, linear=linear)
+    few = len(epochs) <= _MOST_MARKED
+    for line in axis.lines:
+        line.set_linewidth(1.4 if few else 0.8)
+        if few and line.get_linestyle() != "None":
+            line.set(marker="o", markersize=3, markevery=None)
+    step = -(-len(layers) // _MOST_NAMES)
+    shown = sorted({*range(0, len(layers), step), len(layers) - 1})
+    names = [name_of(layers[depth]) for depth in shown]
+    level = max(map(len, names)) * len(names) <= 26
+    axis.set_xticks(shown, names, fontsize=8, rotation=0 if level else 60, ha="center" if level else "right")
+    if not level:
+        axis.tick_params(axis="x", pad=1)
+
+
+def _color_bar(figure: Figure, axes: list[Axes], epochs: Sequence[float], colors: Sequence[Any]) -> None:
+    if len(epochs) == 1:
+        figure.suptitle(f"epoch {epochs[0]:g}", fontsize=10)
+        return
+    scale = ScalarMappable(Normalize(-0.5, len(epochs) - 0.5), ListedColormap(colors))
+    bar = figure.colorbar(scale, ax=axes, aspect=30)
+    shown = sorted({round(place) for place in numpy.linspace(0, len(epochs) - 1, min(6, len(epochs)))})
+    bar.ax.set_yticks(shown, [f"{epochs[place]:g}" for place in shown], fontsize=8)
+    bar.set_label("epoch")
+
+
+def _mark_depth(figure: Figure, axes: Sequence[Axes], epochs: Epochs, layers: Sequence[str]) -> None:
+    """The effective depth in the last epoch that has it: a number of the layers, from 1."""
+    known = [(epoch, values[DEPTH, ""]) for epoch, values in epochs if values.get((DEPTH, ""), 0) >= 1]
+    if not known:
+        return
+    epoch, depth = known[-1]
+    for axis in axes:
+        line = axis.axvline(depth - 1, color=COLORS[1], linestyle="--", linewidth=1.2)
+    name = f"effective depth in epoch {epoch:g}: {wrapped(layers[int(depth) - 1] or name_of(''))}"
+    figure.legend([line], [name], loc="outside lower left", fontsize=8, frameon=False)
