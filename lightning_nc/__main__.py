@@ -19,11 +19,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
     frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
     plot.add_argument("-k", "--num-classes", type=int, help=frames)
+    report = commands.add_parser("report", help="write one or more runs as a single HTML page that opens without a network")
+    run = "a directory with a log or a checkpoint of the run, or a CSV file, a checkpoint (.ckpt) or trainer_state.json"
+    report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
+    report.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
     given = parser.parse_args(arguments)
-    if given.num_classes is not None and given.num_classes < 2:
+    if given.command == "plot" and given.num_classes is not None and given.num_classes < 2:
         parser.error(f"--num-classes must be at least 2, got {given.num_classes}")
     try:
-        _plot(given.runs, given.out, given.num_classes)
+        if given.command == "report":
+            _report(given.runs, given.out)
+        else:
+            _plot(given.runs, given.out, given.num_classes)
     except (OSError, ValueError, ImportError) as error:
         remedy = "; install it with pip" if isinstance(error, ModuleNotFoundError) else ""
         print("lightning-nc:", " ".join(f"{error}{remedy}".split()), file=sys.stderr)
@@ -53,6 +60,23 @@ def _plot(paths: Sequence[Path], out: Path, num_classes: int | None) -> None:
     for log, rows in zip(logs.values(), runs.values(), strict=True):
         print(f"{log}: {len(rows)} measurements")
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
+
+
+def _report(paths: Sequence[Path], out: Path) -> None:
+    from lightning_nc.history import History
+    from lightning_nc.report import write_report
+
+    places = [path.resolve() for path in paths]
+    for place, path in zip(places, paths, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{path} is given twice; pass each run once")
+    runs = {str(path): History.read(path) for path in paths}
+    if out.is_dir():
+        out = out / "report.html"
+    write_report(runs, out)
+    for name, rows in runs.items():
+        print(f"{name}: {len(rows)} measurements")
+    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 2**20:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning_nc.keys import CHANCE, STAGES, make_key, parse_key
 from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.measurement import Measurement
-from lightning_nc.runs import FIRST_COLUMNS, finite_number, is_metric, plain_value, read_rows, read_run
+from lightning_nc.runs import FIRST_COLUMNS, finite_number, is_metric, plain_value, read_rows
+from lightning_nc.saved import read_saved, state_of
 from lightning_nc.scenes import Scene, scene, scenes_of
 
 if TYPE_CHECKING:
@@ -172,11 +173,11 @@ class History(list[dict[str, Any]]):
 
     @classmethod
     def read(cls, path: str | Path) -> History:
-        """Read the rows of a run from the file of a ``History`` or of a logger; see :func:`lightning_nc.runs.read_run`.
+        """Read a run from the file of a ``History`` or of a logger, from a checkpoint, or from a directory with any of them.
 
-        The result has no file: what is appended stays in memory.
+        See :func:`lightning_nc.saved.read_saved`. The result has no file: what is appended stays in memory.
         """
-        return cls(rows=read_run(path))
+        return cls.from_state(read_saved(path))
 
     def plot(self, num_classes: int | None = None) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over epochs; see :func:`lightning_nc.plotting.plot_history`."""
@@ -220,15 +221,7 @@ class History(list[dict[str, Any]]):
 
 def history_of(log_history: Iterable[Mapping[str, Any]], stages: Iterable[str] = tuple(STAGES)) -> History:
     """The history that the log history of ``transformers.Trainer`` holds."""
-    rows, scenes = [], []
-    for entry in log_history:
-        values = {key: value for key, value in entry.items() if key.startswith("nc/")}
-        marks = {key: entry[key] for key in ("weights", "geometry") if key in entry}
-        stage = parse_key(next(iter(values), "")).stage
-        if values and stage in stages and "step" in entry:
-            rows.append({"stage": stage, "epoch": entry["epoch"], "step": entry["step"], **marks, **values})
-            scenes += [entry["scene"]] if "scene" in entry else []
-    return History.from_state({"history": rows, "scenes": scenes})
+    return History.from_state(state_of(log_history, stages))
 
 
 def _beside(values: Mapping[str, Any], stage: str) -> dict[str, Any]:

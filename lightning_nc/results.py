@@ -83,7 +83,7 @@ class Results:
         """
         found = measurement(collector, None, stage, loader)
         if not self.history.about:
-            self.history.about = _about(collector, self.stages)
+            self.history.about = {"mode": getattr(self, "mode", "exact"), **_about(collector, self.stages)}
         self.history.append(found, epoch=epoch, step=step, stage=stage, **marks)
         return found
 
@@ -98,6 +98,7 @@ def _about(collector: Collector, stages: Sequence[str]) -> dict[str, str]:
         "stages": ", ".join(stages),
         "pooling of positions": probe.pool if isinstance(probe.pool, str) else "a function",
         "classes": str(probe.classes),
+        "features": "".join(str(metric.num_features) for layer, metric in collector.metrics.items() if not layer),
         "samples": str(max(int(metric.counts.sum()) for metric in collector.metrics.values())),
         "Python": python_version(),
     }

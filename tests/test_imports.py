@@ -29,6 +29,7 @@ FLOORS = [
     {"measuring.evaluation"},
     {"measuring.loops", "measuring.extraction"},
     {"runs", "trainers", "scenes"},
+    {"saved"},
     {"plotting.style"},
     {"plotting.panels", "plotting.depth", "plotting.classes", "plotting.geometry"},
     {"plotting.__init__"},

@@ -1,0 +1,5 @@
+"""A report of one or more runs: one HTML file that opens without a network."""
+
+from lightning_nc.report.page import report, write_report
+
+__all__ = ["report", "write_report"]

@@ -1,0 +1,277 @@
+"""A run in sentences: which geometry, how far, at which depth, which classes lag, and what is not to be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from lightning_nc.functional.geometry import FRAMES_IN_WORDS
+from lightning_nc.history import History
+from lightning_nc.keys import DEPTH
+from lightning_nc.report.series import (
+    Points,
+    Series,
+    by_layer,
+    course_of,
+    in_words,
+    layer_name,
+    layers_of,
+    listed,
+    metrics_shown,
+    number,
+    series_of,
+)
+
+__all__ = ["cautions", "summary"]
+
+_FEW = 20  # samples of a class, with which a scatter is too small by 5 %
+_FLOOR = 1e-12  # of nc1, which the scatter matrix resolves no further
+_LAGS = 2.0  # times the median of the classes
+
+
+def summary(history: History) -> dict[str, list[str]]:
+    """Sentences by question, in plain text with code in backticks. They are about the training data if these were measured."""
+    series = course_of(series_of(history))
+    found = {
+        "Measured": [_measured(series)],
+        "Which geometry": _geometry(history, series),
+        "How far": list(_how_far(history, series)),
+        "At which depth": list(_depth(series)),
+        "Which classes lag": list(_lagging(history.per_class)),
+    }
+    return {question: sentences for question, sentences in found.items() if sentences}
+
+
+def _measured(series: Series) -> str:
+    epochs = sorted({epoch for points in series.values() for epoch, _ in points})
+    data = {"train": "the training data", "validate": "the validation data", "test": "the test data"}
+    stage, loader = next(iter(series))[:2]
+    number_of = f" (dataloader {loader})" if loader else ""
+    when = f"{len(epochs)} epochs from {number(epochs[0], 6)} to {number(epochs[-1], 6)}"
+    return f"{data[stage].capitalize()}{number_of}, in {when if epochs[1:] else f'epoch {number(epochs[0], 6)} alone'}."
+
+
+def _at_input(series: Series, metric: str) -> Points:
+    return next((points for key, points in series.items() if key[2:] == ("", metric)), [])
+
+
+def _nearest(history: History, series: Series) -> str | None:
+    """The name of the frame that was nearest at last; "none", or None if that is not known."""
+    stage = next(iter(series)).stage
+    known = (row["geometry"] for row in reversed(history) if "geometry" in row and row.get("stage", "train") == stage)
+    return next(known, None)
+
+
+def _geometry(history: History, series: Series) -> list[str]:
+    name, distances = _nearest(history, series), {frame: _at_input(series, frame) for frame in FRAMES_IN_WORDS}
+    last = {frame: points[-1][1] for frame, points in distances.items() if points and math.isfinite(points[-1][1])}
+    if name in last:
+        return [f"The class means are nearest to {_article(FRAMES_IN_WORDS[name])}: {_change(name, distances[name])}"]
+    text = listed([f"{FRAMES_IN_WORDS[frame]} {number(value)} (`{frame}`)" for frame, value in last.items()])
+    if name == "none" and last:
+        return [
+            "No frame is near: class means of the same lengths in random directions would be as close. The distances are at last: "
+            f"{text}."
+        ]
+    if name == "none":
+        return ["No frame exists for this number of classes and features, or the class means were not finite."]
+    if last:
+        return [
+            f"The distances are at last: {text}. Which frame is nearest is in the checkpoint of the run, which was not found."
+        ]
+    return []
+
+
+def _article(frame: str) -> str:
+    return frame if frame == "SELI" else f"an {frame}" if frame[0] == "o" else f"a {frame}"
+
+
+def _change(metric: str, points: Points) -> str:
+    """How a metric went from the first to the last epoch, in one sentence."""
+    (start, first), (end, last) = points[0], points[-1]
+    name = f"`{metric}`"
+    if not (math.isfinite(first) and math.isfinite(last)):
+        value = number(last)
+        return f"{name} is {value} at epoch {number(end, 6)}."
+    if len(points) == 1:
+        return f"{name} is {number(last)} at epoch {number(end, 6)}."
+    ratio = first / last if first > 0 < last else math.nan
+    if 0.95 < ratio < 1.05:
+        return f"{name} hardly changed: {number(first)} at epoch {number(start, 6)}, {number(last)} at epoch {number(end, 6)}."
+    verb = "fell" if last < first else "rose"
+    factor = f", by a factor of {number(max(ratio, 1 / ratio), 2)}" if math.isfinite(ratio) else ""
+    if max(ratio, 1 / ratio) >= 100:
+        factor = f", by a factor of {round(max(ratio, 1 / ratio)):,}"
+    least, epoch = min((value, epoch) for epoch, value in points if math.isfinite(value))
+    dip = f" Its least was {number(least)} at epoch {number(epoch, 6)}." if last > 1.5 * least > 0 else ""
+    change = f"{name} {verb} from {number(first)} at epoch {number(start, 6)} to {number(last)} at epoch {number(end, 6)}"
+    return f"{change}{factor}.{dip}"
+
+
+def _how_far(history: History, series: Series) -> Iterator[str]:
+    nearest = _nearest(history, series)
+    names = metrics_shown([key for key in series if not key.layer] or series, history.about.get("metrics", ""))
+    wanted = ["nc1", "nc2_etf_centered", "nc2_of"] if nearest not in FRAMES_IN_WORDS else ["nc1"]
+    wanted += ["nc3" if nearest == "nc2_of" and "nc3" in names else "nc3_centered" if "nc3_centered" in names else "nc3"]
+    shown = [name for name in wanted if name in names] or [name for name in names if name != DEPTH][:3]
+    for name in shown:
+        if points := _at_input(series, name) or next(iter(by_layer(series, name).values()), []):
+            yield f"{in_words(name)}: {_change(name, points)}" if in_words(name) else _change(name, points)
+    points = [point for point in _at_input(series, "nc1") if math.isfinite(point[1]) and point[1] > 0]
+    if len(points) >= 8:
+        epoch, before = points[-1 - len(points) // 4]
+        fell = 1 - points[-1][1] / before
+        at_end = f"by {100 * fell:.0f} % since epoch {number(epoch, 6)}" if fell > 0.1 else ""
+        yield f"At the end it was still falling: `nc1` {at_end}." if at_end else (
+            f"At the end `nc1` was no longer falling: {number(before)} at epoch {number(epoch, 6)}, "
+            f"{number(points[-1][1])} at last."
+        )
+
+
+def _depth(series: Series) -> Iterator[str]:
+    layers = layers_of(series)
+    if len(layers) < 2:
+        yield f"One depth alone was measured, {layer_name(layers[0])}; `layers=` of the callback adds others."
+        return
+    if points := [(epoch, value) for epoch, value in _at_input(series, DEPTH) if math.isfinite(value)]:
+        epoch, depth = points[-1]
+        yield (
+            f"The effective depth is {number(depth)} of {len(layers)} at epoch {number(epoch, 6)}: from there on the nearest class "
+            "mean classifies as well as at the last layer, within 1 %."
+        )
+    for metric in ("nc1", "ncc_error"):
+        last = {layer: points[-1][1] for layer, points in by_layer(series, metric).items()}
+        if not last:
+            continue
+        places = sorted({round(at * (len(last) - 1) / 7) for at in range(8)})
+        names = list(last)
+        text = ", ".join(f"{layer_name(names[at])} {number(last[names[at]])}" for at in places)
+        yield f"`{metric}` by depth, at last: {text}.{_monotone(last)}"
+
+
+def _monotone(last: dict[str, float]) -> str:
+    pairs = list(zip(last.items(), list(last.items())[1:], strict=False))
+    rises = [f"{layer_name(after)}" for (_, before), (after, value) in pairs if value > before]
+    if not rises:
+        return " It falls or stays from each to the next."
+    return f" It rises at {listed(rises)}."
+
+
+def _lagging(table: dict[str, list[Any]]) -> Iterator[str]:
+    terms = zip(*(table.get(name, []) for name in ("class", "nearest", "nearest_cdnv")), strict=False)
+    known = sorted((row for row in terms if math.isfinite(row[2])), key=lambda row: -row[2])
+    if len(known) < 2:
+        return
+    middle = median(row[2] for row in known)
+    behind = [row for row in known if row[2] > _LAGS * middle]
+    if not behind:
+        label, other, value = known[0]
+        yield (
+            f"None: class {label} is the least collapsed, with {number(value)} to class {other}, and the median of the classes is "
+            f"{number(middle)} (variance within over squared distance to the nearest class, `nearest_cdnv`)."
+        )
+        return
+    names = [f"class {label} (toward class {other}, {number(value)})" for label, other, value in behind]
+    yield (
+        f"{listed(names, 4).capitalize()}: more than twice the median of the classes, {number(middle)} (variance within over "
+        "squared distance to the nearest class, `nearest_cdnv`)."
+    )
+
+
+def cautions(history: History) -> list[str]:
+    """What is not to be trusted in a run, and why, as far as its data show it."""
+    series = course_of(series_of(history))
+    return [*_of_rows(history, series), *_of_values(series), *_of_classes(history), *_of_settings(history, series)]
+
+
+def _of_rows(history: History, series: Series) -> Iterator[str]:
+    if len({epoch for points in series.values() for epoch, _ in points}) == 1:
+        yield "One epoch alone was measured: nothing is known about the course of training."
+    for name, value, reason in (
+        ("partial", True, "training was resumed in the middle of them, so only the rest of the epoch was measured"),
+        ("weights", "swapped", "they are about other weights than those of the last step, such as averaged ones"),
+    ):
+        if epochs := list(dict.fromkeys(number(row["epoch"], 6) for row in history if row.get(name) == value)):
+            yield f"Rows of epoch {listed(epochs)} are special: {reason}."
+    places = [(row["epoch"], row.get("step"), row.get("weights"), key) for row in history for key in row if key[:3] == "nc/"]
+    if epochs := list(dict.fromkeys(number(place[0], 6) for place in _twice(places))):
+        yield f"Epoch {listed(epochs)} was measured twice at one step: the file may hold the rows of two runs."
+
+
+def _twice(places: Sequence[Any]) -> list[Any]:
+    seen: set[Any] = set()
+    return [place for place in places if place in seen or seen.add(place)]  # type: ignore[func-returns-value]
+
+
+def _of_values(series: Series) -> Iterator[str]:
+    for kind, is_kind in (("not a number", math.isnan), ("infinite", math.isinf)):
+        keys = {key: sum(map(is_kind, (value for _, value in points))) for key, points in series.items()}
+        always = [key for key, count in keys.items() if count == len(series[key])]
+        at_last = [key for key, count in keys.items() if key not in always and count and is_kind(series[key][-1][1])]
+        at_times = [key for key, count in keys.items() if count and key not in always and key not in at_last]
+        for found, when in ((always, "always"), (at_last, "at last"), (at_times, "in some epochs")):
+            if names := list(dict.fromkeys(key.metric for key in found)):
+                yield (
+                    f"{listed(names)} {'are' if names[1:] else 'is'} {kind} {when}"
+                    f"{_where(found, series)}: there the value means nothing, and a warning of the run says why."
+                )
+    points = _at_input(series, "nc1")
+    if points and 0 <= points[-1][1] < _FLOOR:
+        yield (
+            f"`nc1` is {number(points[-1][1])} at last. So far down, the rounding of float32 features is as large as their "
+            "scatter: only the order of magnitude is known."
+        )
+
+
+def _where(keys: Sequence[Any], series: Series) -> str:
+    """At which layers, unless it is all of them."""
+    layers = layers_of(keys)
+    return "" if len(layers) == len(layers_of(series)) else f" at {listed([layer_name(layer) for layer in layers])}"
+
+
+def _of_classes(history: History) -> Iterator[str]:
+    about, seen = history.about, history.scenes[-1].classes if history.scenes else None
+    outputs, features = (int(text) if (text := about.get(name, "")).isdecimal() else None for name in ("classes", "features"))
+    if seen is not None and outputs is not None and seen < outputs:
+        yield f"Only {seen} of {outputs} classes have samples; the others are left out of every metric."
+    classes = seen or outputs
+    if classes and features and classes > features + 1:
+        yield (
+            f"No simplex ETF exists for {classes} classes in {features} dimensions, so metrics that compare with it cannot "
+            "reach 0."
+        )
+    samples = history.per_class.get("samples", [])
+    if samples and (least := min(samples)) < _FEW:
+        few = [str(label) for label, count in zip(history.per_class["class"], samples, strict=True) if count < _FEW]
+        yield (
+            f"Few samples in class {listed(few)}: with {least} of them, the scatter around their own mean is too small by a factor of "
+            f"{number(1 - 1 / least)} on average."
+        )
+
+
+def _of_settings(history: History, series: Series) -> Iterator[str]:
+    stage = next(iter(series)).stage
+    if stage != "train":
+        yield "Collapse is a statement about the training data; here other data were measured."
+    if history.about.get("mode") == "online":
+        yield (
+            'Measured with `mode="online"`: in train mode (dropout, batch statistics), with weights that change '
+            "within the epoch, so the values differ from those of an extra pass in eval mode."
+        )
+    accuracy = _accuracy(history)
+    if stage == "train" and accuracy is not None and 0 <= accuracy < 1:
+        yield (
+            f"Training accuracy is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last training error "
+            "is gone."
+        )
+
+
+def _accuracy(history: History) -> float | None:
+    """The last training accuracy that the rows have, from 0 to 1."""
+    names = ("train_accuracy", "train_acc", "train/accuracy", "train/acc", "accuracy", "acc")
+    for row in reversed(history):
+        if row.get("stage", "train") == "train" and (found := [row[name] for name in names if name in row]):
+            return float(found[0])
+    return None

@@ -1,0 +1,205 @@
+"""A saved run, read back: the rows of its log, and what only a checkpoint holds beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import rank_zero_warn
+
+from lightning_nc.keys import STAGES, Key, parse_key
+from lightning_nc.runs import epoch_of, find_log, is_metric, metrics_of, read_run
+
+__all__ = ["read_checkpoint", "read_saved", "state_of", "values_of"]
+
+_OF_ONE_ROW = {"stage", "step", "weights", "partial", "geometry"}  # not of all measurements of an epoch
+
+
+def read_saved(path: str | Path) -> dict[str, Any]:
+    """The state of the :class:`lightning_nc.History` of a run: what ``History.state`` gave, as far as files hold it.
+
+    A log file has rows alone. A directory also has scenes, the table of the classes, settings and versions, if there is a
+    checkpoint in it, at any depth, whose callback saved them: the newest whose values are those of the log. The
+    checkpoint's rows come first, because they say more; those of the log that it does not hold follow in the order of
+    the epochs.
+
+    Args:
+        path: a log file (see :func:`lightning_nc.runs.read_run`), a Lightning checkpoint (``.ckpt``), the
+            ``trainer_state.json`` of transformers, or a directory with any of them.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file holds no metrics, or is damaged.
+    """
+    path = Path(path)
+    if path.is_file() and _reader(path):
+        return read_checkpoint(path)
+    try:
+        log = find_log(path)
+    except FileNotFoundError as error:
+        state = _newest(path, []) if path.is_dir() else None
+        if state is None:
+            raise FileNotFoundError(f"{error}, a checkpoint (.ckpt) or trainer_state.json of the callback") from None
+        return state
+    rows = list(read_run(log))
+    state = None if path.is_file() else _newest(path, rows)
+    return {"history": rows} if state is None else {**state, "history": _joined(rows, state["history"])}
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """The state of the history that a Lightning checkpoint or a ``trainer_state.json`` holds.
+
+    Of several callbacks, what they measured at the same moment is joined. Nothing in a checkpoint is executed.
+
+    Raises:
+        ValueError: if it holds none, is damaged, or cannot be read without executing what it holds.
+    """
+    state = (_reader(file) or _lightning)(file)
+    if not state["history"]:
+        raise ValueError(f"{file} holds no history of NeuralCollapseCallback; was it in the Trainer?")
+    return state
+
+
+def state_of(log_history: Iterable[Mapping[str, Any]], stages: Iterable[str] = tuple(STAGES)) -> dict[str, Any]:
+    """The state of the history that the log history of ``transformers.Trainer`` holds."""
+    rows, scenes, stages = [], [], set(stages)
+    for entry in log_history:
+        values = {key: value for key, value in entry.items() if key.startswith("nc/")}
+        marks = {key: entry[key] for key in ("weights", "geometry") if key in entry}
+        stage = parse_key(next(iter(values), "")).stage
+        if values and stage in stages and "step" in entry:
+            rows.append({"stage": stage, "epoch": entry["epoch"], "step": entry["step"], **marks, **values})
+            scenes += [entry["scene"]] if "scene" in entry else []
+    return {"history": rows, "scenes": scenes}
+
+
+def values_of(row: Mapping[str, Any]) -> dict[Key, float]:
+    """The metrics of a row by the parts of their keys, with the row's stage where a key names none."""
+    return {_key(name, row): value for name, value in metrics_of(row).items()}
+
+
+def _key(name: str, row: Mapping[str, Any]) -> Key:
+    key = parse_key(name)
+    return key._replace(stage=row.get("stage", "train")) if key.stage == "train" else key
+
+
+def _reader(file: Path) -> Callable[[Path], dict[str, Any]] | None:
+    return {".ckpt": _lightning, ".json": _transformers}.get(file.suffix.lower())
+
+
+def _transformers(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not (isinstance(state, dict) and isinstance(state.get("log_history"), list)):
+        raise ValueError(f"{file} is not the trainer_state.json of transformers: it has no log_history")
+    return state_of(state["log_history"])
+
+
+def _lightning(file: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} is damaged, or not a checkpoint that torch.save wrote")
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        found = str(error).replace("\n", " ")
+        reason = found.partition("WeightsUnpickler error: ")[2].partition(". ")[0] or found[:200]
+        raise ValueError(f"{file} holds objects that are only read by executing what is in the file: {reason}") from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    callbacks = loaded.get("callbacks", {}) if isinstance(loaded, Mapping) else {}
+    states = [state for state in callbacks.values() if isinstance(state, Mapping) and _is_history(state.get("history"))]
+    return _together(states)
+
+
+def _is_history(rows: Any) -> bool:
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, Mapping) and "epoch" in row for row in rows)
+
+
+def _together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of several callbacks as one: what they measured at the same moment is one row."""
+    if len(states) == 1:
+        return dict(states[0])
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in (row for state in states for row in state["history"]):
+        moment = tuple(row.get(name) for name in ("epoch", "step", "stage", "weights"))
+        rows[moment] = {**row, **rows.get(moment, {})}
+
+    def first(name: str) -> Any:
+        return next((state[name] for state in states if state.get(name)), {})
+
+    pictured = [state["scenes"] for state in states if any(scene["chosen"] for scene in state.get("scenes", ()))]
+    return {
+        "history": sorted(rows.values(), key=epoch_of),
+        "scenes": pictured[0] if pictured else first("scenes") or [],
+        "per_class": first("per_class"),
+        "about": first("about"),
+    }
+
+
+def _newest(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The history in the newest checkpoint of a directory that agrees with the rows of its log, if there is one."""
+    files = [file for pattern in ("*.ckpt", "trainer_state.json") for file in folder.rglob(pattern) if file.is_file()]
+    problems: list[str] = []
+    other = False
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            state = (_reader(file) or _lightning)(file)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if state["history"] and (not rows or _are_of_one_run(rows, state["history"])):
+            break
+        other = other or bool(state["history"])
+    else:
+        state = None
+        if other:
+            problems.append(
+                f"the checkpoints in {folder} have other values than its newest log, so they are of other runs; pass the "
+                "directory of one run"
+            )
+    if problems:
+        rank_zero_warn("; ".join(problems[:1] if state else problems[-1:]) + "; what only it holds is left out")
+    return state
+
+
+def _points(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[tuple[Key, float], float]]:
+    for row in rows:
+        for key, value in values_of(row).items():
+            yield (key, epoch_of(row)), value
+
+
+def _are_of_one_run(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether rows have values at the same epochs, and these are equal but for the rounding of a log."""
+    known: dict[tuple[Key, float], list[float]] = {}
+    for point, value in _points(rows):
+        known.setdefault(point, []).append(value)
+    shared = [(value, known[point]) for point, value in _points(others) if point in known]
+    return bool(shared) and all(any(_is_close(value, other) for other in found) for value, found in shared)
+
+
+def _is_close(value: float, other: float) -> bool:
+    return math.isclose(value, other, rel_tol=1e-4) or (math.isnan(value) and math.isnan(other))
+
+
+def _joined(rows: Iterable[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a checkpoint, with what else the log has of their epochs (a loss), and what it does not hold yet."""
+    points = {point for point, _ in _points(known)}
+    rest: list[dict[str, Any]] = []
+    beside: dict[float, dict[str, Any]] = {}
+    for row in rows:
+        epoch = epoch_of(row)
+        new = {name: value for name, value in row.items() if is_metric(name) and (_key(name, row), epoch) not in points}
+        others = {name: value for name, value in row.items() if not is_metric(name)}
+        if new:
+            rest.append(others | new)
+        else:
+            beside.setdefault(epoch, {}).update({name: others[name] for name in others.keys() - _OF_ONE_ROW})
+    return sorted([*({**beside.get(row["epoch"], {}), **row} for row in known), *rest], key=epoch_of)
