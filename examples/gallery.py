@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_nc import NeuralCollapseCallback, log_spaced
 from lightning_nc.__main__ import main as lightning_nc
 
-METRICS = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered", "ncc_error")
+METRICS = ("nc1", "nc2_etf_centered", "nc2_of", "nc3_centered", "ncc_error")
 FIGURES = ("panels", "depth", "frames", "classes", "geometry", "space")
 
 
