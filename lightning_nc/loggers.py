@@ -69,7 +69,9 @@ def _publish_all(logger: Any, rows: Sequence[Any], kept: History) -> None:
         )
         if kept.classes is not None and len(kept.classes.labels) <= _MOST_CLASSES:
             table = kept.per_class
-            logger.log_table("figures/classes_table", [*table], [list(row) for row in zip(*table.values(), strict=True)])
+            logger.log_table(
+                "figures/classes_table", [*table], [list(row) for row in zip(*table.values(), strict=True)]
+            )
 
 
 def _figures(rows: Sequence[Any], kept: History) -> dict[str, Figure]:

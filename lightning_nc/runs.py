@@ -29,6 +29,7 @@ __all__ = [
     "plain_value",
     "read_rows",
     "read_run",
+    "split_seeds",
 ]
 
 Run = Sequence[Mapping[str, Any]]
@@ -37,7 +38,9 @@ Run = Sequence[Mapping[str, Any]]
 FIRST_COLUMNS = ("stage", "epoch")
 """How the CSV file of a :class:`lightning_nc.History` begins."""
 
-_OBJECTIVE = re.compile(r"(.*[^a-z0-9])?(loss|objective|acc|accuracy)([_@/]?(epoch|top|\d+|dataloader_idx))*", re.IGNORECASE)
+_OBJECTIVE = re.compile(
+    r"(.*[^a-z0-9])?(loss|objective|acc|accuracy)([_@/]?(epoch|top|\d+|dataloader_idx))*", re.IGNORECASE
+)
 _UFM_LEVEL = re.compile(r"(.+)_(h1|pre)")  # columns of the UFM example: the first layer, and before the ReLU
 
 
@@ -128,11 +131,11 @@ def read_run(path: str | Path) -> Run:
     goes into the first row of its epoch that has metrics.
 
     Args:
-        path: a CSV file with a column ``epoch`` or ``iteration``, which then is the ``epoch`` too, or a directory that holds, at any depth, ``metrics.csv``, TensorBoard's
-            ``events.out.tfevents*`` or W&B's ``run-*.wandb``; the newest file is read. Keys are as the callback logs them
-            (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). Columns ``stage``, ``seed``,
-            ``weights`` and ``partial`` are kept. In a file over iterations, a column ``nc1_h1`` or ``nc1_pre`` of the UFM
-            example is ``nc1`` of a layer ``h1`` or ``pre``.
+        path: a CSV file with a column ``epoch`` or ``iteration``, or a directory that holds, at any depth, ``metrics.csv``,
+            TensorBoard's ``events.out.tfevents*`` or W&B's ``run-*.wandb``; the newest file is read. Keys are as the callback
+            logs them (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). Columns ``stage``,
+            ``seed``, ``weights`` and ``partial`` are kept. Iterations without epochs become the ``epoch`` too; in such a file, a
+            column ``nc1_h1`` or ``nc1_pre``, as the UFM example writes it, is ``nc1`` of a layer ``h1`` or ``pre``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -156,6 +159,19 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     # Some loggers sort their columns by name, others do not.
     own = bool(rows) and tuple(rows[0])[:2] == FIRST_COLUMNS
     return rows if own else [{key: row[key] for key in sorted(row, key=_order)} for row in _joined(rows)]
+
+
+def split_seeds(label: str, rows: Run) -> list[tuple[str, Run]]:
+    """Label and rows of each run in the rows of a file, which has several if its column ``seed`` has several values.
+
+    Example:
+        >>> split_seeds("figure4.csv", [{"seed": 0, "nc1": 0.5}, {"seed": 1, "nc1": 0.4}])
+        [('figure4.csv, seed 0', [{'seed': 0, 'nc1': 0.5}]), ('figure4.csv, seed 1', [{'seed': 1, 'nc1': 0.4}])]
+    """
+    seeds = list(dict.fromkeys(row.get("seed") for row in rows))
+    if len(seeds) < 2:
+        return [(label, rows)]
+    return [(f"{label}, seed {seed}", [row for row in rows if row.get("seed") == seed]) for seed in seeds]
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

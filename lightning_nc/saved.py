@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities import rank_zero_warn
 
+from lightning_nc.checkpoints import read_checkpoint
 from lightning_nc.keys import STAGES, Key, parse_key
 from lightning_nc.runs import epoch_of, find_log, is_metric, metrics_of, read_run
 
-__all__ = ["read_checkpoint", "read_saved", "state_of", "values_of"]
+__all__ = ["read_saved", "state_of", "values_of"]
 
 _OF_ONE_ROW = {"stage", "step", "weights", "partial", "geometry"}  # not of all measurements of an epoch
 
@@ -26,8 +24,8 @@ def read_saved(path: str | Path) -> dict[str, Any]:
 
     A log file has rows alone. A directory also has scenes, the table of the classes, settings and versions, if there is a
     checkpoint in it, at any depth, whose callback saved them: the newest whose values are those of the log. The
-    checkpoint's rows come first, because they say more; those of the log that it does not hold follow in the order of
-    the epochs.
+    checkpoint's rows say more, so they are taken, and those of the log that it does not hold. Of several callbacks, what they
+    measured at the same moment is one row. Nothing in a checkpoint is executed.
 
     Args:
         path: a log file (see :func:`lightning_nc.runs.read_run`), a Lightning checkpoint (``.ckpt``), the
@@ -38,8 +36,11 @@ def read_saved(path: str | Path) -> dict[str, Any]:
         ValueError: if the file holds no metrics, or is damaged.
     """
     path = Path(path)
-    if path.is_file() and _reader(path):
-        return read_checkpoint(path)
+    if path.is_file() and (read := _reader(path)):
+        saved = read(path)
+        if not saved["history"]:
+            raise ValueError(f"{path} holds no history of NeuralCollapseCallback; was it in the Trainer?")
+        return saved
     try:
         log = find_log(path)
     except FileNotFoundError as error:
@@ -50,20 +51,6 @@ def read_saved(path: str | Path) -> dict[str, Any]:
     rows = list(read_run(log))
     state = None if path.is_file() else _newest(path, rows)
     return {"history": rows} if state is None else {**state, "history": _joined(rows, state["history"])}
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """The state of the history that a Lightning checkpoint or a ``trainer_state.json`` holds.
-
-    Of several callbacks, what they measured at the same moment is joined. Nothing in a checkpoint is executed.
-
-    Raises:
-        ValueError: if it holds none, is damaged, or cannot be read without executing what it holds.
-    """
-    state = (_reader(file) or _lightning)(file)
-    if not state["history"]:
-        raise ValueError(f"{file} holds no history of NeuralCollapseCallback; was it in the Trainer?")
-    return state
 
 
 def state_of(log_history: Iterable[Mapping[str, Any]], stages: Iterable[str] = tuple(STAGES)) -> dict[str, Any]:
@@ -104,19 +91,14 @@ def _transformers(file: Path) -> dict[str, Any]:
 
 
 def _lightning(file: Path) -> dict[str, Any]:
-    if not zipfile.is_zipfile(file):
-        raise ValueError(f"{file} is damaged, or not a checkpoint that torch.save wrote")
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        found = str(error).replace("\n", " ")
-        reason = found.partition("WeightsUnpickler error: ")[2].partition(". ")[0] or found[:200]
-        raise ValueError(f"{file} holds objects that are only read by executing what is in the file: {reason}") from error
-    except (RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    callbacks = loaded.get("callbacks", {}) if isinstance(loaded, Mapping) else {}
-    states = [state for state in callbacks.values() if isinstance(state, Mapping) and _is_history(state.get("history"))]
-    return _together(states)
+        contents = read_checkpoint(file).contents
+    except ValueError as error:
+        raise ValueError(f"{file} {str(error).partition('; pass --unsafe')[0]}") from error
+    callbacks = contents.get("callbacks", {})
+    return _together(
+        [state for state in callbacks.values() if isinstance(state, Mapping) and _is_history(state.get("history"))]
+    )
 
 
 def _is_history(rows: Any) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from lightning_nc.functional.projection import span_of_means
 from lightning_nc.measuring.classes import MeasuredClasses
@@ -36,8 +38,8 @@ class Scene:
         samples: of each chosen class, the coordinates of the same few samples in every epoch; see
             :func:`lightning_nc.functional.projection.span_of_means`. The origin is the mean of the chosen class means.
         means: of each chosen class, in the same coordinates.
-        weight: the classifier's rows of the chosen classes, centered, and scaled to the Frobenius norm of the class means; empty
-            without a weight.
+        weight: the classifier's rows of the chosen classes, centered, and scaled to the Frobenius norm of the class means before
+            they are projected, so that rows in other directions are short; empty without a weight, or if all rows are the same.
     """
 
     epoch: float
@@ -53,29 +55,29 @@ class Scene:
 
 
 def scene(found: MeasuredClasses, epoch: float, step: float, stage: str) -> Scene:
-    """The scene of a measurement."""
+    """The scene of a measurement; without points if the chosen class means are not finite, or all the same."""
     means, labels = found.means, found.labels
     centered = means[:MOST_COSINES].double() - means.mean(dim=0, dtype=torch.float64)
-    unit = torch.nn.functional.normalize(centered, dim=1)
-    points = _points(found) if _is_complete(found) else {"chosen": [], "samples": [], "means": [], "weight": []}
+    unit = centered / vector_norm(centered, dim=1, keepdim=True)
+    points = _points(found) if found.samples else {}
+    points = points or {"chosen": [], "samples": [], "means": [], "weight": []}
     return Scene(epoch, step, stage, len(labels), labels[:MOST_COSINES], _rows(unit @ unit.T), **points)
 
 
-def _is_complete(found: MeasuredClasses) -> bool:
-    means = [found.moments.means[label] for label in found.samples]
-    return bool(means) and bool(torch.stack(means).isfinite().all())
-
-
 def _points(found: MeasuredClasses) -> dict[str, Any]:
-    """The chosen classes in the coordinates of the picture."""
+    """The chosen classes in the coordinates of the picture; empty if their means span nothing."""
     chosen = list(found.samples)
     means = found.moments.means[chosen].double()
-    axes, origin = span_of_means(means), means.mean(dim=0)
-    weight: Points = []
+    origin = means.mean(dim=0)
+    size = vector_norm(means - origin)
+    if not 1e-12 * vector_norm(means) < size < math.inf:  # the same but for rounding, or not finite
+        return {}
+    axes, weight = span_of_means(means), list[list[float]]()
     if found.weight is not None:
         rows = found.weight[chosen].double()
         rows = rows - rows.mean(dim=0)
-        weight = _rows(rows @ axes * ((means - origin).norm() / rows.norm().clamp(min=1e-300)))
+        scale = size / vector_norm(rows)
+        weight = _rows(rows @ axes * scale) if scale.isfinite() else []
     return {
         "chosen": chosen,
         "samples": [_rows((rows.double() - origin) @ axes) for rows in found.samples.values()],
@@ -90,9 +92,9 @@ def _rows(values: Tensor) -> list[list[float]]:
 
 
 def pictured(scenes: Sequence[Scene]) -> list[Scene]:
-    """The scenes of one course of training by epoch and step: those of the training data if there are any, else of the first stage.
+    """The scenes of one course of training by epoch and step: of the training data if there are any, else of the first stage.
 
-    If there are several at one step, such as those of two dataloaders, the first of them.
+    If there are several at one step, such as those of two dataloaders, only the first of them.
     """
     stages = [found.stage for found in scenes]
     stage = "train" if "train" in stages else next(iter(stages), "")
@@ -104,13 +106,13 @@ def pictured(scenes: Sequence[Scene]) -> list[Scene]:
 
 
 def posed(scenes: Sequence[Scene]) -> list[Scene]:
-    """The pictured scenes that have points, each in a unit of its own: the root mean square distance of its class means from the origin.
+    """The pictured scenes that have points, each in a unit of its own, the root mean square distance of its class means.
 
     In this unit an ideal frame has its corners at distance 1 in every epoch, however long the features are. All scenes have the
     classes and the number of samples of the last one, so that points can move from one to the next.
     """
-    found = [found for found in pictured(scenes) if any(map(any, found.means))]
-    return [_in_its_unit(each) for each in found if _shape(each) == _shape(found[-1])]
+    complete = [found for found in pictured(scenes) if found.chosen]
+    return [_in_its_unit(found) for found in complete if _shape(found) == _shape(complete[-1])]
 
 
 def _shape(found: Scene) -> tuple[list[int], list[int], int]:
@@ -118,8 +120,7 @@ def _shape(found: Scene) -> tuple[list[int], list[int], int]:
 
 
 def _in_its_unit(found: Scene) -> Scene:
-    squares = [x * x for row in found.means for x in row]
-    unit = (sum(squares) / len(found.means)) ** 0.5
+    unit = math.hypot(*(x for row in found.means for x in row)) / math.sqrt(len(found.means))
 
     def scaled(points: Points) -> Points:
         return [[x / unit for x in row] for row in points]

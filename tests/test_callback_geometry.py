@@ -60,7 +60,9 @@ def test_scenes_of_training_data_come_first(tmp_path):
 
 def test_a_class_without_samples_is_said_once_and_everything_else_is_measured(tmp_path):
     callback = NeuralCollapseCallback(geometry=(0, 99))
-    with pytest.warns(UserWarning, match=r"geometry=\(0, 99\): no picture is kept, because class 99 has no sample") as said:
+    with pytest.warns(
+        UserWarning, match=r"geometry=\(0, 99\): no picture is kept, because class 99 has no sample"
+    ) as said:
         fit(tmp_path, [callback], max_epochs=2)
     assert sum("no picture is kept" in str(warning.message) for warning in said) == 1
     assert [scene.chosen for scene in callback.history.scenes] == [[], []]

@@ -20,12 +20,13 @@ __all__ = ["plot_classes", "plot_frames", "plot_gram"]
 _MOST_ROWS = 20
 _MOST_NAMES = 12  # classes of a heat map that are all named
 _COLUMNS = {
-    "nearest_cdnv": "spread, to\nnearest class",
+    "nearest_cdnv": "spread against\nnearest class",
     "nc1_trace_share": "share of\nall spread",
     "mean_norm": "norm of the\nclass mean",
     "weight_cosine": "cosine with\nits weight row",
     "samples": "samples\n",
 }
+_AT_COLLAPSE = {"nearest_cdnv": 0.0, "weight_cosine": 1.0}
 
 
 def plot_classes(table: Mapping[str, Sequence[Any]], scenes: Sequence[Scene]) -> Figure:
@@ -46,7 +47,7 @@ def plot_classes(table: Mapping[str, Sequence[Any]], scenes: Sequence[Scene]) ->
     if not rows and not shown:
         raise ValueError("no classes were measured; train with the callback, or append what measure() returns")
     columns = [name for name in _COLUMNS if rows and name in table]
-    mosaic = ([columns] if rows else []) + ([["cosines"] * max(1, len(columns))] if shown else [])
+    mosaic: Any = ([columns] if rows else []) + ([["cosines"] * max(1, len(columns))] if shown else [])
     heights = ([0.9 + 0.2 * len(rows)] if rows else []) + ([2.2] if shown else [])
     figure = Figure(figsize=(7.2, sum(heights) + 0.8), layout="constrained")
     axes = figure.subplot_mosaic(mosaic, height_ratios=heights)
@@ -56,13 +57,15 @@ def plot_classes(table: Mapping[str, Sequence[Any]], scenes: Sequence[Scene]) ->
         axes[columns[0]].set_yticks(range(len(rows)), [_name(row) for row in rows])
         axes[columns[0]].set_ylabel("class → nearest class")
         most = f"{len(rows)} of {len(table['class'])}" if len(rows) < len(table["class"]) else f"all {len(rows)}"
-        figure.suptitle(f"{most} classes, the one that is least apart from another at the top", fontsize=10)
-        mean = Line2D([], [], color="0.5", linestyle="--", linewidth=1)
-        collapse = Line2D([], [], color=COLORS[1], linewidth=1.2)
-        names = ["mean over all classes", "at collapse"]
-        figure.legend([mean, collapse], names, loc="outside lower center", ncol=2, fontsize=8, frameon=False)
+        figure.suptitle(f"{most} classes, the least separated at the top", fontsize=10)
     if shown:
         _histogram(axes["cosines"], shown[-1])
+    ideal = f" (cosine: {_minus(_ideal(shown[-1]))})" if shown and shown[-1].classes > 1 else ""
+    entries = {
+        f"at collapse{ideal}": Line2D([], [], color=COLORS[1], linewidth=1.5),
+        "mean over all classes": Line2D([], [], color="0.5", linestyle="--", linewidth=1),
+    }
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncol=2, fontsize=8, frameon=False)
     return figure
 
 
@@ -87,15 +90,14 @@ def plot_frames(scenes: Sequence[Scene]) -> Figure:
         image = _heat_map(axis, scene.cosines, scene.labels)
         axis.set_title(f"epoch {scene.epoch:g}", fontsize=10)
     axes[0].set_ylabel("class")
-    bar = figure.colorbar(image, ax=axes.tolist(), aspect=25, shrink=0.8)
+    bar = figure.colorbar(image, ax=axes.tolist(), aspect=25, shrink=0.8, ticks=[-1, -0.5, 0, 0.5, 1])
     bar.ax.tick_params(labelsize=8)
     last = shown[-1]
     if last.classes > 1:
-        ideal = -1 / (last.classes - 1)
-        bar.ax.axhline(ideal, color="black", linewidth=1.5)
+        bar.ax.axhline(_ideal(last), color="black", linewidth=1.5)
         mark = bar.ax.secondary_yaxis("left")
-        mark.set_yticks([ideal], [f"ideal\n{ideal:.2g}"], fontsize=8)
-    figure.suptitle("cosines of the centered class means" + _first_of(last), fontsize=10)
+        mark.set_yticks([_ideal(last)], [f"ideal\n{_minus(_ideal(last))}"], fontsize=8)
+    figure.suptitle("\n".join(["cosines of the centered class means", *_first_of(last)]), fontsize=10)
     return figure
 
 
@@ -129,8 +131,18 @@ def _heat_map(axis: Axes, cosines: Any, labels: Sequence[int]) -> Any:
     return image
 
 
-def _first_of(scene: Scene) -> str:
-    return f", first {len(scene.labels)} of {scene.classes} classes" if len(scene.labels) < scene.classes else ""
+def _ideal(scene: Scene) -> float:
+    """The cosine of every pair of classes at a simplex ETF."""
+    return -1 / (scene.classes - 1) if scene.classes > 1 else math.nan
+
+
+def _minus(number: float) -> str:
+    return f"{number:.2g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _first_of(scene: Scene) -> list[str]:
+    """How many classes are drawn, if it is not all of them."""
+    return [f"first {len(scene.labels)} of {scene.classes} classes"] if len(scene.labels) < scene.classes else []
 
 
 def _worst(table: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -149,15 +161,22 @@ def _column(axis: Axes, name: str, values: Sequence[float], of_all: Sequence[flo
     finite = numpy.isfinite(numbers)
     axis.plot(numbers[finite], places[finite], "o", color=COLORS[0], markersize=5)
     for place in places[~finite]:
-        axis.text(0.5, place, f"{numbers[place]:g}", transform=axis.get_yaxis_transform(), ha="center", va="center", fontsize=8)
-    if name == "nearest_cdnv" and finite.any() and (numbers[finite] > 0).all():
-        axis.set_xscale("log")
-    if name == "weight_cosine":
-        axis.axvline(1, color=COLORS[1], linewidth=1.2)
-    elif name != "nearest_cdnv" and numpy.isfinite(of_all).any():
+        axis.text(
+            0.5,
+            place,
+            f"{numbers[place]:g}",
+            transform=axis.get_yaxis_transform(),
+            ha="center",
+            va="center",
+            fontsize=8,
+        )
+    if name in _AT_COLLAPSE:
+        axis.axvline(_AT_COLLAPSE[name], color=COLORS[1], linewidth=1.5)
+    elif numpy.isfinite(of_all).any():
         axis.axvline(float(numpy.nanmean(of_all)), color="0.5", linestyle="--", linewidth=1)
-    axis.set_title(f"{_COLUMNS[name]}", fontsize=9)
+    axis.set_title(_COLUMNS[name], fontsize=9)
     axis.set_xlabel(name, fontsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=3))
     axis.set_yticks(places, [])
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.tick_params(labelsize=8)
@@ -168,17 +187,15 @@ def _histogram(axis: Axes, scene: Scene) -> None:
     cosines = numpy.asarray(scene.cosines, dtype=float)
     pairs = cosines[numpy.triu_indices(len(cosines), 1)]
     pairs = pairs[numpy.isfinite(pairs)]
-    ideal = -1 / (scene.classes - 1) if scene.classes > 1 else math.nan
     if len(pairs):
-        low, high = min(pairs.min(), ideal), max(pairs.max(), ideal)
+        low, high = min(pairs.min(), _ideal(scene)), max(pairs.max(), _ideal(scene))
         margin = max(0.05 * (high - low), 0.05)
         axis.hist(pairs, bins=numpy.linspace(low - margin, high + margin, 41).tolist(), color=COLORS[0])
-        axis.axvline(ideal, color=COLORS[1], linewidth=1.5, label=f"simplex ETF: −1/(K − 1) = {ideal:.3g}")
-        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), fontsize=8, frameon=False)
+        axis.axvline(_ideal(scene), color=COLORS[1], linewidth=1.5)
     else:
         axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", va="center", color="0.4")
-    axis.set_title(f"cosines between class means, epoch {scene.epoch:g}{_first_of(scene)}", fontsize=9)
-    axis.set_xlabel("cosine", fontsize=8)
+    axis.set_title(", ".join([f"cosines between class means, epoch {scene.epoch:g}", *_first_of(scene)]), fontsize=9)
+    axis.set_xlabel("cosine; −1/(K − 1) at collapse to a simplex ETF", fontsize=8)
     axis.set_ylabel("pairs of classes", fontsize=8)
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axis.tick_params(labelsize=8)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
@@ -21,19 +22,19 @@ __all__ = [
     "RunCurves",
     "chosen",
     "drawn",
+    "heads_of",
+    "is_accuracy",
     "is_chance",
     "is_linear",
     "other_frames",
     "panels_of",
     "read_curves",
-    "reading",
-    "same_curve",
-    "same_layers",
-    "title_of",
+    "same",
 ]
 
 MOST_PANELS = 12  # more are drawn only if their metrics are named
 
+_STAGE_PART = re.compile(r"(train|val|valid|validation|eval|test)[_/](.+)")
 _OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
 
 Curve = tuple[list[float], list[float]]
@@ -45,13 +46,13 @@ class RunCurves(NamedTuple):
 
     Args:
         metrics: epochs and values by stage, dataloader, layer and metric; the classifier's input last, so that it is on top.
-        objectives: losses and accuracies by name.
+        objectives: losses and accuracies, likewise; ``val_loss`` is ``loss`` of the stage ``validate``.
         asked: the metrics that were asked for; the others are distances to frames that a history keeps beside them.
         over: what the x axis counts: ``"epoch"`` or ``"iteration"``.
     """
 
     metrics: Curves
-    objectives: dict[str, Curve]
+    objectives: Curves
     asked: set[str]
     over: str
 
@@ -59,7 +60,7 @@ class RunCurves(NamedTuple):
 def read_curves(rows: Run) -> RunCurves:
     """The curves of the rows; ``ValueError`` if there is no metric, or a row has no epoch, an unknown stage or a value twice."""
     points: dict[Key, list[tuple[float, float]]] = {}
-    losses: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    losses: dict[Key, list[tuple[float, float]]] = {}
     for row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"history must hold rows such as {{'epoch': 0, 'nc1': 0.5}}, got {row!r:.60}")
@@ -75,24 +76,32 @@ def read_curves(rows: Run) -> RunCurves:
                     points.setdefault(key, []).append((epoch, value))
             for name, value in row.items():
                 if is_objective(name) and isinstance(value, int | float) and not isinstance(value, bool):
-                    losses.setdefault((name, stage), []).append((epoch, value))
+                    losses.setdefault(_objective_key(name, stage, row), []).append((epoch, value))
     if not points:
         found = list(dict.fromkeys(name for row in rows for name in row))
         raise ValueError(
             f"nothing to plot in {len(rows)} rows: needs 'epoch' and a metric such as 'nc1' or 'nc/nc1', found {found!r:.300}"
         )
+    over = "iteration" if all("iteration" in row for row in rows) else "epoch"
+    return RunCurves(_sorted(points), _sorted(losses), _asked(rows), over)
+
+
+def _objective_key(name: str, stage: str, row: Mapping[str, object]) -> Key:
+    """A loss or an accuracy by stage, which the name may tell: ``val_loss``."""
+    found = _STAGE_PART.fullmatch(name)
+    if found is None or found[2] in row:
+        return Key(stage, 0, "", name)
+    return Key(
+        {"t": "train", "v": "validate", "e": "validate"}[name[0]] if found[1] != "test" else "test", 0, "", found[2]
+    )
+
+
+def _sorted(points: Mapping[Key, list[tuple[float, float]]]) -> Curves:
     order = list(STAGES)
     keys = sorted(points, key=lambda key: (order.index(key.stage), key.loader, not key.layer))
-    named = [name for name, _ in losses]
-    objectives = {name if named.count(name) == 1 else f"{name}, {stage}": curve for (name, stage), curve in losses.items()}
-    over = "iteration" if all("iteration" in row for row in rows) else "epoch"
-    metrics, scores = {key: _sorted(points[key]) for key in keys}, {name: _sorted(at) for name, at in objectives.items()}
-    return RunCurves(metrics, scores, _asked(rows), over)
-
-
-def _sorted(points: list[tuple[float, float]]) -> Curve:
-    points = sorted(points, key=lambda point: point[0])  # rows of checkpoints come in any order
-    return [x for x, _ in points], [y for _, y in points]
+    # Rows of checkpoints come in any order.
+    by_epoch = {key: sorted(points[key], key=lambda point: point[0]) for key in keys}
+    return {key: ([x for x, _ in found], [y for _, y in found]) for key, found in by_epoch.items()}
 
 
 def _asked(rows: Run) -> set[str]:
@@ -109,6 +118,11 @@ def _asked(rows: Run) -> set[str]:
                 (late if index > place and metric in FRAMES_IN_WORDS else asked).add(metric)
                 known = known or index < place
     return asked if known else asked | late
+
+
+def is_accuracy(name: str) -> bool:
+    """Whether a loss or an accuracy is an accuracy, by its name."""
+    return "acc" in name.lower()
 
 
 def is_chance(metric: str) -> bool:
@@ -198,7 +212,15 @@ def panels_of(metrics: Sequence[str], by_family: bool) -> list[list[str]]:
     return list(families.values())
 
 
-def title_of(members: Sequence[str]) -> str:
+def heads_of(members: Sequence[str], num_classes: int | None, width: float) -> str:
+    """Title and subtitle of a panel of so many inches, in lines; an empty line stands between them."""
+    parts = _reading(members, num_classes)
+    lines = [" · ".join(parts)] if len(" · ".join(parts)) <= 15 * width else parts
+    subtitle = "\n".join(wrapped(line, int(15 * width)) for line in lines)
+    return f"{wrapped(_title(members), int(12 * width))}\n\n{subtitle}"
+
+
+def _title(members: Sequence[str]) -> str:
     """The title of a panel, in words."""
     spec = METRICS.get(base_name(members[0]))
     if members[1:] and spec:
@@ -206,46 +228,48 @@ def title_of(members: Sequence[str]) -> str:
     around = ", around training means" * members[0].endswith(TRAIN_MEANS)
     if members[0] == DEPTH:
         return "effective depth"
-    return wrapped(spec.title + around if spec and spec.title else members[0])
+    return spec.title + around if spec and spec.title else members[0]
 
 
-def reading(members: Sequence[str], num_classes: int | None) -> str:
+def _reading(members: Sequence[str], num_classes: int | None) -> list[str]:
     """How to read a panel: the name of its metric as it is logged, and which values are closer to collapse."""
     spec = METRICS.get(base_name(members[0]))
-    name = [] if members[1:] else [wrapped(members[0])]
+    name = [] if members[1:] else [members[0]]
     if spec is None:
-        return "\n".join(name)
+        return name
     at = "collapse"
     if num_classes and spec.value_at_collapse(num_classes, 10**6) == spec.value_at_collapse(num_classes):
         at = f"{spec.value_at_collapse(num_classes):.3g}"
     if spec.direction == "approaches":
-        return " · ".join([*name, f"approaches {at}" if at != "collapse" else "approaches its value at collapse"])
+        return [*name, f"approaches {at}" if at != "collapse" else "approaches its value at collapse"]
     bound = "" if spec.collapse == 0.0 or at == "collapse" else f", {at} at collapse"
-    return " · ".join([*name, f"{'smaller' if spec.direction == 'falls' else 'larger'} is closer{bound}"])
+    return [*name, f"{'smaller' if spec.direction == 'falls' else 'larger'} is closer{bound}"]
 
 
-def same_layers(runs: Sequence[Curves], layers: Sequence[str]) -> dict[str, str]:
-    """The layers to draw, by their names; layers with the same numbers are one, ``"layer4 = classifier input"``."""
-    by_layer: dict[str, dict[tuple[int, Key], Curve]] = {layer: {} for layer in layers}
+def same(runs: Sequence[Curves], names: Sequence[str], part: Literal["layer", "metric"]) -> dict[str, str]:
+    """What each layer or metric is called that is drawn: those with the same numbers are one, ``"layer4 = classifier input"``.
+
+    The last of them is the one to draw.
+    """
+    curves: dict[str, dict[tuple[int, Key], Curve]] = {name: {} for name in names}
     for index, run in enumerate(runs):
         for key, curve in run.items():
-            if key.layer in by_layer:
-                by_layer[key.layer][index, key._replace(layer="")] = curve
-    names = {layer: [layer or INPUT_NAME] for layer in layers}
-    for place, layer in enumerate(layers):
-        twin = next((later for later in layers[place + 1 :] if _same(by_layer[layer], by_layer[later])), None)
+            if (name := getattr(key, part)) in curves:
+                rest = key._replace(layer="") if part == "layer" else key._replace(metric="")
+                curves[name][index, rest] = curve
+    called = {name: [name or INPUT_NAME] for name in names}
+    for place, name in enumerate(names):
+        twin = next((later for later in names[place + 1 :] if _same(curves[name], curves[later])), None)
         if twin is not None:
-            names[twin] = names.pop(layer) + names[twin]
-    return {layer: " = ".join(same) for layer, same in names.items()}
+            called[twin] = called.pop(name) + called[twin]
+    return {name: " = ".join(found) for name, found in called.items()}
 
 
 def _same(curves: Mapping[tuple[int, Key], Curve], later: Mapping[tuple[int, Key], Curve]) -> bool:
-    """Whether one layer has no curve that another lacks or has with other numbers, up to rounding."""
-    return bool(curves) and all(key in later and same_curve(curve, later[key]) for key, curve in curves.items())
-
-
-def same_curve(curve: Curve, other: Curve) -> bool:
-    """Whether two curves are the same numbers, up to rounding of float32."""
-    return curve[0] == other[0] and all(
-        math.isclose(a, b, rel_tol=1e-6) or (a != a and b != b) for a, b in zip(curve[1], other[1], strict=True)
+    """Whether all curves of one have the same numbers in the other, up to rounding of float32."""
+    return bool(curves) and all(
+        key in later
+        and xs == later[key][0]
+        and all(math.isclose(y, z, rel_tol=1e-6) or (y != y and z != z) for y, z in zip(ys, later[key][1], strict=True))
+        for key, (xs, ys) in curves.items()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,11 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from lightning_nc.functional import METRICS
-from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, TRAIN_MEANS, base_name, parse_key
+from lightning_nc.keys import CHANCE, DEPTH, ERROR, TRAIN_MEANS, base_name, parse_key
 from lightning_nc.plotting.style import COLORS, draw, name_of, wrapped
 from lightning_nc.runs import epoch_of, metrics_of
 
-__all__ = ["plot_depth"]
+__all__ = ["has_depth", "plot_depth"]
 
 _MOST_MARKED = 12  # epochs whose curves are thick and have a dot at every layer
 _MOST_NAMES = 16  # layers that are all named
@@ -40,17 +41,13 @@ def plot_depth(history: Iterable[Mapping[str, Any]]) -> Figure:
         ValueError: if no metric was measured at two depths, or a row with metrics has no epoch.
     """
     epochs = _values(history)
-    names = dict.fromkeys(name for _, values in epochs for name in values if name[0] != DEPTH)
-    layers = [layer for layer in dict.fromkeys(layer for _, layer in names) if layer]
-    layers += [""] * any(not layer for _, layer in names)  # the classifier's input
-    depths = {metric: [layer for other, layer in names if other == metric] for metric, _ in names}
-    metrics = sorted((metric for metric, found in depths.items() if len(found) > 1), key=_place)
+    layers, metrics = _layers(epochs), _metrics(epochs)
     if not metrics:
         raise ValueError(
             f"depth needs a metric at two layers or more, found {sorted(map(name_of, layers))!r:.300}; pass layers= to the "
             "callback or to measure(), such as layers=['layer1', 'layer2']"
         )
-    columns = min(3, len(metrics))
+    columns = 2 if len(metrics) == 4 else min(3, len(metrics))
     lines = -(-len(metrics) // columns)
     figure = Figure(figsize=(3.2 * columns + 0.9, 3.2 * lines + 0.5), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
@@ -64,6 +61,28 @@ def plot_depth(history: Iterable[Mapping[str, Any]]) -> Figure:
     _color_bar(figure, axes, [epoch for epoch, _ in epochs], colors)
     _mark_depth(figure, axes, epochs, layers)
     return figure
+
+
+def has_depth(history: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether :func:`plot_depth` can draw the rows: a metric was measured at two depths."""
+    return bool(_metrics(_values(history)))
+
+
+def _names(epochs: Epochs) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(name for _, values in epochs for name in values if name[0] != DEPTH))
+
+
+def _layers(epochs: Epochs) -> list[str]:
+    """The layers in the order of the rows, and the classifier's input last."""
+    return sorted(dict.fromkeys(layer for _, layer in _names(epochs)), key=lambda layer: not layer)
+
+
+def _metrics(epochs: Epochs) -> list[str]:
+    """The metrics that were measured at two depths or more, in the order of :data:`METRICS`."""
+    known = {name: place for place, name in enumerate(METRICS)}
+    depths = Counter(metric for metric, _ in _names(epochs))
+    deep = [metric for metric, count in depths.items() if count > 1]
+    return sorted(deep, key=lambda metric: known.get(base_name(metric), len(known)))
 
 
 def _values(history: Iterable[Mapping[str, Any]]) -> Epochs:
@@ -82,11 +101,6 @@ def _values(history: Iterable[Mapping[str, Any]]) -> Epochs:
     return found.get(("train", 0)) or next(iter(found.values()), [])
 
 
-def _place(metric: str) -> int:
-    names = list(METRICS)
-    return names.index(base_name(metric)) if base_name(metric) in names else len(names)
-
-
 def _panel(axis: Axes, metric: str, epochs: Epochs, layers: Sequence[str], colors: Sequence[Any]) -> None:
     spec = METRICS.get(base_name(metric))
     curves = {}
@@ -95,8 +109,8 @@ def _panel(axis: Axes, metric: str, epochs: Epochs, layers: Sequence[str], color
         curves[str(place)] = depths, [values[metric, layers[depth]] for depth in depths]
     linear = spec is not None and spec.direction == "approaches"
     around = ", around training means" * metric.endswith(TRAIN_MEANS)
-    title = f"{spec.title}{around}\n{metric}" if spec is not None and spec.title else metric
-    draw(axis, wrapped(title, 44), "", curves, colors, legend=False, linear=linear)
+    title = wrapped(f"{spec.title}{around}", 44) + "\n\n" if spec is not None and spec.title else ""
+    draw(axis, title + wrapped(metric, 44), "", curves, colors, legend=False, linear=linear)
     few = len(epochs) <= _MOST_MARKED
     for line in axis.lines:
         line.set_linewidth(1.4 if few else 0.8)
@@ -116,7 +130,7 @@ def _color_bar(figure: Figure, axes: list[Axes], epochs: Sequence[float], colors
         figure.suptitle(f"epoch {epochs[0]:g}", fontsize=10)
         return
     scale = ScalarMappable(Normalize(-0.5, len(epochs) - 0.5), ListedColormap(colors))
-    bar = figure.colorbar(scale, ax=axes, aspect=30)
+    bar = figure.colorbar(scale, ax=axes, aspect=30 * max(1, len(axes) // 3))
     shown = sorted({round(place) for place in numpy.linspace(0, len(epochs) - 1, min(6, len(epochs)))})
     bar.ax.set_yticks(shown, [f"{epochs[place]:g}" for place in shown], fontsize=8)
     bar.set_label("epoch")
@@ -130,5 +144,5 @@ def _mark_depth(figure: Figure, axes: Sequence[Axes], epochs: Epochs, layers: Se
     epoch, depth = known[-1]
     for axis in axes:
         line = axis.axvline(depth - 1, color=COLORS[1], linestyle="--", linewidth=1.2)
-    name = f"effective depth in epoch {epoch:g}: {wrapped(layers[int(depth) - 1] or name_of(''))}"
+    name = f"effective depth in epoch {epoch:g}: {name_of(layers[int(depth) - 1])}"
     figure.legend([line], [name], loc="outside lower left", fontsize=8, frameon=False)

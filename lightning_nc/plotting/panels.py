@@ -12,32 +12,33 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.keys import Key, base_name, natural_order, parse_key
 from lightning_nc.plotting.curves import (
-    Curve,
+    Curves,
     RunCurves,
     chosen,
     drawn,
+    heads_of,
+    is_accuracy,
     is_chance,
     is_linear,
     other_frames,
     panels_of,
     read_curves,
-    reading,
-    same_curve,
-    same_layers,
-    title_of,
+    same,
 )
 from lightning_nc.plotting.style import (
     COLORS,
     LEVEL_STYLE,
+    PANEL,
     WIDTH,
     color_of,
     columns_of,
     draw,
     legend_below,
+    legend_under,
+    sized_figure,
     stage_entries,
     style_of,
     wrapped,
@@ -46,18 +47,23 @@ from lightning_nc.runs import Run, epoch_of, metrics_of
 
 __all__ = ["plot_history", "plot_runs"]
 
-_MOST_NAMES = 16  # lines of text that fit in a legend beside one row of panels
-_CHANCE = {"alpha": 0.35, "linewidth": 1, "marker": "_"}
+_MOST_NAMES = 16  # lines of text in a legend or beside a color bar
+_LEFT, _RIGHT = [COLORS[index] for index in (0, 5, 6, 8)], [COLORS[index] for index in (1, 4, 3, 7)]
+_CHANCE: dict[str, Any] = {"alpha": 0.35, "linewidth": 1, "marker": "_"}
 
 
 class _Layout(NamedTuple):
     """What the panels of all runs have in common."""
 
     panels: list[list[str]]
-    layers: dict[str, str]  # the layers by what they are called; empty if only the classifier's input was measured
+    metrics: list[dict[str, str]]  # those that are drawn in each panel, and what they are called
+    layers: dict[str, str]  # the layers, and what they are called; empty if only the classifier's input was measured
     linear: list[bool]
     levels: list[dict[str, float]]
     num_classes: int | None
+    scores: list[str]  # "loss", "accuracy", or both
+    bar: float  # inches for the color bar of many layers; 0 without
+    width: float  # of a panel, in inches
 
 
 def plot_history(
@@ -112,40 +118,47 @@ def plot_runs(
     found = {name: read_curves(rows) for name, rows in runs.items()}
     names = chosen(found.values(), metrics)
     found = {name: run._replace(metrics=drawn(run.metrics, names)) for name, run in found.items()}
-    if objective is not None:
-        found = {name: run._replace(objectives=_over_training(runs[name], objective)) for name, run in found.items()}
+    if objective is not None or metrics is not None:
+        curves = {name: _over_training(rows, objective or {}) for name, rows in runs.items()}
+        found = {name: run._replace(objectives=curves[name]) for name, run in found.items()}
     layout = _layout(list(found.values()), names, num_classes)
     entries = _entries(found.values(), layout)
-    first = any(run.objectives for run in found.values()) and (metrics is None or objective is not None)
-    count = len(layout.panels) + first
+    count = len(layout.panels) + bool(layout.scores)
     columns = columns_of(count)
-    lines = -(-count // columns)
-    texts = [line for text in [*layout.layers.values(), *(text for _, text in entries)] for line in text.splitlines()]
-    beside = 0.6 + 0.065 * max(map(len, texts)) if texts else 0
-    width = min(3.6, (WIDTH - beside) / columns)
-    figure = Figure(figsize=(width * columns + beside, (0.4 + 0.85 * width) * lines * len(runs)), layout="constrained")
+    figure = sized_figure(columns, -(-count // columns), len(runs), layout.width, layout.bar, entries)
     above: list[Axes] = []
+    right: Axes | None = None
     # Constrained layout has no groups of axes, so each run is a subfigure.
     for (name, run), part in zip(found.items(), figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
-        axes = list(part.subplots(lines, columns, squeeze=False).ravel())
-        for axis in axes[count:]:
+        grid = list(part.subplots(-(-count // columns), columns, squeeze=False).ravel())
+        for axis in grid[count:]:
             axis.remove()
-        for axis, other in zip(axes[:count], above, strict=False):  # so that runs can be compared by eye
+        axes = grid[:count]
+        for axis, other in zip(axes, above, strict=False):  # so that runs can be compared by eye
             axis.sharex(other)
             axis.sharey(other)
         above = above or axes
-        if first:
-            _draw_objectives(axes[0], run)
-        for index, axis in enumerate(axes[first:count]):
+        if layout.scores:
+            right = _draw_objectives(axes[0], run, layout.scores, right)
+        for index, axis in enumerate(axes[count - len(layout.panels) :]):
             _draw_panel(axis, run, layout, index)
-        _explain(part, axes[:count], layout, entries, most=_MOST_NAMES * lines)
-        part.suptitle("\n".join(filter(None, (wrapped(name, 40 * columns), _geometry(runs[name])))), fontsize=10)
+        if layout.bar:
+            _color_bar(part, axes, layout.layers)
+        legend_under(part, entries, layout.width * columns)
+        heading = [wrapped(name, 40 * columns), _geometry(runs[name]), "" if metrics else _left_out(run, names)]
+        part.suptitle("\n".join(filter(None, heading)), fontsize=10)
     return figure
 
 
-def _over_training(rows: Run, objective: Mapping[str, Sequence[float]]) -> dict[str, Curve]:
+def _left_out(run: RunCurves, names: Sequence[str]) -> str:
+    """What a reader should know of metrics that are not drawn by default."""
+    count = sum(not is_chance(name) for name in run.asked - set(names))
+    return f"{count} more metrics were measured; metrics='all' or their names draw them" if count else ""
+
+
+def _over_training(rows: Run, objective: Mapping[str, Sequence[float]]) -> Curves:
     epochs = [epoch_of(row) for row in rows if row.get("stage", "train") == "train"]
-    return {label: (epochs, list(values)) for label, values in objective.items()}
+    return {Key("train", 0, "", label): (epochs, list(values)) for label, values in objective.items()}
 
 
 def _layout(runs: Sequence[RunCurves], names: Sequence[str], num_classes: int | None) -> _Layout:
@@ -153,11 +166,18 @@ def _layout(runs: Sequence[RunCurves], names: Sequence[str], num_classes: int | 
     if len(runs) > 1:  # they may have different layers
         layers.sort(key=natural_order)
     layers += [""] * (bool(layers) and any(not key.layer for run in runs for key in run.metrics))
-    called = {layer: wrapped(name, 36) for layer, name in same_layers([run.metrics for run in runs], layers).items()}
-    panels, curves = panels_of(names, by_family=not layers), [run.metrics for run in runs]
+    curves = [run.metrics for run in runs]
+    panels = panels_of(names, by_family=not layers)
+    metrics = [same(curves, members, "metric") for members in panels]
     linear = [is_linear(members, curves) for members in panels]
     levels = [other_frames(members, curves, num_classes) for members in panels]
-    return _Layout(panels, called, linear, levels, num_classes)
+    called = {layer: wrapped(name, 36) for layer, name in same(curves, layers, "layer").items()}
+    accurate = {is_accuracy(key.metric) for run in runs for key in run.objectives}
+    scores = ["loss"] * (False in accurate) + ["accuracy"] * (True in accurate)
+    texts = [line for name in called.values() for line in name.splitlines()]
+    bar = 0.6 + 0.065 * max(map(len, texts)) if len(texts) > _MOST_NAMES else 0.0
+    width = min(PANEL, (WIDTH - bar) / columns_of(len(panels) + bool(scores)))
+    return _Layout(panels, metrics, called, linear, levels, num_classes, scores, bar, width)
 
 
 def _geometry(rows: Run) -> str:
@@ -168,87 +188,91 @@ def _geometry(rows: Run) -> str:
     if name not in FRAMES_IN_WORDS:
         return ""
     value = next((value for key, value in metrics_of(row).items() if parse_key(key)[2:] == ("", name)), None)
-    return f"nearest frame at the end: {FRAMES_IN_WORDS[name]}" + (f" ({name} {value:.2g})" if value is not None else "")
+    return f"nearest frame at the end: {FRAMES_IN_WORDS[name]}" + (
+        f" ({name} {value:.2g})" if value is not None else ""
+    )
 
 
-def _draw_objectives(axis: Axes, run: RunCurves) -> None:
-    """Losses on a log axis on the left, accuracies on a linear one on the right."""
-    right = {name: curve for name, curve in run.objectives.items() if "acc" in name.lower()}
-    left = {name: curve for name, curve in run.objectives.items() if name not in right}
-    title = " and ".join(["loss"] * bool(left) + ["accuracy"] * bool(right)).capitalize() or "Loss and accuracy"
-    draw(axis, title, run.over, left or right, COLORS[:1] + COLORS[5:], legend=False, linear=not left)
-    axis.set_ylabel("loss" if left else "accuracy", color=COLORS[0])
-    handles, labels = axis.get_legend_handles_labels()
-    if left and right:
-        twin = axis.twinx()
-        draw(twin, "", run.over, right, COLORS[1:5], legend=False, linear=True)
-        twin.set_ylabel("accuracy", color=COLORS[1])
-        twin.grid(False)
-        more, names = twin.get_legend_handles_labels()
-        handles, labels = handles + more, labels + [f"{name} (right)" for name in names]
+def _draw_objectives(axis: Axes, run: RunCurves, scores: Sequence[str], above: Axes | None) -> Axes | None:
+    """Losses on a log axis on the left, accuracies on a linear one on the right, or one of them alone on the left.
+
+    The right axis has the limits of ``above``.
+    """
+    handles: list[Any] = []
+    labels: list[str] = []
+    right = None
+    for kind, colors in zip(scores, (_LEFT, _RIGHT), strict=False):
+        if kind == scores[0]:
+            side, title = axis, " and ".join(scores).capitalize()
+        else:
+            side = right = axis.twinx()
+            title = ""
+            if above is not None:
+                side.sharey(above)
+        curves = {
+            key: curve for key, curve in run.objectives.items() if is_accuracy(key.metric) == (kind == "accuracy")
+        }
+        names = list(dict.fromkeys(key.metric for key in curves))
+        for key in curves or [Key("train", 0, "", "")]:
+            shown = {wrapped(key.metric): curves[key]} if curves else {}
+            color = colors[names.index(key.metric) % len(colors)] if curves else colors[0]
+            draw(side, title, run.over, shown, [color], style_of(*key[:2]), legend=False, linear=kind == "accuracy")
+        side.set_ylabel(kind, color=colors[0])
+        found = side.get_legend_handles_labels()
+        handles, labels = (
+            handles + found[0],
+            labels + [f"{name} (right)" if side is right else name for name in found[1]],
+        )
+    if right is not None:
+        right.grid(False)  # the left axis has a grid
     if labels:
         legend_below(axis, handles, labels)
+    return right
 
 
 def _draw_panel(axis: Axes, run: RunCurves, layout: _Layout, index: int) -> None:
-    members, layers = layout.panels[index], list(layout.layers)
-    text = title_of(members), run.over
-    subtitle = reading(members, layout.num_classes)
+    members, called, layers = layout.panels[index], layout.metrics[index], list(layout.layers)
+    heads = heads_of(members, layout.num_classes, layout.width)
     for group in dict.fromkeys(key[:2] for key in run.metrics) or [("train", 0)]:
-        of_group = {key: curve for key, curve in run.metrics.items() if key[:2] == group}
-        curves: dict[str, Curve] = {}
-        colors: dict[Key, Any] = {}
-        for key, curve in of_group.items():
-            if key.metric in members and (not layers or key.layer in layers):
-                label = layout.layers[key.layer] if layers else wrapped(key.metric)
-                same = None if layers else next((name for name in curves if same_curve(curves[name], curve)), None)
-                if same is not None:  # it would lie on the other and hide it
-                    curves = {f"{name} = {label}" if name == same else name: curves[name] for name in curves}
-                    continue
-                curves[label] = curve
-                colors[key] = color_of(key.layer, layers) if layers else COLORS[members.index(key.metric) % len(COLORS)]
-        draw(
-            axis,
-            *text,
-            curves,
-            list(colors.values()),
-            style_of(*group),
-            legend=not layers and len(members) > 1,
-            linear=layout.linear[index],
-            subtitle=subtitle,
-        )
-        for key, (x, y) in of_group.items():
+        shown = {key: curve for key, curve in run.metrics.items() if key[:2] == group and key.metric in called}
+        if layers:
+            shown = {key: curve for key, curve in shown.items() if key.layer in layers}
+        colors = {key: color_of(key.layer, layers) if layers else _color(key.metric, members) for key in shown}
+        names = [layout.layers[key.layer] if layers else wrapped(called[key.metric], 50) for key in shown]
+        curves = dict(zip(names, shown.values(), strict=True))
+        draw(axis, heads, run.over, curves, list(colors.values()), style_of(*group), False, layout.linear[index])
+        for key, (x, y) in run.metrics.items():
             own = key._replace(metric=base_name(key.metric))
             if is_chance(key.metric) and own in colors:
                 axis.plot(x, y, color=colors[own], zorder=1, **_CHANCE)
+    if not layers and members[1:]:
+        legend_below(axis, *axis.get_legend_handles_labels())
     for level in dict.fromkeys(layout.levels[index].values()):
         axis.axhline(level, **LEVEL_STYLE)
 
 
-def _entries(runs: Iterable[RunCurves], layout: _Layout) -> list[tuple[Line2D, str]]:
-    """The entries of the legend beside the layers: stages by dashes, values by chance, and exact frames of the other kind."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.metrics))
-    entries = stage_entries(keys)
+def _color(metric: str, members: Sequence[str]) -> str:
+    return COLORS[members.index(metric) % len(COLORS)]
+
+
+def _entries(runs: Iterable[RunCurves], layout: _Layout) -> list[tuple[Any, str]]:
+    """The legend below all panels: layers by color, stages by dashes, values by chance, exact frames of the other kind."""
+    layers = list(layout.layers)
+    entries = [(Line2D([], [], color=color_of(layer, layers)), name) for layer, name in layout.layers.items()]
+    keys = list(dict.fromkeys(key for run in runs for key in [*run.metrics, *run.objectives]))
+    entries = ([] if layout.bar else entries) + stage_entries(keys)
     if any(is_chance(key.metric) for key in keys):
         entries.append((Line2D([], [], color="0.2", **_CHANCE), "chance"))
     levels = dict.fromkeys(label for found in layout.levels for label in found)
     return entries + [(Line2D([], [], **LEVEL_STYLE), label) for label in levels]
 
 
-def _explain(
-    part: SubFigure, axes: list[Axes], layout: _Layout, entries: Sequence[tuple[Line2D, str]], most: int
-) -> None:
-    """One legend for all panels: layers by color, then the entries. Many layers get a color bar with some of their names."""
-    layers, names = list(layout.layers), list(layout.layers.values())
-    colors = [color_of(layer, layers) for layer in layers]
-    entries = [*((Line2D([], [], color=color), name) for color, name in zip(colors, names, strict=True)), *entries]
-    if "\n".join(names).count("\n") >= most:
-        entries = entries[len(names) :]
-        ticks = max(2, min(6, most // max(name.count("\n") + 1 for name in names)))
-        shown = numpy.linspace(0, len(layers) - 1, ticks).round().astype(int)
-        scale = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(colors))
-        bar = part.colorbar(scale, ax=axes, aspect=30)
-        bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
-        bar.ax.invert_yaxis()
-    if entries:
-        part.legend(*zip(*entries, strict=True), loc="outside right upper", fontsize=8)
+def _color_bar(part: SubFigure, axes: list[Axes], layers: Mapping[str, str]) -> None:
+    """The colors of many layers, with some of their names."""
+    names = list(layers.values())
+    ticks = max(2, min(6, _MOST_NAMES // max(name.count("\n") + 1 for name in names)))
+    shown = numpy.linspace(0, len(names) - 1, ticks).round().astype(int)
+    colors = ListedColormap([color_of(layer, list(layers)) for layer in layers])
+    bar = part.colorbar(ScalarMappable(Normalize(-0.5, len(names) - 0.5), colors), ax=axes, aspect=30)
+    bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
+    bar.ax.invert_yaxis()

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_nc.functional import METRICS
 from lightning_nc.keys import CHANCE, DEPTH, STAGES, base_name
-from lightning_nc.report.series import Points, Series, by_layer, layer_name, layers_of
+from lightning_nc.report.series import Points, Series, by_layer, layer_name, layers_of, stage_name
 from lightning_nc.scenes import Scene
 
 __all__ = ["CLASS_COLORS", "HEAT", "color_at", "curves", "depth", "heat_map", "run_color", "spread"]
@@ -21,10 +21,20 @@ __all__ = ["CLASS_COLORS", "HEAT", "color_at", "curves", "depth", "heat_map", "r
 CLASS_COLORS = ("#0072B2/#56B4E9", "#D55E00/#E69F00", "#009E73/#2FD6A5", "#CC79A7/#E9A6C8")
 _MORE = ("#E69F00/#F0E442", "#56B4E9/#0072B2", "#8C510A/#C98A4B", "#555555/#BBBBBB")
 # The colors of viridis in ten steps.
-_VIRIDIS = "#440154 #482878 #3E4989 #31688E #26828E #1F9E89 #35B779 #6DCD59 #B4DE2C #FDE725".split()
+_VIRIDIS = (
+    "#440154",
+    "#482878",
+    "#3E4989",
+    "#31688E",
+    "#26828E",
+    "#1F9E89",
+    "#35B779",
+    "#6DCD59",
+    "#B4DE2C",
+    "#FDE725",
+)
 HEAT = ("#2166AC", "#92C5DE", "#F7F7F7", "#F4A582", "#B2182B")
 _DASHES = {"train": "solid", "validate": "dash", "test": "dot"}
-_INK, _FAINT = "#222222/#DDDDDD", "#999999/#777777"
 
 Figure = dict[str, Any]
 
@@ -42,6 +52,7 @@ def color_at(share: float) -> str:
 
 
 def run_color(index: int) -> str:
+    """The color of a run."""
     colors = CLASS_COLORS + _MORE
     return colors[index % len(colors)]
 
@@ -51,14 +62,17 @@ def spread(count: int, most: int = 12) -> list[int]:
     return sorted({round(at * (count - 1) / (most - 1)) for at in range(most)}) if count > most else list(range(count))
 
 
-def curves(runs: Mapping[str, Series], metric: str) -> Figure:
-    """One metric over epochs: a curve per run, layer, stage and dataloader.
+def curves(runs: Mapping[str, Series], metric: str, names: Mapping[str, str]) -> Figure:
+    """One metric over epochs: a curve per run, layer, stage and dataloader; ``names`` are those of the layers.
 
     ``meta`` has the places of run, layer and stage, by which the buttons of the page show and hide curves.
     """
     layers, stages = places_of(runs.values())
     traces: list[Any] = []
-    linear = _is_linear([points for series in runs.values() for key, points in series.items() if key.metric == metric], metric)
+    values = [
+        y for series in runs.values() for key, points in series.items() if key.metric == metric for _, y in points
+    ]
+    linear = _is_linear(values, metric)
     for place, (run, series) in enumerate(runs.items()):
         for key, points in series.items():
             chance = key.metric.endswith(tuple(CHANCE.values()))
@@ -66,15 +80,16 @@ def curves(runs: Mapping[str, Series], metric: str) -> Figure:
                 continue
             at = layers.index(key.layer)
             color = run_color(place) if len(runs) > 1 else color_at(at / max(1, len(layers) - 1))
-            names = [run] * (len(runs) > 1) + [layer_name(key.layer), _stage_name(*key[:2])] + ["by chance"] * chance
+            parts = [run] * (len(runs) > 1) + [names[key.layer], stage_name(*key[:2])] + ["by chance"] * chance
             dash = "dot" if chance else _DASHES[key.stage]
             style = {
-                "name": escape(" · ".join(names)),
+                "name": escape(" · ".join(parts)),
                 "meta": [place, at, stages.index(key[:2])],
                 "opacity": 0.5 if chance else 1,
             }
             traces += _lines(points, {"color": color, "dash": dash, "width": 1 if chance else 2}, style, linear)
-    return {"data": traces, "layout": _over_epochs(linear)}
+    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": _values_axis(values, linear)}
+    return {"data": traces, "layout": layout}
 
 
 def places_of(many: Any) -> tuple[list[str], list[tuple[str, int]]]:
@@ -84,14 +99,9 @@ def places_of(many: Any) -> tuple[list[str], list[tuple[str, int]]]:
     return layers_of(keys), stages
 
 
-def _stage_name(stage: str, loader: int) -> str:
-    return f"{stage}_{loader}" if loader else stage
-
-
-def _is_linear(curves_of: Sequence[Points], metric: str) -> bool:
+def _is_linear(values: Sequence[float], metric: str) -> bool:
     spec = METRICS.get(base_name(metric))
     counts = metric == DEPTH or (spec is not None and spec.direction == "approaches")
-    values = [value for points in curves_of for _, value in points]
     return counts or any(value < 0 for value in values) or not any(value > 0 for value in values)
 
 
@@ -122,12 +132,14 @@ def _lines(points: Points, line: Figure, style: Figure, linear: bool) -> list[Fi
     return found
 
 
-def _over_epochs(linear: bool) -> Figure:
-    return {"xaxis": {"title": {"text": "epoch"}}, "yaxis": _values_axis(linear)}
-
-
-def _values_axis(linear: bool) -> Figure:
-    return {"type": "linear"} if linear else {"type": "log", "exponentformat": "power", "dtick": None}
+def _values_axis(values: Sequence[float], linear: bool) -> Figure:
+    """Log axes over one or two decades have ticks at 1, 2 and 5, over more at the powers of ten."""
+    known = [value for value in values if value > 0 and math.isfinite(value)]
+    if linear or not known:
+        return {"type": "linear"}
+    ratio = max(known) / min(known)
+    ticks = {"nticks": 6} if not 4 < ratio < 1e6 else {"dtick": "D2" if ratio < 300 else 1}
+    return {"type": "log", "tickformat": ".3~g", **ticks}
 
 
 def depth(series: Series, metric: str) -> Figure | None:
@@ -136,8 +148,8 @@ def depth(series: Series, metric: str) -> Figure | None:
     if not layers:
         return None
     epochs = sorted({epoch for points in layers.values() for epoch, _ in points})
-    linear = _is_linear(list(layers.values()), metric)
-    values = {layer: dict(points) for layer, points in layers.items()}
+    drawn = [value for points in layers.values() for _, value in points]
+    linear, values = _is_linear(drawn, metric), {layer: dict(points) for layer, points in layers.items()}
     names = [escape(layer_name(layer)) for layer in layers]
     traces = []
     for at in spread(len(epochs)):
@@ -155,7 +167,7 @@ def depth(series: Series, metric: str) -> Figure | None:
                 "hovertemplate": "%{x}<br>%{customdata}<extra>%{fullData.name}</extra>",
             }
         )
-    return {"data": traces, "layout": {"xaxis": {"type": "category"}, "yaxis": _values_axis(linear)}}
+    return {"data": traces, "layout": {"xaxis": {"type": "category"}, "yaxis": _values_axis(drawn, linear)}}
 
 
 def heat_map(scene: Scene) -> Figure:

@@ -29,23 +29,21 @@ def moving(scenes: Sequence[Scene]) -> dict[str, Any] | None:
     count = len(shown[-1].chosen)
     axes = max(2, count - 1)
     corners = simplex(count)[:, :axes].tolist()
-    frames = [
-        {
-            "epoch": f"{scene.epoch:g}",
-            "samples": [_spread(rows) if count == 2 else _cut(rows, axes) for rows in scene.samples],
-            "means": _cut(scene.means, axes),
-            "weight": _cut(scene.weight, axes),
-        }
-        for scene in shown
-    ]
-    farthest = max(abs(x) for frame in frames for rows in (*frame["samples"], frame["weight"]) for row in rows for x in row)
+    frames: list[dict[str, Any]] = []
+    far: list[float] = []
+    for scene in shown:
+        samples = [_spread(rows) if count == 2 else _cut(rows, axes) for rows in scene.samples]
+        means, weight = _cut(scene.means, axes), _cut(scene.weight, axes)
+        frames.append({"epoch": f"{scene.epoch:g}", "samples": samples, "means": means, "weight": weight})
+        far += [max(map(abs, row)) for rows in (*samples, weight) for row in rows]
+    far.sort()
     return {
         "classes": [f"class {label}" for label in shown[-1].chosen],
         "colors": CLASS_COLORS[:count],
         "axes": axes,
         "corners": corners,
         "edges": [list(pair) for pair in combinations(range(count), 2)],
-        "limit": min(max(1.05 * farthest, 1.5), _FARTHEST),
+        "limit": min(max(1.05 * far[int(0.98 * len(far))], 1.5), _FARTHEST),
         "frames": frames,
     }
 
@@ -57,4 +55,6 @@ def _cut(rows: Points, axes: int) -> Points:
 def _spread(rows: Points) -> Points:
     """Samples on a line, apart from each other across it."""
     golden = (math.sqrt(5) - 1) / 2
-    return [[round(row[0], 4), round(0.5 * (at * golden % 1 - 0.5) * (len(rows) > 1), 4)] for at, row in enumerate(rows)]
+    return [
+        [round(row[0], 4), round(0.5 * (at * golden % 1 - 0.5) * (len(rows) > 1), 4)] for at, row in enumerate(rows)
+    ]

@@ -2,7 +2,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Set();
-const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+const config = { responsive: true, displayModeBar: false };
+const touched = matchMedia("(pointer: coarse)").matches; // a finger that moves over a figure scrolls the page
 
 // A color is a pair, of light pages and of dark ones.
 function themed(value) {
@@ -17,7 +18,7 @@ function layoutOf(own) {
   const base = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: "#222222/#DDDDDD", size: 12 },
     margin: { l: 50, r: 10, t: 10, b: 40 }, showlegend: false, hovermode: "closest",
-    hoverlabel: { namelength: -1, bgcolor: "#FFFFFF/#1E2226", font: { color: "#222222/#DDDDDD" } }, dragmode: "zoom",
+    hoverlabel: { namelength: -1, bgcolor: "#FFFFFF/#1E2226", font: { color: "#222222/#DDDDDD" } }, dragmode: touched ? false : "zoom",
   };
   return themed({ ...base, ...own, xaxis: { ...axis, ...own.xaxis }, yaxis: { ...axis, ...own.yaxis } });
 }
@@ -73,11 +74,11 @@ function movingTraces(moving, at) {
   moving.classes.forEach((name, place) => {
     const color = moving.colors[place];
     traces.push(pointsOf(moving, frame.samples[place], {
-      name: `${name}, samples`, mode: "markers", opacity: 0.55, marker: { color, size: solid ? 3.5 : 6 },
+      name: `${name}, samples`, mode: "markers", opacity: 0.55, marker: { color, size: solid ? 2.5 : 6 },
     }));
     traces.push(pointsOf(moving, [frame.means[place]], {
       name: `${name}, class mean`, mode: "markers",
-      marker: { color, size: solid ? 9 : 15, line: { color: "#FFFFFF/#14171A", width: 2 } },
+      marker: { color, size: solid ? 7 : 15, line: { color: "#FFFFFF/#14171A", width: 2 } },
     }));
     if (frame.weight.length) {
       traces.push(pointsOf(moving, [origin, frame.weight[place]], {
@@ -95,12 +96,12 @@ function movingTraces(moving, at) {
 
 function movingLayout(moving) {
   const range = [-moving.limit, moving.limit];
-  const bare = { range, showticklabels: false, showgrid: false, zeroline: false, title: { text: "" }, showspikes: false };
+  const bare = { range, showticklabels: false, showgrid: false, zeroline: false, showline: true, mirror: true, showspikes: false };
   if (moving.axes < 3) {
-    return layoutOf({ xaxis: bare, yaxis: { ...bare, scaleanchor: "x" }, margin: { l: 5, r: 5, t: 5, b: 5 }, uirevision: "keep", dragmode: "pan" });
+    return layoutOf({ xaxis: bare, yaxis: { ...bare, scaleanchor: "x" }, margin: { l: 5, r: 5, t: 5, b: 5 }, uirevision: "keep" });
   }
   const axis = { ...bare, visible: false };
-  const camera = { eye: { x: 0.35, y: -1.45, z: 0.5 }, projection: { type: "orthographic" } };
+  const camera = { eye: { x: 0.35, y: -1.2, z: 0.4 } };
   return layoutOf({
     scene: { xaxis: axis, yaxis: axis, zaxis: axis, aspectmode: "cube", camera, dragmode: "turntable" },
     margin: { l: 0, r: 0, t: 0, b: 0 }, uirevision: "keep",
@@ -156,8 +157,15 @@ const watcher = new IntersectionObserver((entries) => {
     }
   }
 }, { rootMargin: "300px" });
-document.querySelectorAll(".plot").forEach((div) => watcher.observe(div));
-dark.addEventListener("change", () => drawn.forEach(draw));
+
+// Words and tables can be read before plotly.js, the largest part of the page, has run.
+requestAnimationFrame(() => setTimeout(() => {
+  const code = document.createElement("script");
+  code.textContent = document.getElementById("plotly").textContent;
+  document.head.append(code);
+  document.querySelectorAll(".plot").forEach((div) => watcher.observe(div));
+  dark.addEventListener("change", () => drawn.forEach(draw));
+}));
 
 // -------------------------------------------------------------------------------------------------- sorted tables
 

@@ -23,6 +23,8 @@ __all__ = [
     "metrics_shown",
     "number",
     "series_of",
+    "stage_name",
+    "without_twins",
 ]
 
 Points = list[tuple[float, float]]
@@ -56,7 +58,31 @@ def layers_of(keys: Iterable[Key]) -> list[str]:
 
 
 def layer_name(layer: str) -> str:
+    """The name of a layer in figures and sentences."""
     return layer or "classifier input"
+
+
+def stage_name(stage: str, loader: int) -> str:
+    """The name of a stage and its dataloader."""
+    return f"{stage}_{loader}" if loader else stage
+
+
+def without_twins(runs: Mapping[str, Series]) -> tuple[dict[str, Series], dict[str, str]]:
+    """Runs without layers whose values are those of the classifier's input in all of them, and the names of all layers."""
+    keys = [key for series in runs.values() for key in series]
+
+    def is_twin(layer: str) -> bool:
+        own = [(series, key) for series in runs.values() for key in series if key.layer == layer]
+        return all(
+            repr(series[key]) == repr(series.get(key._replace(layer=""))) for series, key in own
+        )  # nan equals nan
+
+    names = {layer: layer_name(layer) for layer in layers_of(keys)}
+    twins = [layer for layer in names if layer and is_twin(layer)]
+    if twins:
+        names[""] = " = ".join([*twins, names[""]])
+    kept = {name: {key: series[key] for key in series if key.layer not in twins} for name, series in runs.items()}
+    return kept, names
 
 
 def metrics_shown(keys: Iterable[Key], asked: str = "") -> list[str]:

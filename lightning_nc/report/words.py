@@ -72,8 +72,8 @@ def _geometry(history: History, series: Series) -> list[str]:
     text = listed([f"{FRAMES_IN_WORDS[frame]} {number(value)} (`{frame}`)" for frame, value in last.items()])
     if name == "none" and last:
         return [
-            "No frame is near: class means of the same lengths in random directions would be as close. The distances are at last: "
-            f"{text}."
+            "No frame is near: class means of the same lengths in random directions would be as close. The distances are at "
+            f"last: {text}."
         ]
     if name == "none":
         return ["No frame exists for this number of classes and features, or the class means were not finite."]
@@ -106,7 +106,9 @@ def _change(metric: str, points: Points) -> str:
         factor = f", by a factor of {round(max(ratio, 1 / ratio)):,}"
     least, epoch = min((value, epoch) for epoch, value in points if math.isfinite(value))
     dip = f" Its least was {number(least)} at epoch {number(epoch, 6)}." if last > 1.5 * least > 0 else ""
-    change = f"{name} {verb} from {number(first)} at epoch {number(start, 6)} to {number(last)} at epoch {number(end, 6)}"
+    change = (
+        f"{name} {verb} from {number(first)} at epoch {number(start, 6)} to {number(last)} at epoch {number(end, 6)}"
+    )
     return f"{change}{factor}.{dip}"
 
 
@@ -114,7 +116,9 @@ def _how_far(history: History, series: Series) -> Iterator[str]:
     nearest = _nearest(history, series)
     names = metrics_shown([key for key in series if not key.layer] or series, history.about.get("metrics", ""))
     wanted = ["nc1", "nc2_etf_centered", "nc2_of"] if nearest not in FRAMES_IN_WORDS else ["nc1"]
-    wanted += ["nc3" if nearest == "nc2_of" and "nc3" in names else "nc3_centered" if "nc3_centered" in names else "nc3"]
+    wanted += [
+        "nc3" if nearest == "nc2_of" and "nc3" in names else "nc3_centered" if "nc3_centered" in names else "nc3"
+    ]
     shown = [name for name in wanted if name in names] or [name for name in names if name != DEPTH][:3]
     for name in shown:
         if points := _at_input(series, name) or next(iter(by_layer(series, name).values()), []):
@@ -124,9 +128,13 @@ def _how_far(history: History, series: Series) -> Iterator[str]:
         epoch, before = points[-1 - len(points) // 4]
         fell = 1 - points[-1][1] / before
         at_end = f"by {100 * fell:.0f} % since epoch {number(epoch, 6)}" if fell > 0.1 else ""
-        yield f"At the end it was still falling: `nc1` {at_end}." if at_end else (
-            f"At the end `nc1` was no longer falling: {number(before)} at epoch {number(epoch, 6)}, "
-            f"{number(points[-1][1])} at last."
+        yield (
+            f"At the end it was still falling: `nc1` {at_end}."
+            if at_end
+            else (
+                f"At the end `nc1` was no longer falling: {number(before)} at epoch {number(epoch, 6)}, "
+                f"{number(points[-1][1])} at last."
+            )
         )
 
 
@@ -138,8 +146,8 @@ def _depth(series: Series) -> Iterator[str]:
     if points := [(epoch, value) for epoch, value in _at_input(series, DEPTH) if math.isfinite(value)]:
         epoch, depth = points[-1]
         yield (
-            f"The effective depth is {number(depth)} of {len(layers)} at epoch {number(epoch, 6)}: from there on the nearest class "
-            "mean classifies as well as at the last layer, within 1 %."
+            f"The effective depth is {number(depth)} of {len(layers)} at epoch {number(epoch, 6)}: from there on the nearest "
+            "class mean classifies as well as at the last layer, within 1 %."
         )
     for metric in ("nc1", "ncc_error"):
         last = {layer: points[-1][1] for layer, points in by_layer(series, metric).items()}
@@ -169,8 +177,8 @@ def _lagging(table: dict[str, list[Any]]) -> Iterator[str]:
     if not behind:
         label, other, value = known[0]
         yield (
-            f"None: class {label} is the least collapsed, with {number(value)} to class {other}, and the median of the classes is "
-            f"{number(middle)} (variance within over squared distance to the nearest class, `nearest_cdnv`)."
+            f"None: class {label} is the least collapsed, with {number(value)} to class {other}, and the median of the classes "
+            f"is {number(middle)} (variance within over squared distance to the nearest class, `nearest_cdnv`)."
         )
         return
     names = [f"class {label} (toward class {other}, {number(value)})" for label, other, value in behind]
@@ -195,7 +203,9 @@ def _of_rows(history: History, series: Series) -> Iterator[str]:
     ):
         if epochs := list(dict.fromkeys(number(row["epoch"], 6) for row in history if row.get(name) == value)):
             yield f"Rows of epoch {listed(epochs)} are special: {reason}."
-    places = [(row["epoch"], row.get("step"), row.get("weights"), key) for row in history for key in row if key[:3] == "nc/"]
+    places = [
+        (row["epoch"], row.get("step"), row.get("weights"), key) for row in history for key in row if key[:3] == "nc/"
+    ]
     if epochs := list(dict.fromkeys(number(place[0], 6) for place in _twice(places))):
         yield f"Epoch {listed(epochs)} was measured twice at one step: the file may hold the rows of two runs."
 
@@ -233,7 +243,9 @@ def _where(keys: Sequence[Any], series: Series) -> str:
 
 def _of_classes(history: History) -> Iterator[str]:
     about, seen = history.about, history.scenes[-1].classes if history.scenes else None
-    outputs, features = (int(text) if (text := about.get(name, "")).isdecimal() else None for name in ("classes", "features"))
+    outputs, features = (
+        int(text) if (text := about.get(name, "")).isdecimal() else None for name in ("classes", "features")
+    )
     if seen is not None and outputs is not None and seen < outputs:
         yield f"Only {seen} of {outputs} classes have samples; the others are left out of every metric."
     classes = seen or outputs
@@ -246,8 +258,8 @@ def _of_classes(history: History) -> Iterator[str]:
     if samples and (least := min(samples)) < _FEW:
         few = [str(label) for label, count in zip(history.per_class["class"], samples, strict=True) if count < _FEW]
         yield (
-            f"Few samples in class {listed(few)}: with {least} of them, the scatter around their own mean is too small by a factor of "
-            f"{number(1 - 1 / least)} on average."
+            f"Few samples in class {listed(few)}: with {least} of them, the scatter around their own mean is too small by a "
+            f"factor of {number(1 - 1 / least)} on average."
         )
 
 
