@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo language-model test test-all lint types docs figures gallery benchmarks clean $(NUMBERED)
+.PHONY: demo language-model test test-all test-browser lint types docs figures gallery benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -19,10 +19,14 @@ language-model: $(INSTALLED)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not browser" $(ARGS)
 
 test-all: $(INSTALLED)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not browser" $(ARGS)
+
+# The report in headless Chromium. On Debian and Ubuntu: apt-get install chromium chromium-driver.
+test-browser: $(INSTALLED)
+	$(PYTEST) -m browser tests/test_browser.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -58,6 +62,7 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/many_classes.py
 	$(BIN)/python benchmarks/scale.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/ufm.py
 
 # A torch that was built locally (2.13.0+cpu, say) satisfies torchvision's demand for 2.13.0, but the two do not import

@@ -6,8 +6,11 @@
 The picture of the report is a screenshot, so it is made only if selenium and Chromium are installed.
 """
 
+import os
+import shutil
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -78,38 +81,37 @@ def train(
     return callback
 
 
-def draw(scratch: Path, out: Path, epochs: int) -> None:
-    """Every figure of a training, and one of several trainings."""
-    plane = train(scratch / "digits", epochs, seed=0)
-    space = train(scratch / "space", epochs, seed=0, classes=(0, 1, 2, 3))
+def draw(out: Path, epochs: int) -> None:
+    """Every figure of a training, and one of several trainings; their files are below the current directory."""
+    plane = train(Path("digits"), epochs, seed=0)
+    space = train(Path("space"), epochs, seed=0, classes=(0, 1, 2, 3))
     drawn = (plane.plot, plane.plot_depth, plane.plot_frames, plane.plot_classes, plane.plot_geometry, space.plot_geometry)
     for name, figure in zip(FIGURES, drawn, strict=True):
         figure().savefig(out / f"{name}.png", dpi=100)
     plane.animate(out / "collapse.gif")
 
-    runs = {(decay, seed): scratch / f"decay{decay}-seed{seed}" for decay in (5e-3, 5e-4) for seed in (0, 1, 2)}
-    for (decay, seed), run in runs.items():
-        train(run, epochs // 2, seed, decay)
-    labels = [f"weight decay {decay}" for decay, _ in runs]
-    command = ["plot", *map(str, runs.values()), "--overlay", "--labels", *labels, "--group"]
-    lightning_nc([*command, "-o", str(out / "overlay.png")])
+    runs = {f"weight decay {decay} seed {seed}": (decay, seed) for decay in (5e-3, 5e-4) for seed in (0, 1, 2)}
+    for run, (decay, seed) in runs.items():
+        train(Path(run), epochs // 2, seed, decay)
+    shown = ("nc1", "nc2_etf_centered", "nc2_of", "nc3_centered")
+    lightning_nc(["plot", *runs, "--overlay", "--group", "--metrics", *shown, "-o", str(out / "overlay.png")])
 
-    lightning_nc(["report", str(scratch / "digits"), "-o", str(scratch / "report.html")])
-    photograph(scratch / "report.html", out / "report.png")
+    lightning_nc(["report", "digits", "-o", "report.html"])
+    photograph(Path("report.html"), out / "report.png")
 
 
 def photograph(page: Path, picture: Path) -> None:
     """The top of a page as Chromium shows it."""
-    try:
-        from selenium import webdriver
-
-        options = webdriver.ChromeOptions()
-        for option in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=1000,1400"):
-            options.add_argument(f"--{option}")
-        browser = webdriver.Chrome(options)
-    except Exception as error:
-        print(f"{picture} is not drawn: {error}")
+    driver = shutil.which("chromedriver")
+    if driver is None or find_spec("selenium") is None:
+        print(f"{picture} is not drawn: it needs selenium and chromedriver")
         return
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for option in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=1000,1400"):
+        options.add_argument(f"--{option}")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     browser.get(page.resolve().as_uri())
     browser.save_screenshot(str(picture))
     browser.quit()
@@ -122,8 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/gallery"), help="directory of the pictures")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
+    home, out = Path.cwd(), args.out.resolve()
     with TemporaryDirectory() as scratch:
-        draw(Path(scratch), args.out, args.epochs)
+        os.chdir(scratch)  # so that the report names the run and not where its files happen to be
+        try:
+            draw(out, args.epochs)
+        finally:
+            os.chdir(home)
     print(f"pictures in {args.out}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -70,7 +71,10 @@ def _measure(given: argparse.Namespace) -> int:
 
 def _add_plot(plot: argparse.ArgumentParser) -> None:
     plot.set_defaults(run=_plot)
-    run = "a CSV file, or a directory of CSVLogger, TensorBoardLogger or WandbLogger (offline); the newest file in it"
+    run = (
+        "a CSV file, or a directory of CSVLogger, TensorBoardLogger or WandbLogger (offline), the newest file in it; without "
+        "one, a checkpoint or trainer_state.json of the callback"
+    )
     plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
     out = "PNG, PDF or SVG file, or a directory (default: %(default)s)"
     plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
@@ -105,9 +109,11 @@ def _plot(given: argparse.Namespace) -> int:
         raise ValueError("--group and --layer are about one set of panels; pass --overlay too")
     logs: dict[Path, Path] = {}
     for path in given.runs:
-        log = find_log(path)
+        log = path
+        with suppress(FileNotFoundError):  # a run may have a checkpoint and no log
+            log = find_log(path)
         for other, known in logs.items():
-            if log.samefile(known):
+            if log.resolve() == known.resolve():
                 raise ValueError(f"{other} and {path} are the same run; pass each run once")
         logs[path] = log
     histories = [History.read(log) for log in logs.values()]

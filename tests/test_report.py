@@ -72,10 +72,10 @@ def rows(values, **others):
 def test_the_summary_names_the_frame_and_how_far_each_metric_went(run):
     found = summary(run)
     first, last = run[0], run[-1]
-    factor = first["nc/nc2_etf_centered"] / last["nc/nc2_etf_centered"]
+    start, end = first["nc/nc2_etf_centered"], last["nc/nc2_etf_centered"]
     assert found["Which geometry"] == [
-        f"The class means are nearest to a simplex ETF: `nc2_etf_centered` fell from {first['nc/nc2_etf_centered']:.3g} at epoch 0 "
-        f"to {last['nc/nc2_etf_centered']:.3g} at epoch 23, by a factor of {factor:.2g}."
+        f"The class means are nearest to a simplex ETF: `nc2_etf_centered` fell from {start:.3g} at epoch 0 to {end:.3g} at "
+        f"epoch 23, by a factor of {start / end:.2g}."
     ]
     assert (
         f"`nc1` fell from {first['nc/nc1']:.3g} at epoch 0 to {last['nc/nc1']:.3g} at epoch 23" in found["How far"][0]

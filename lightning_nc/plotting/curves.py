@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
@@ -74,9 +74,8 @@ def read_curves(rows: Run) -> RunCurves:
             for key, value in zip(keys, values.values(), strict=True):
                 if not key.metric.endswith(ERROR):
                     points.setdefault(key, []).append((epoch, value))
-            for name, value in row.items():
-                if is_objective(name) and isinstance(value, int | float) and not isinstance(value, bool):
-                    losses.setdefault(_objective_key(name, stage, row), []).append((epoch, value))
+            for key, value in _objectives(row, stage).items():
+                losses.setdefault(key, []).append((epoch, value))
     if not points:
         found = list(dict.fromkeys(name for row in rows for name in row))
         raise ValueError(
@@ -86,14 +85,15 @@ def read_curves(rows: Run) -> RunCurves:
     return RunCurves(_sorted(points), _sorted(losses), _asked(rows), over)
 
 
-def _objective_key(name: str, stage: str, row: Mapping[str, object]) -> Key:
-    """A loss or an accuracy by stage, which the name may tell: ``val_loss``."""
-    found = _STAGE_PART.fullmatch(name)
-    if found is None or found[2] in row:
-        return Key(stage, 0, "", name)
-    return Key(
-        {"t": "train", "v": "validate", "e": "validate"}[name[0]] if found[1] != "test" else "test", 0, "", found[2]
-    )
+def _objectives(row: Mapping[str, Any], stage: str) -> dict[Key, float]:
+    """The losses and accuracies of a row by stage, which their names may tell: ``val_loss``."""
+    names = [name for name, value in row.items() if is_objective(name) and type(value) in (int, float)]
+    found: dict[Key, float] = {}
+    for name in sorted(names, key=lambda name: _STAGE_PART.fullmatch(name) is not None):
+        part = _STAGE_PART.fullmatch(name)
+        told = Key(part[1] if part[1] in STAGES else "validate", 0, "", part[2]) if part else Key(stage, 0, "", name)
+        found[Key(stage, 0, "", name) if told in found else told] = row[name]
+    return found
 
 
 def _sorted(points: Mapping[Key, list[tuple[float, float]]]) -> Curves:

@@ -111,8 +111,12 @@ def _all_curves(run: RunCurves, names: Sequence[str], objectives: bool) -> Curve
 def _groups(runs: Sequence[tuple[str, Curves]], pattern: str | None) -> dict[str, list[Curves]]:
     """The runs by the label of their group."""
     groups: dict[str, list[Curves]] = {}
+    try:
+        dropped = re.compile(pattern or _SEED)
+    except re.error as error:
+        raise ValueError(f"group must be a regular expression, got {pattern!r}: {error}") from None
     for label, curves in runs:
-        rest = label if pattern is None else re.sub(pattern or _SEED, "", label)
+        rest = label if pattern is None else dropped.sub("", label)
         groups.setdefault(rest or label, []).append(curves)
     several = [label for label, members in groups.items() if members[1:]]
     if pattern is None and several:
