@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.functional.table import check_metrics
-from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, TRAIN_MEANS, Key, base_name, parse_key
-from lightning_nc.plotting.style import INPUT_NAME, wrapped
+from lightning_nc.keys import CHANCE, DEPTH, ERROR, INPUT_NAME, STAGES, TRAIN_MEANS, Key, base_name, parse_key
+from lightning_nc.plotting.style import wrapped
 from lightning_nc.runs import Run, epoch_of, is_metric, is_objective, metrics_of
 
 __all__ = [

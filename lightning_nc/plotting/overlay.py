@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lightning_nc.keys import Key, natural_order
+from lightning_nc.keys import INPUT_NAME, Key, natural_order
 from lightning_nc.plotting.curves import (
     Curve,
     Curves,
@@ -31,7 +31,6 @@ from lightning_nc.plotting.curves import (
 )
 from lightning_nc.plotting.style import (
     COLORS,
-    INPUT_NAME,
     LEVEL_STYLE,
     PANEL,
     WIDTH,

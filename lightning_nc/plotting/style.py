@@ -14,11 +14,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
-from lightning_nc.keys import STAGES, Key
+from lightning_nc.keys import INPUT_NAME, STAGES, Key
 
 __all__ = [
     "COLORS",
-    "INPUT_NAME",
     "LEVEL_STYLE",
     "PANEL",
     "WIDTH",
@@ -37,7 +36,6 @@ __all__ = [
 
 # The colors of Okabe and Ito, distinct for every kind of color vision, and two more.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
-INPUT_NAME = "classifier input"
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "0.35"}
 LEVEL_STYLE: dict[str, Any] = {"color": "0.4", "linestyle": "-.", "linewidth": 1}
 PANEL, WIDTH = 3.1, 12.0  # inches; no panel and no figure is wider

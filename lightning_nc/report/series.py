@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_nc.functional import METRICS
-from lightning_nc.keys import CHANCE, DEPTH, ERROR, TRAIN_MEANS, Key, base_name
+from lightning_nc.keys import CHANCE, DEPTH, ERROR, INPUT_NAME, TRAIN_MEANS, Key, base_name
 from lightning_nc.runs import epoch_of
 from lightning_nc.saved import values_of
 
@@ -59,7 +59,7 @@ def layers_of(keys: Iterable[Key]) -> list[str]:
 
 def layer_name(layer: str) -> str:
     """The name of a layer in figures and sentences."""
-    return layer or "classifier input"
+    return layer or INPUT_NAME
 
 
 def stage_name(stage: str, loader: int) -> str:
