@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_nc.plotting import draw
+from lightning_nc.plotting import draw, legend_below
 
 if TYPE_CHECKING:
     from ufm import UFM, Configuration
@@ -205,7 +205,7 @@ def draw_run(path: Path, c: Configuration, tables: list[Table], heading: str, na
     for (level, value), style in zip(named.items(), ("--", "-.", ":"), strict=False):
         label = f"{level}: {value:.9f}"
         panels["objective"].axhline(value, color="black", linestyle=style, linewidth=1, label=label)
-    panels["objective"].legend(fontsize=8)
+    legend_below(panels["objective"], *panels["objective"].get_legend_handles_labels())
     if c.loss == "cross-entropy" and named:  # the levels lie close together: zoom in on them
         panels["objective"].set_yscale("linear")
         panels["objective"].set_ylim(min(named.values()) * 0.99, max(named.values()) * 1.03)

@@ -5,44 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plot finished runs or report on them, or measure checkpoints; returns the exit status."""
     parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
     commands = parser.add_subparsers(dest="command", required=True)
-    plot = commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper")
-    run = "a CSV file, or a directory of CSVLogger, TensorBoardLogger or WandbLogger (offline); the newest file in it"
-    plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
-    out = "PNG, PDF or SVG file, or a directory (default: %(default)s)"
-    plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
-    frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
-    plot.add_argument("-k", "--num-classes", type=int, help=frames)
-    report = commands.add_parser("report", help="write one or more runs as one HTML page that needs no network")
-    run = "a directory with a log or a checkpoint of the run, or a CSV file, a checkpoint (.ckpt) or trainer_state.json"
-    report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
-    report.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
-    _add_measure(commands)
+    _add_plot(commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper"))
+    _add_measure(commands.add_parser("measure", help="measure the checkpoints of a training"))
+    _add_report(commands.add_parser("report", help="write one or more runs as one HTML page that needs no network"))
     given = parser.parse_args(arguments)
-    if given.command == "plot" and given.num_classes is not None and given.num_classes < 2:
-        parser.error(f"--num-classes must be at least 2, got {given.num_classes}")
     try:
-        if given.command == "measure":
-            return _measure(given)
-        if given.command == "report":
-            return _report(given.runs, given.out)
-        _plot(given.runs, given.out, given.num_classes)
+        status: int = given.run(given)
+        return status
     except (OSError, ValueError, ImportError) as error:
         remedy = "; install it with pip" if isinstance(error, ModuleNotFoundError) else ""
         print("lightning-nc:", " ".join(f"{error}{remedy}".split()), file=sys.stderr)
         return 1
-    return 0
 
 
-def _add_measure(commands: Any) -> None:
-    measure = commands.add_parser("measure", help="measure the checkpoints of a training")
+def _add_measure(measure: argparse.ArgumentParser) -> None:
+    measure.set_defaults(run=_measure)
     files = "files of torch.save, Lightning or safetensors, folders of transformers, or a folder of these"
     measure.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", type=Path, help=files)
     model = (
@@ -84,34 +69,87 @@ def _measure(given: argparse.Namespace) -> int:
     )
 
 
-def _plot(paths: Sequence[Path], out: Path, num_classes: int | None) -> None:
-    from lightning_nc.history import History
-    from lightning_nc.plotting import plot_runs
-    from lightning_nc.runs import find_log
+def _add_plot(plot: argparse.ArgumentParser) -> None:
+    plot.set_defaults(run=_plot)
+    run = (
+        "a CSV file, or a directory of CSVLogger, TensorBoardLogger or WandbLogger (offline), the newest file in it; without "
+        "one, a checkpoint or trainer_state.json of the callback"
+    )
+    plot.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
+    out = "PNG, PDF or SVG file, or a directory (default: %(default)s)"
+    plot.add_argument("-o", "--out", type=Path, default=Path("neural_collapse.png"), help=out)
+    frames = "of all runs; marks the value of nc2_etf and nc2_of at an exact frame of the other kind"
+    plot.add_argument("-k", "--num-classes", type=_at_least_two, help=frames)
+    names = "after the runs: all, paper, or names such as nc1 nc3 (default: what the measurement was asked for)"
+    plot.add_argument("--metrics", nargs="+", metavar="NAME", help=names)
+    plot.add_argument("--labels", nargs="+", metavar="LABEL", help="after the runs: what to call each of them")
+    plot.add_argument("--overlay", action="store_true", help="draw all runs in one set of panels, a color each")
+    bands = (
+        "with --overlay: draw runs as median and range whose labels are the same without PATTERN (default: the seed)"
+    )
+    plot.add_argument("--group", nargs="?", const="", metavar="PATTERN", help=bands)
+    plot.add_argument("--layer", help="with --overlay: the layer to draw (default: the classifier input)")
 
+
+def _at_least_two(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {number}")
+    return number
+
+
+def _plot(given: argparse.Namespace) -> int:
+    from lightning_nc.history import History
+    from lightning_nc.plotting import plot_overlay, plot_runs
+    from lightning_nc.runs import find_log, split_seeds
+
+    if given.labels and len(given.labels) != len(given.runs):
+        raise ValueError(f"--labels must name each of the {len(given.runs)} runs, got {len(given.labels)} labels")
+    if not given.overlay and (given.group is not None or given.layer is not None):
+        raise ValueError("--group and --layer are about one set of panels; pass --overlay too")
     logs: dict[Path, Path] = {}
-    for path in paths:
-        log = find_log(path)
+    for path in given.runs:
+        log = path
+        with suppress(FileNotFoundError):  # a run may have a checkpoint and no log
+            log = find_log(path)
         for other, known in logs.items():
-            if log.samefile(known):
+            if log.resolve() == known.resolve():
                 raise ValueError(f"{other} and {path} are the same run; pass each run once")
         logs[path] = log
-    runs = {str(path): History.read(log) for path, log in logs.items()}
+    histories = [History.read(log) for log in logs.values()]
+    labels = given.labels or [str(path) for path in logs]
+    runs = [run for label, rows in zip(labels, histories, strict=True) for run in split_seeds(label, rows)]
+    metrics = given.metrics[0] if given.metrics in (["all"], ["paper"]) else given.metrics
+    if given.overlay:
+        figure = plot_overlay(runs, metrics, given.num_classes, given.group, given.layer)
+    else:
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"--labels must differ, but for groups of --overlay --group; got {' '.join(labels)}")
+        figure = plot_runs(dict(runs) if len(runs) > 1 else {"": runs[0][1]}, None, given.num_classes, metrics)
+    out: Path = given.out
     if out.is_dir():
         out = out / "neural_collapse.png"
     elif not out.suffix:
         out = out.with_suffix(".png")
-    titled = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
-    plot_runs(titled, num_classes=num_classes).savefig(out, dpi=150)
-    for log, rows in zip(logs.values(), runs.values(), strict=True):
+    figure.savefig(out, dpi=150)
+    for log, rows in zip(logs.values(), histories, strict=True):
         print(f"{log}: {len(rows)} measurements")
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
+    return 0
 
 
-def _report(paths: Sequence[Path], out: Path) -> int:
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.set_defaults(run=_report)
+    run = "a directory with a log or a checkpoint of the run, or a CSV file, a checkpoint (.ckpt) or trainer_state.json"
+    report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run)
+    report.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
+
+
+def _report(given: argparse.Namespace) -> int:
     from lightning_nc.history import History
     from lightning_nc.report import write_report
 
+    paths, out = given.runs, given.out
     places = [path.resolve() for path in paths]
     for place, path in zip(places, paths, strict=True):
         if places.count(place) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +100,8 @@ class History(list[dict[str, Any]]):
             epoch: a whole number or a fraction; the x axis of figures.
             stage: ``"train"``, ``"validate"`` or ``"test"``.
             step: the number of optimizer steps.
-            entries: numbers, bools and short texts to keep in the row, such as ``accuracy=0.9``; None is left out. They are not
-                plotted.
+            entries: numbers, bools and short texts to keep in the row, such as ``accuracy=0.9``; None is left out. Figures
+                show those that are named like a loss or an accuracy.
 
         Raises:
             ValueError: if there is no metric, a value is not a number, ``stage`` is unknown or is not that of a key, or the
@@ -179,11 +179,11 @@ class History(list[dict[str, Any]]):
         """
         return cls.from_state(read_saved(path))
 
-    def plot(self, num_classes: int | None = None) -> Figure:
+    def plot(self, num_classes: int | None = None, metrics: str | Sequence[str] | None = None) -> Figure:
         """The paper's panels, NC1, NC2 and NC3 over epochs; see :func:`lightning_nc.plotting.plot_history`."""
         from lightning_nc.plotting import plot_history
 
-        return plot_history(self, num_classes=num_classes)
+        return plot_history(self, num_classes=num_classes, metrics=metrics)
 
     def plot_depth(self) -> Figure:
         """Every metric against depth, a curve per epoch; see :func:`lightning_nc.plotting.plot_depth`."""

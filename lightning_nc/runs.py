@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +24,12 @@ __all__ = [
     "find_log",
     "finite_number",
     "is_metric",
+    "is_objective",
     "metrics_of",
     "plain_value",
     "read_rows",
     "read_run",
+    "split_seeds",
 ]
 
 Run = Sequence[Mapping[str, Any]]
@@ -34,6 +37,11 @@ Run = Sequence[Mapping[str, Any]]
 
 FIRST_COLUMNS = ("stage", "epoch")
 """How the CSV file of a :class:`lightning_nc.History` begins."""
+
+_OBJECTIVE = re.compile(
+    r"(.*[^a-z0-9])?(loss|objective|acc|accuracy)([_@/]?(epoch|top|\d+|dataloader_idx))*", re.IGNORECASE
+)
+_UFM_LEVEL = re.compile(r"(.+)_(h1|pre)")  # columns of the UFM example: the first layer, and before the ReLU
 
 
 def is_metric(key: str) -> bool:
@@ -45,6 +53,16 @@ def is_metric(key: str) -> bool:
     """
     name = base_name(parse_key(key).metric)
     return key.startswith("nc/") or name in METRICS or name == DEPTH
+
+
+def is_objective(key: str) -> bool:
+    """Whether an entry of a row is a loss, an objective or an accuracy, by its name; not that of a single step.
+
+    Example:
+        >>> [is_objective(key) for key in ("val/loss", "train_acc", "accuracy_top5", "loss_step", "loss_scale", "nc/loss/nc1")]
+        [True, True, True, False, False, False]
+    """
+    return _OBJECTIVE.fullmatch(key) is not None and not is_metric(key)
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -109,13 +127,15 @@ def read_run(path: str | Path) -> Run:
     """Read the rows of a run that hold metrics, each with ``epoch`` and values by key, and ``step`` if the file has it.
 
     Layers are in natural order; those of a :class:`lightning_nc.History` keep their order, and its rows all of their entries.
-    A last row of a CSV file without a line end, which may be cut, is left out.
+    A last row of a CSV file without a line end, which may be cut, is left out. A loss or an accuracy (see :func:`is_objective`)
+    goes into the first row of its epoch that has metrics.
 
     Args:
-        path: a CSV file with an ``epoch`` column, or a directory that holds, at any depth, ``metrics.csv``, TensorBoard's
-            ``events.out.tfevents*`` or W&B's ``run-*.wandb``; the newest file is read. Keys are as the callback logs them
-            (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). Columns ``stage``, ``weights`` and
-            ``partial`` are kept.
+        path: a CSV file with a column ``epoch`` or ``iteration``, or a directory that holds, at any depth, ``metrics.csv``,
+            TensorBoard's ``events.out.tfevents*`` or W&B's ``run-*.wandb``; the newest file is read. Keys are as the callback
+            logs them (``nc/val/nc1``) or as :func:`lightning_nc.measure` returns them (``layer3/nc1``). Columns ``stage``,
+            ``seed``, ``weights`` and ``partial`` are kept. Iterations without epochs become the ``epoch`` too; in such a file, a
+            column ``nc1_h1`` or ``nc1_pre``, as the UFM example writes it, is ``nc1`` of a layer ``h1`` or ``pre``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -138,7 +158,32 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{file}: {error}") from error
     # Some loggers sort their columns by name, others do not.
     own = bool(rows) and tuple(rows[0])[:2] == FIRST_COLUMNS
-    return rows if own else [{key: row[key] for key in sorted(row, key=_order)} for row in rows]
+    return rows if own else [{key: row[key] for key in sorted(row, key=_order)} for row in _joined(rows)]
+
+
+def split_seeds(label: str, rows: Run) -> list[tuple[str, Run]]:
+    """Label and rows of each run in the rows of a file, which has several if its column ``seed`` has several values.
+
+    Example:
+        >>> split_seeds("figure4.csv", [{"seed": 0, "nc1": 0.5}, {"seed": 1, "nc1": 0.4}])
+        [('figure4.csv, seed 0', [{'seed': 0, 'nc1': 0.5}]), ('figure4.csv, seed 1', [{'seed': 1, 'nc1': 0.4}])]
+    """
+    seeds = list(dict.fromkeys(row.get("seed") for row in rows))
+    if len(seeds) < 2:
+        return [(label, rows)]
+    return [(f"{label}, seed {seed}", [row for row in rows if row.get("seed") == seed]) for seed in seeds]
+
+
+def _joined(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with metrics; losses and accuracies of rows without go into the first row of their epoch."""
+    apart: dict[float, dict[str, Any]] = {}
+    measured = []
+    for row in rows:
+        if any(map(is_metric, row)):
+            measured.append(row)
+        else:
+            apart.setdefault(row["epoch"], {}).update({key: row[key] for key in row if is_objective(key)})
+    return [{**apart.pop(row["epoch"], {}), **row} for row in measured]
 
 
 def _readers() -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
@@ -161,7 +206,9 @@ def _number(name: str, value: Any) -> float:
 
 def _csv(file: Path) -> Iterator[dict[str, Any]]:
     names, *table = _cells(file)
-    if "epoch" not in names or not any(is_metric(name) for name in names):
+    if over := "iteration" in names and "epoch" not in names:
+        names = [_of_layer(name) for name in names]
+    if not (over or "epoch" in names) or not any(is_metric(name) for name in names):
         raise ValueError(
             f"needs a column 'epoch' and a metric such as 'nc/nc1' or 'layer3/nc1', found the columns {names!r:.300}"
         )
@@ -175,8 +222,10 @@ def _csv(file: Path) -> Iterator[dict[str, Any]]:
         if len(cells) not in (0, len(names)):
             raise ValueError(f"row {number} has {len(cells)} cells, but the header has {len(names)}")
         row = {name: cell for name, cell in zip(names, cells, strict=False) if cell and (own or _is_kept(name))}
+        if over and "iteration" in row:
+            row["epoch"] = row["iteration"]
         try:
-            if any(map(is_metric, row)):
+            if any(map(is_metric, row)) or ("epoch" in row and any(map(is_objective, row))):
                 yield {**{name: plain_value(name, cell) for name, cell in row.items()}, "epoch": epoch_of(row)}
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
@@ -207,7 +256,14 @@ def _cells(file: Path) -> list[list[str]]:
 
 def _is_kept(name: str) -> bool:
     """Whether a column of a file that is not of a ``History`` goes into the rows."""
-    return name in ("stage", "epoch", "step", "weights", "partial") or is_metric(name)
+    kept = ("stage", "epoch", "iteration", "step", "seed", "weights", "partial")
+    return name in kept or is_metric(name) or is_objective(name)
+
+
+def _of_layer(name: str) -> str:
+    """The key of a column of the UFM example: ``h1/nc1`` of ``nc1_h1``."""
+    found = _UFM_LEVEL.fullmatch(name)
+    return f"{found[2]}/{found[1]}" if found and found[1] in METRICS else name
 
 
 def _without_prefix(key: str) -> str:
@@ -226,7 +282,7 @@ def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
     tags = {_without_prefix(tag): tag for tag in events.Tags()["scalars"]}
     epochs = {event.step: event.value for event in events.Scalars(tags["epoch"])} if "epoch" in tags else {}
     rows: dict[int, dict[str, Any]] = {}
-    for key in filter(is_metric, tags):
+    for key in (tag for tag in tags if is_metric(tag) or is_objective(tag)):
         for event in events.Scalars(tags[key]):
             epoch = finite_number("epoch", epochs.get(event.step, event.step))
             rows.setdefault(event.step, {"epoch": epoch, "step": event.step})[key] = event.value
@@ -245,9 +301,10 @@ def _wandb(file: Path) -> Iterator[dict[str, Any]]:
         if record.WhichOneof("record_type") == "history":
             items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
             row = {_without_prefix(key): json.loads(value) for key, value in items.items()}
-            if values := metrics_of(row):
+            metrics, losses = metrics_of(row), {key: row[key] for key in row if is_objective(key)}
+            if metrics or (losses and "epoch" in row):
                 step = row.get("trainer/global_step", row.get("global_step"))  # Lightning's key, that of transformers
-                yield {"epoch": epoch_of(row), **({} if step is None else {"step": step}), **values}
+                yield {"epoch": epoch_of(row), **({} if step is None else {"step": step}), **losses, **metrics}
 
 
 def _records(data: bytes) -> Iterator[bytes]:

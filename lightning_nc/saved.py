@@ -127,7 +127,7 @@ def _together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _newest(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The history in the newest checkpoint of a directory that agrees with the rows of its log, if there is one."""
+    """The history in the newest checkpoint of a directory that matches the rows of its log, if there is one."""
     files = [file for pattern in ("*.ckpt", "trainer_state.json") for file in folder.rglob(pattern) if file.is_file()]
     problems: list[str] = []
     other = False
@@ -184,4 +184,7 @@ def _joined(rows: Iterable[Mapping[str, Any]], known: Sequence[Mapping[str, Any]
             rest.append(others | new)
         else:
             beside.setdefault(epoch, {}).update({name: others[name] for name in others.keys() - _OF_ONE_ROW})
-    return sorted([*({**beside.get(row["epoch"], {}), **row} for row in known), *rest], key=epoch_of)
+    by_stage = sorted(known, key=lambda row: row.get("stage", "train") == "train")
+    owner = {row["epoch"]: id(row) for row in by_stage}  # a loss without a stage is that of training
+    whole = [{**(beside.get(row["epoch"], {}) if owner[row["epoch"]] == id(row) else {}), **row} for row in known]
+    return sorted([*whole, *rest], key=epoch_of)

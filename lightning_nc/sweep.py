@@ -77,7 +77,7 @@ def measure_checkpoints(  # noqa: D417
     )
     places, source, failed = in_training_order(found, unsafe)
     if places:
-        print(f"{len(places)} checkpoints, epochs {source}")
+        print(f"{len(places)} checkpoint{'s' * (len(places) > 1)}, epochs {source}")
         failed |= sweep.run(places, history)
     for note in sweep.notes:
         print(note)

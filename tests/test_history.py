@@ -376,7 +376,8 @@ def test_plot_draws_the_rows():
         [line.get_xydata().tolist() for axis in figure.axes for line in axis.lines] for figure in (drawn, expected)
     ]
     assert lines[0] == lines[1]
-    assert [len(axis.lines) for axis in drawn.axes] == [2, 2]  # the level of an exact frame, and no standard error
+    assert [len(axis.lines) for axis in drawn.axes] == [1, 2, 1]  # accuracy, the metrics, and no standard error
+    assert [axis.get_title() for axis in history.plot(metrics="nc2_of").axes] == ["NC2, class means to OF"]
 
 
 # -------------------------------------------------------------------------------------------------------------- callback
@@ -415,5 +416,5 @@ def test_the_values_of_a_csv_logger_are_those_of_the_history(tmp_path):
     fit(tmp_path, [callback], logger=CSVLogger(tmp_path, name="", version=""))
     for row, read in zip(callback.history, History.read(tmp_path), strict=True):
         assert {key: value for key, value in row.items() if "nc/" in key or key == "epoch"} == {
-            key: pytest.approx(value) for key, value in read.items() if key != "step"
+            key: pytest.approx(value) for key, value in read.items() if key not in ("step", "train_loss")
         }

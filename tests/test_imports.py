@@ -30,7 +30,8 @@ FLOORS = [
     {"measuring.loops", "measuring.extraction"},
     {"runs", "trainers", "scenes"},
     {"plotting.style", "checkpoints"},
-    {"plotting.panels", "plotting.depth", "plotting.classes", "plotting.geometry", "specs", "saved"},
+    {"plotting.curves", "specs", "saved"},
+    {"plotting.panels", "plotting.overlay", "plotting.depth", "plotting.classes", "plotting.geometry"},
     {"plotting.__init__"},
     {"history"},
     {"loggers", "sweep"},
@@ -45,6 +46,7 @@ FLOORS = [
 ]
 OPTIONAL = {
     "matplotlib",
+    "imageio_ffmpeg",
     "wandb",
     "tensorboard",
     "torchvision",

@@ -9,13 +9,14 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lightning_nc import NeuralCollapseCallback
+from lightning_nc import History, NeuralCollapseCallback
 from lightning_nc.loggers import publish_figures
 from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.moments import ClassMoments
 from lightning_nc.runs import read_run
+from lightning_nc.scenes import scene
 
-HISTORY = [
+ROWS = [
     {"stage": stage, "epoch": epoch, "step": 10 * epoch, f"{prefix}nc1": 0.5**epoch, f"{prefix}net.2/nc1": 0.8**epoch}
     for epoch in range(4)
     for stage, prefix in (("train", "nc/"), ("validate", "nc/val/"))
@@ -31,7 +32,16 @@ def classes(means):
     return MeasuredClasses(moments, torch.randn(means.shape).double())
 
 
-MEANS = classes(torch.eye(4, 6, dtype=torch.float64))
+def history(means):
+    """Rows of layers and stages, and the classes that they are about."""
+    kept = History(rows=ROWS)
+    kept.classes = classes(means)
+    kept.scenes = [scene(kept.classes, row["epoch"], row["step"], "train") for row in ROWS[::2]]
+    return kept
+
+
+HISTORY = history(torch.eye(4, 6, dtype=torch.float64))
+FIGURES = {"neural_collapse", "class_means", "classes", "depth"}
 
 
 def values(rows):
@@ -49,15 +59,15 @@ def wandb_logger(monkeypatch, tmp_path):
 
 
 def test_a_logger_that_takes_no_pictures_gets_files_in_its_directory(tmp_path):
-    publish_figures(CSVLogger(tmp_path, name="", version=""), HISTORY, MEANS)
-    assert is_picture(tmp_path / "neural_collapse.png")
-    assert is_picture(tmp_path / "class_means.png")
+    publish_figures([CSVLogger(tmp_path, name="", version="")], [HISTORY])
+    assert {file.stem for file in tmp_path.glob("*.png")} == FIGURES
+    assert all(map(is_picture, tmp_path.glob("*.png")))
 
 
 def test_wandb_gets_images_and_a_table_of_the_last_value_of_every_key(tmp_path, wandb_logger):
-    publish_figures(wandb_logger, HISTORY, MEANS)
+    publish_figures([wandb_logger], [HISTORY])
     pictures = list(tmp_path.rglob("media/images/figures/*.png"))
-    assert {picture.name.split("_")[0] for picture in pictures} == {"neural", "class"}
+    assert {picture.name.rsplit("_", 2)[0] for picture in pictures} == FIGURES
     assert all(is_picture(picture) for picture in pictures)
     (table,) = tmp_path.rglob("media/table/figures/final_values*.table.json")
     final = json.loads(table.read_text())
@@ -70,25 +80,26 @@ def test_tensorboard_gets_figures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path, name="", version="run")
-    publish_figures(logger, HISTORY, MEANS)
+    publish_figures([logger], [HISTORY])
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert set(events.Tags()["images"]) == {"figures/neural_collapse", "figures/class_means"}
+    assert set(events.Tags()["images"]) == {f"figures/{name}" for name in FIGURES}
     assert [event.step for event in events.Images("figures/neural_collapse")] == [30]
 
 
 def test_mlflow_gets_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    publish_figures(MLFlowLogger(save_dir=str(tmp_path / "runs")), HISTORY, MEANS)
+    publish_figures([MLFlowLogger(save_dir=str(tmp_path / "runs"))], [HISTORY])
     pictures = list(tmp_path.rglob("*.png"))
-    assert {picture.name for picture in pictures} == {"neural_collapse.png", "class_means.png"}
+    assert {picture.name for picture in pictures} == {f"{name}.png" for name in FIGURES}
     assert all(is_picture(picture) for picture in pictures)
 
 
-def test_the_class_means_are_left_out_if_there_are_none_or_too_many(tmp_path):
-    for index, means in enumerate((None, classes(torch.randn(1001, 2).double()))):
-        publish_figures(CSVLogger(tmp_path / str(index), name="", version=""), HISTORY, means)
-        assert [file.name for file in (tmp_path / str(index)).iterdir()] == ["neural_collapse.png"]
+def test_what_is_not_known_or_too_large_is_left_out(tmp_path):
+    few = {"neural_collapse", "depth"}
+    for kept, expected in ((History(rows=ROWS), few), (history(torch.randn(1001, 2).double()), {*few, "class_means"})):
+        publish_figures([CSVLogger(tmp_path / str(len(expected)), name="", version="")], [kept])
+        assert {file.stem for file in (tmp_path / str(len(expected))).iterdir()} == expected
 
 
 def test_the_callback_gives_every_logger_the_values_and_the_figures(tmp_path, wandb_logger):

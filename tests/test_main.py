@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import is_picture
 
 from lightning_nc import History
@@ -72,6 +73,58 @@ def test_the_file_of_a_history_is_drawn(tmp_path, capsys):
     assert is_picture(tmp_path / "a.png")
 
 
+def test_runs_are_drawn_over_each_other_by_label_layer_and_group(run, tmp_path, capsys):
+    runs = [str(run(name, "epoch,nc/nc1,nc/layer3/nc1", "0.5,0.4")) for name in ("a-seed0", "a-seed1", "b")]
+    out = tmp_path / "o.png"
+    for options in (
+        ["--labels", "x", "y", "z"],
+        ["--group"],
+        ["--labels", "x", "x", "z", "--group"],
+        ["--layer", "layer3"],
+    ):
+        assert main(["plot", *runs, "--overlay", "-o", str(out), *options]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"{out}: 3 runs"
+        assert is_picture(out)
+
+
+def test_the_seeds_of_a_table_of_the_ufm_example_are_runs(tmp_path, capsys):
+    lines = [f"{seed},{100 * i},{0.5 / (i + 1)},{0.1 + seed},1.0" for seed in range(3) for i in range(4)]
+    (tmp_path / "figure4-seeds.csv").write_text("\n".join(["seed,iteration,objective,nc1,nc1_h1", *lines, ""]))
+    assert (
+        main(["plot", str(tmp_path / "figure4-seeds.csv"), "--overlay", "--group", "-o", str(tmp_path / "a.png")]) == 0
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'a.png'}: 3 runs"
+
+
+def test_a_checkpoint_without_a_log_is_drawn(tmp_path):
+    history = History()
+    for epoch in range(3):
+        history.append({"nc1": 0.5**epoch}, epoch=epoch)
+    torch.save(
+        {
+            "pytorch-lightning_version": "2.6.0",
+            "state_dict": {"weight": torch.zeros(1)},
+            "callbacks": {"NeuralCollapseCallback": history.state()},
+        },
+        tmp_path / "last.ckpt",
+    )
+    assert main(["plot", str(tmp_path), "-o", str(tmp_path / "a.png")]) == 0
+    assert is_picture(tmp_path / "a.png")
+
+
+def test_options_that_do_not_fit_are_one_line(run, refused):
+    a, b = run("a"), run("b")
+    assert "no metric 'x' was measured; measured were nc1, nc2_of, nc3" in refused(a, "--metrics", "nc1", "x")
+    assert "did you mean 'nc2_of'" in refused(a, "--metrics", "nc2_off")
+    assert "--labels must name each of the 2 runs, got 1" in refused(a, b, "--labels", "x")
+    assert "--labels must differ" in refused(a, b, "--labels", "x", "x")
+    assert "pass --overlay too" in refused(a, b, "--group")
+    assert "no two runs have the same label" in refused(a, b, "--overlay", "--group")
+    assert "group must be a regular expression, got '*': nothing to repeat" in refused(
+        a, b, "--overlay", "--group", "*"
+    )
+
+
 def test_dollar_signs_in_paths_layers_and_metrics_are_no_formulas(run, tmp_path):
     runs = [run(name, r"epoch,nc/$\frac$/nc1,nc/$\frac$,nc/nc3") for name in (r"$\frac$", r"b$\frac$")]
     assert main(["plot", *map(str, runs), "-o", str(tmp_path / "a.png")]) == 0
@@ -138,4 +191,4 @@ def test_a_package_that_is_missing_is_named_with_the_remedy(run, refused, monkey
 def test_a_number_of_classes_below_two_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         main(["plot", str(run("a")), "-k", "1"])
-    assert "--num-classes must be at least 2, got 1" in capsys.readouterr().err
+    assert "--num-classes: must be at least 2, got 1" in capsys.readouterr().err

@@ -6,7 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_nc import History, measure
+from lightning_nc.functional import METRICS
 from lightning_nc.plotting import plot_gram, plot_history, plot_runs
 
 PREFIXES = {"train": "nc/", "validate": "nc/val/", "test": "nc/test/"}
@@ -183,7 +187,7 @@ def test_standard_errors_are_no_curves():
 
 
 def test_entries_of_a_row_that_are_no_metrics_are_ignored():
-    rows = [{**row, "partial": True, "weights": "averaged", "note": None, "loss": 1.0} for row in history(("",))]
+    rows = [{**row, "partial": True, "weights": "averaged", "note": None, "lr": 1.0} for row in history(("",))]
     assert [points(axis) for axis in plot_history(rows).axes] == [
         points(axis) for axis in plot_history(history(("",))).axes
     ]
@@ -233,23 +237,206 @@ def test_zeros_and_holes_are_visible_on_a_log_axis():
     assert np.isnan(line.get_ydata()[[1, 2]]).all()
     assert line.get_markevery() == [0, 3]  # without a neighbor, no line would show them
     nothing = plot_history([{"stage": "train", "epoch": e, "nc/nc1": math.nan} for e in range(3)])
-    assert [text.get_text() for text in nothing.axes[0].texts] == ["no finite value"]
+    assert [text.get_text() for text in nothing.axes[0].texts] == ["nc1 · smaller is closer", "no finite value"]
 
 
 def test_an_objective_is_drawn_in_a_first_panel_over_the_epochs_of_the_training_data():
     rows = history(("",), ("train", "validate"))
     figure = plot_history(rows, objective={"loss": [5.0, 4.0, 3.0, 2.0, 1.0]})
-    assert figure.axes[0].get_title() == "Training objective"
+    assert figure.axes[0].get_title() == "Loss"
     assert points(figure.axes[0])["loss", "-"] == list(enumerate([5.0, 4.0, 3.0, 2.0, 1.0]))
     assert figure.axes[1].get_title() == "NC1, within-class variability"
 
 
-def test_the_value_at_a_frame_of_the_other_kind_is_marked():
+def test_loss_and_accuracy_of_the_rows_share_a_panel_with_two_axes():
+    rows = [{**row, "loss": 2.0 ** -row["epoch"], "accuracy": 0.5 + 0.1 * row["epoch"]} for row in history(("",))]
+    for row in rows:
+        row["val_loss"] = 3.0
+    figure = plot_history(rows)
+    (left, right) = (axis for axis in figure.axes if axis.get_ylabel() in ("loss", "accuracy"))
+    assert (left.get_ylabel(), left.get_yscale()) == ("loss", "log")
+    assert (right.get_ylabel(), right.get_yscale()) == ("accuracy", "linear")
+    assert left.get_title() == "Loss and accuracy"
+    train, val = left.lines
+    assert list(train.get_ydata()) == [1.0, 0.5, 0.25, 0.125, 0.0625]
+    assert (list(val.get_ydata()), val.get_linestyle()) == ([3.0] * 5, "--")
+    twice = plot_history([{"epoch": 0, "nc1": 1.0, "train_loss": 2.0, "loss": 3.0, "eval_loss": 4.0, "val_loss": 5.0}])
+    assert sorted(line.get_ydata()[0] for line in twice.axes[0].lines) == [2.0, 3.0, 4.0, 5.0]
+    assert right.lines[0].get_ydata() == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["loss", "accuracy (right)"]
+    assert texts_beside(figure)[0] == ["train", "validate"]
+    assert len(plot_history(rows, metrics="nc1").axes) == 1  # only what was named
+
+
+def test_the_right_axes_of_runs_have_the_same_limits_too():
+    runs = {
+        name: [{**row, "loss": 1.0, "acc": high} for row in history(("",))] for name, high in (("a", 0.5), ("b", 1.0))
+    }
+    first, second = (axis for axis in plot_runs(runs).axes if axis.get_ylabel() == "accuracy")
+    assert first.get_ylim() == second.get_ylim()
+
+
+def test_the_value_at_a_frame_of_the_other_kind_is_marked_and_explained_in_the_legend():
     figure = plot_history(history(("", "layer1/"), metrics=("nc1", "nc2_of")), num_classes=4)
     level = next(line for line in figure.axes[1].lines if line.get_linestyle() == "-.").get_ydata()[0]
     assert level == pytest.approx(0.5176380902)  # Tirer & Bruna's four classes: nc2_of at an exact simplex ETF
-    assert [text.get_text() for text in figure.axes[1].texts] == ["exact ETF"]
-    assert not figure.axes[0].texts
+    assert texts_beside(figure)[0][-1] == "nc2_of of an exact ETF"
+    assert all(line.get_linestyle() == "-" for line in figure.axes[0].lines)
+
+
+def test_a_frame_of_the_other_kind_that_would_squash_the_curves_is_left_out():
+    rows = [{"epoch": epoch, "nc2_of": 1e-3 * 0.9**epoch} for epoch in range(5)]
+    figure = plot_history(rows, num_classes=4)
+    assert len(figure.axes[0].lines) == 1
+    assert texts_beside(figure)[0] == []
+
+
+def test_a_panel_says_which_metric_it_shows_and_which_values_are_closer():
+    names = ("nc2_etf_centered", "stable_rank", "gnc2_margin", "minority_cosine")
+    rows = [{"epoch": epoch, "layer1/nc1": 1.0, **dict.fromkeys(names, 2.0)} for epoch in range(3)]
+    told = {axis.texts[0].get_text().replace("\n", " · ") for axis in plot_history(rows, num_classes=10).axes}
+    assert told == {
+        "nc1 · smaller is closer",
+        "nc2_etf_centered · smaller is closer",
+        "stable_rank · approaches 9",
+        "gnc2_margin · larger is closer, 1.11 at collapse",
+        "minority_cosine · smaller is closer, -0.111 at collapse",
+    }
+    family = plot_history([{"epoch": epoch, "nc3": 1.0, "nc3_gram": 2.0} for epoch in range(3)]).axes[0]
+    assert family.texts[0].get_text() == "smaller is closer"
+    assert [text.get_text() for text in family.get_legend().get_texts()] == ["nc3", "nc3_gram"]
+
+
+def labels(axis):
+    """The labels of the y axis within its limits."""
+    axis.get_figure(root=True).draw_without_rendering()
+    low, high = axis.get_ylim()
+    return [
+        text.get_text() for text, at in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True) if low <= at <= high
+    ]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.15, 1.0, ["0.2", "0.5", "1"]),
+        (0.62, 0.98, ["0.6", "0.7", "0.8", "0.9", "1"]),
+        (0.02, 2.0, ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]),
+        (200, 300, ["200", "220", "240", "250", "260", "280", "300"]),
+    ],
+)
+def test_log_axes_of_few_decades_have_several_plain_labels(low, high, expected):
+    found = labels(plot_history([{"epoch": 0, "nc1": low}, {"epoch": 1, "nc1": high}]).axes[0])
+    assert len(found) >= 3
+    assert set(found) <= set(expected)
+
+
+def test_log_axes_of_many_decades_have_powers_of_ten_at_their_places():
+    axis = plot_history([{"epoch": 0, "nc1": 1e-8}, {"epoch": 1, "nc1": 10.0}]).axes[0]
+    found = labels(axis)
+    assert len(found) >= 4
+    for text, at in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True):
+        assert text.get_text() == rf"$\mathdefault{{10^{{{round(math.log10(at))}}}}}$"
+    small = labels(plot_history([{"epoch": 0, "nc1": 2e-7}, {"epoch": 1, "nc1": 8e-7}]).axes[0])
+    assert r"$\mathdefault{4\times10^{-7}}$" in small
+
+
+def test_layers_with_the_same_numbers_are_one_curve_with_both_names():
+    rows = history(("layer3/", "layer4/", ""))
+    for row in rows:
+        row.update({key.replace("layer4/", ""): value for key, value in row.items() if "layer4" in key})
+    figure = plot_history(rows)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["layer3", "layer4 = classifier input"]
+    assert texts_beside(figure)[0] == ["layer3", "layer4 = classifier input"]
+    rows[2]["nc/layer4/nc1"] *= 1.001  # in one metric of one epoch
+    assert len(plot_history(rows).axes[0].lines) == 3
+
+
+def test_metrics_with_the_same_numbers_are_one_curve_with_both_names():
+    rows = [
+        {"epoch": epoch, "nc2_etf": 0.5**epoch, "nc2_etf_centered": 0.5**epoch, "nc2_of": 1.0} for epoch in range(3)
+    ]
+    (axis,) = plot_history(rows).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["nc2_etf = nc2_etf_centered", "nc2_of"]
+    assert len(axis.lines) == 2
+
+
+def test_values_by_chance_are_explained_in_the_legend():
+    rows = [{**row, "nc/nc1_permuted": 5.0} for row in history(("",))]
+    figure = plot_history(rows)
+    assert texts_beside(figure)[0] == ["chance"]
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines][1] == [5.0] * 5
+
+
+def test_legends_hide_no_curve():
+    rows = [
+        {**row, "loss": 1.0, "accuracy": 0.5} for row in history(("",), ("train", "test"), ("nc1", "nc3", "nc3_gram"))
+    ]
+    figure = plot_history(rows)
+    figure.draw_without_rendering()
+    panels = [axis.get_window_extent() for axis in figure.axes]
+    (part,) = figure.subfigs
+    for legend in [*part.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]:
+        box = legend.get_window_extent()
+        assert not any(box.overlaps(panel) for panel in panels)
+
+
+def test_text_is_at_least_seven_points_and_no_figure_is_wider_than_twelve_inches():
+    layers = [f"backbone.stage{index}/" for index in range(30)]
+    for figure in (plot_history(history([*layers, ""], ("train", "test"))), plot_history(history(), metrics="all")):
+        figure.draw_without_rendering()
+        assert figure.get_figwidth() <= 12
+        assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 7
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A history with what a measurement keeps beside the metrics that were asked for."""
+    features = torch.randn(60, 12, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(features, torch.tensor([0, 1, 1, 2, 2, 2]).repeat(10)), batch_size=30)
+    rows = History()
+    for epoch in range(2):
+        rows.append(measure(torch.nn.Linear(12, 3), loader, metrics=("nc1", "nc3"), progress=False), epoch=epoch)
+    return rows
+
+
+def test_distances_to_frames_that_nobody_asked_for_have_no_panel(measured, tmp_path):
+    assert {"nc/nc2_of", "nc/nc2_seli"} <= measured[0].keys()
+    copy = History(tmp_path / "nc.csv")
+    for row in measured:
+        copy.append({key: value for key, value in row.items() if key not in ("stage", "epoch")}, epoch=row["epoch"])
+    expected = ["NC1, within-class variability", "NC3, weight to class means"]
+    for rows in (measured, History.read(copy.path)):
+        assert [axis.get_title() for axis in plot_history(rows).axes] == expected
+        assert [axis.get_title() for axis in plot_history(rows, metrics="nc2_seli").axes] == [
+            "NC2, centered means to SELI"
+        ]
+
+
+def test_the_heading_names_the_nearest_frame_of_the_last_epoch_or_none():
+    rows = [{"epoch": epoch, "nc1": 1.0, "geometry": "nc2_of", "nc2_of": 0.25} for epoch in range(3)]
+    (part,) = plot_history(rows).subfigs
+    assert part.get_suptitle() == "nearest frame at the end: orthogonal frame (nc2_of 0.25)"
+    rows[-1]["geometry"] = "none"
+    (part,) = plot_history(rows).subfigs
+    assert part.get_suptitle() == ""
+
+
+def test_more_metrics_than_fit_are_counted_and_those_that_are_named_are_drawn():
+    every = [name for name in METRICS if name not in ("nc5", "nc2_orthoplex", "gnc2_margin")]
+    rows = [{"epoch": epoch, "layer1/nc1": 2.0, **dict.fromkeys(every, 1.0 + epoch)} for epoch in range(2)]
+    figure = plot_history(rows)
+    assert len(figure.axes) == 6  # those of the paper
+    assert figure.subfigs[0].get_suptitle().startswith(f"{len(every) - 6} more metrics were measured")
+    assert len(plot_history(rows, metrics="all").axes) == len(every)
+    assert [axis.get_title() for axis in plot_history(rows, metrics=["nc3", "nc1"]).axes] == [
+        "NC1, within-class variability",
+        "NC3, weight to class means",
+    ]
+    with pytest.raises(
+        ValueError, match=r"no metric 'nc3_center' was measured; did you mean 'nc3_centered'.*nc1_trace"
+    ):
+        plot_history(rows, metrics="nc3_center")
 
 
 def test_runs_are_drawn_one_below_the_other_with_the_same_limits():

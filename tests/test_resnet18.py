@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 import torchvision
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch.nn.functional import interpolate
 
@@ -67,6 +68,8 @@ def test_the_demo_trains_on_real_digits_and_writes_its_table_csv_and_figure(dire
     measured = rows()
     assert [row["epoch"] for row in measured] == ["0", "1", "2"]
     assert float(measured[-1]["nc/nc1"]) < float(measured[0]["nc/nc1"])
+    checkpoint = torch.load("results/resnet18/version_0/checkpoints/last.ckpt")
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0  # half a cosine has ended
     for key in ("nc/nc1", *(f"nc/network.layer{depth}/nc1" for depth in (1, 2, 3, 4))):
         assert f"{float(measured[-1][key]):.3e}" in text
     assert "results/resnet18/version_0/metrics.csv" in text
@@ -321,6 +324,35 @@ def test_the_paper_is_the_default(capsys):
         scheduler.step()
     assert [rates[epoch] for epoch in (39, 40, 80, 120)] == pytest.approx([0.05, 0.005, 0.0005, 0.00005])
     assert optimizer.param_groups[0]["weight_decay"] == 5e-4
+
+
+def test_without_milestones_the_learning_rate_follows_half_a_cosine_down_to_zero():
+    model = resnet18.ResNet18(width=4, lr_milestones=(), momentum=0.5)
+    model.trainer = Trainer(max_epochs=60, accelerator="cpu", logger=False, enable_checkpointing=False)
+    optimizer, scheduler = model.configure_optimizers().values()
+    rates = []
+    for _ in range(61):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert [rates[epoch] for epoch in (0, 20, 30, 40, 60)] == pytest.approx([0.05, 0.0375, 0.025, 0.0125, 0])
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_half_sum_is_the_loss_of_the_paper():
+    model = resnet18.ResNet18(width=4, loss="half_sum").eval()
+    images, target = torch.randn(6, 1, 8, 8), torch.tensor([0, 3, 3, 9, 1, 2])
+    errors = model(images).double() - torch.eye(10, dtype=torch.float64)[target]
+    loss = model.step((images, target), "train")
+    assert loss.item() == pytest.approx(sum(0.5 * row @ row for row in errors).item() / 6)
+
+
+def test_convolutions_start_from_kaiming_or_from_the_default_of_pytorch():
+    spread = {
+        kaiming: resnet18.ResNet18(width=32, kaiming=kaiming).network.layer3[0].conv1 for kaiming in (True, False)
+    }
+    assert spread[True].weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)  # fan-out: 128 channels
+    assert spread[False].weight.abs().max().item() == pytest.approx((64 * 9) ** -0.5, rel=0.02)  # fan-in: 64 channels
 
 
 def test_layout_and_half_precision_change_the_logits_by_rounding_only():

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_nc.plotting import plot_history
-from lightning_nc.runs import epoch_of, find_log, is_metric, read_run
+from lightning_nc.runs import epoch_of, find_log, is_metric, read_run, split_seeds
 
 ROWS = [
     {"epoch": epoch, "nc/nc1": 0.5**epoch, "nc/layer3/nc1": 2.0 * 0.5**epoch, "nc/val/nc1": 3.0 * 0.5**epoch}
@@ -59,7 +59,7 @@ def test_what_transformers_wrote_to_tensorboard_is_read_back_under_the_keys_of_i
         state = transformers.TrainerState(global_step=10 * row["epoch"], is_world_process_zero=True)
         callback.on_log(arguments, state, transformers.TrainerControl(), logs={**row, "loss": 0.5, "grad_norm": 0.1})
     writer.close()
-    assert all_same(read_run(tmp_path), logged())
+    assert all_same(read_run(tmp_path), [{**row, "train/loss": 0.5} for row in logged()])
 
 
 def test_what_wandb_wrote_is_read_back_and_a_file_that_is_cut_gives_the_rows_before_the_cut(tmp_path, monkeypatch):
@@ -97,13 +97,14 @@ def test_keys_as_measure_returns_them_a_stage_column_and_other_columns_are_read(
     )
     rows = read_run(file)
     assert [row.get("stage") for row in rows] == ["train", "test", None]
-    values = [{key: value for key, value in row.items() if key != "stage"} for row in rows]
+    values = [{key: value for key, value in row.items() if key not in ("stage", "loss")} for row in rows]
+    assert [row["loss"] for row in rows] == [9, 9, 9]
     nan = math.nan
     assert all_same(
         values,
         [{"epoch": 0, "nc1": 1}, {"epoch": 1, "nc1": 2, "layer3/nc1": 3}, {"epoch": 2, "nc1": 4, "layer3/nc1": nan}],
     )
-    assert len(plot_history(read_run(file)).axes[0].lines) == 4
+    assert len(plot_history(read_run(file)).axes[1].lines) == 4
 
 
 def test_layers_are_in_natural_order_whatever_the_order_of_a_file(tmp_path):
@@ -143,11 +144,44 @@ def test_columns_that_mark_a_row_are_read_and_all_columns_of_a_history(tmp_path)
         {"stage": "train", "epoch": 0, "step": 6, "weights": "swapped", "partial": True},
         ["train,0,6,swapped,True"],
     )
-    foreign = write(tmp_path / "a.csv", "loss,stage,epoch,step,weights,partial,nc/nc1", f"0.1,{lines[0]},0.5")
+    foreign = write(tmp_path / "a.csv", "lr,stage,epoch,step,weights,partial,nc/nc1", f"0.1,{lines[0]},0.5")
     assert read_run(foreign) == [{**marks, "nc/nc1": 0.5}]
     own = write(tmp_path / "b.csv", "stage,epoch,step,weights,partial,nc/nc1,loss", f"{lines[0]},0.5,0.1")
     assert read_run(own) == [{**marks, "nc/nc1": 0.5, "loss": 0.1}]
     assert [type(value) for value in read_run(own)[0].values()] == [str, int, int, str, bool, float, float]
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger, WandbLogger])
+def test_losses_and_accuracies_of_a_logger_stand_in_the_row_of_their_epoch(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True) if kind is WandbLogger else kind(tmp_path)
+    for epoch in range(3):
+        step = 10 * epoch
+        logger.log_metrics({"epoch": epoch, "train_loss_step": 9.0, "lr": 0.1}, step=step)
+        logger.log_metrics({"epoch": epoch, "val_loss": 2.0 + epoch}, step=step + 1)
+        logger.log_metrics({"epoch": epoch, "nc/nc1": 0.5, "train_loss": 1.0, "train_acc": 0.75}, step=step + 2)
+    logger.finalize("success")
+    if kind is WandbLogger:
+        logger.experiment.finish()
+        import wandb
+
+        wandb.teardown()  # waits until the file is closed
+    expected = {"nc/nc1": 0.5, "train_loss": 1.0, "train_acc": 0.75}
+    rows = [{key: value for key, value in row.items() if key != "step"} for row in read_run(tmp_path)]
+    assert rows == [{**expected, "epoch": epoch, "val_loss": 2.0 + epoch} for epoch in range(3)]
+
+
+def test_the_table_of_the_ufm_example_is_read_over_iterations_by_level_and_by_seed(tmp_path):
+    file = write(
+        tmp_path / "figure4.csv", "seed,iteration,objective,nc1,nc1_h1,nc2_of_pre", "0,100,0.5,1,2,3", "1,100,0.4,4,5,6"
+    )
+    rows = read_run(file)
+    assert rows == [
+        {"seed": 0, "iteration": 100, "epoch": 100, "objective": 0.5, "nc1": 1.0, "h1/nc1": 2.0, "pre/nc2_of": 3.0},
+        {"seed": 1, "iteration": 100, "epoch": 100, "objective": 0.4, "nc1": 4.0, "h1/nc1": 5.0, "pre/nc2_of": 6.0},
+    ]
+    assert split_seeds("f", rows) == [("f, seed 0", rows[:1]), ("f, seed 1", rows[1:])]
+    assert split_seeds("f", rows[:1]) == [("f", rows[:1])]
 
 
 def test_standard_errors_are_read_after_their_metric(tmp_path):

@@ -38,7 +38,10 @@ def test_a_run_of_lightning_is_read_back_as_the_callback_has_it(tmp_path):
     saving = ModelCheckpoint(save_last=True)
     fit(tmp_path, [callback, saving], val=DataLoader(OTHER, 8), logger=CSVLogger(tmp_path, name="run"))
     found = History.read(tmp_path / "run" / "version_0")
+    losses = [{name: row.pop(name) for name in ("train_loss", "val_loss") if name in row} for row in found]
     assert [dict(row) for row in found] == [dict(row) for row in callback.history]
+    assert [len(logged) for logged, row in zip(losses, found, strict=True) if row["stage"] == "train"] == [2, 2, 2]
+    assert not any(logged for logged, row in zip(losses, found, strict=True) if row["stage"] != "train")
     assert found.scenes == callback.history.scenes
     assert [scene.chosen for scene in found.scenes] == [[0, 1, 2]] * 3
     assert (found.per_class, found.about) == (callback.per_class, callback.history.about)

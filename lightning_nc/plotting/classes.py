@@ -97,7 +97,7 @@ def plot_frames(scenes: Sequence[Scene]) -> Figure:
         bar.ax.axhline(_ideal(last), color="black", linewidth=1.5)
         mark = bar.ax.secondary_yaxis("left")
         mark.set_yticks([_ideal(last)], [f"ideal\n{_minus(_ideal(last))}"], fontsize=8)
-    figure.suptitle("cosines of the centered class means" + _first_of(last), fontsize=10)
+    figure.suptitle("\n".join(["cosines of the centered class means", *_first_of(last)]), fontsize=10)
     return figure
 
 
@@ -140,8 +140,9 @@ def _minus(number: float) -> str:
     return f"{number:.2g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _first_of(scene: Scene) -> str:
-    return f", first {len(scene.labels)} of {scene.classes} classes" if len(scene.labels) < scene.classes else ""
+def _first_of(scene: Scene) -> list[str]:
+    """How many classes are drawn, if it is not all of them."""
+    return [f"first {len(scene.labels)} of {scene.classes} classes"] if len(scene.labels) < scene.classes else []
 
 
 def _worst(table: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -193,7 +194,7 @@ def _histogram(axis: Axes, scene: Scene) -> None:
         axis.axvline(_ideal(scene), color=COLORS[1], linewidth=1.5)
     else:
         axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", va="center", color="0.4")
-    axis.set_title(f"cosines between class means, epoch {scene.epoch:g}{_first_of(scene)}", fontsize=9)
+    axis.set_title(", ".join([f"cosines between class means, epoch {scene.epoch:g}", *_first_of(scene)]), fontsize=9)
     axis.set_xlabel("cosine; −1/(K − 1) at collapse to a simplex ETF", fontsize=8)
     axis.set_ylabel("pairs of classes", fontsize=8)
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))

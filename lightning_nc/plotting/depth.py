@@ -109,7 +109,7 @@ def _panel(axis: Axes, metric: str, epochs: Epochs, layers: Sequence[str], color
         curves[str(place)] = depths, [values[metric, layers[depth]] for depth in depths]
     linear = spec is not None and spec.direction == "approaches"
     around = ", around training means" * metric.endswith(TRAIN_MEANS)
-    title = wrapped(f"{spec.title}{around}", 44) + "\n" if spec is not None and spec.title else ""
+    title = wrapped(f"{spec.title}{around}", 44) + "\n\n" if spec is not None and spec.title else ""
     draw(axis, title + wrapped(metric, 44), "", curves, colors, legend=False, linear=linear)
     few = len(epochs) <= _MOST_MARKED
     for line in axis.lines:

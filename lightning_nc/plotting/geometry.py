@@ -29,7 +29,7 @@ __all__ = ["animate", "plot_geometry"]
 
 _SPACES = {2: "on the line", 3: "in the plane", 4: "in the space"}
 _RATE = 20  # frames a second
-_MOST_FRAMES = 180
+_MOST_STEPS = 180
 _FARTHEST = 3.0  # of a sample from the center; the class means are at 1 on average
 _SHADES = 14  # of each color in a GIF
 
@@ -38,7 +38,7 @@ def plot_geometry(scenes: Sequence[Scene]) -> Figure:
     """Draw a few classes in the first, middle and last measured epoch, beside the frame of exact collapse.
 
     Points are samples, circles class means and arrows the rows of the classifier's weight, all projected on the span of the
-    chosen class means: a line for two classes (samples are spread across it at random), a plane for three, space for four.
+    chosen class means: a line for two classes (their samples are spread across it), a plane for three, space for four.
     Dashed lines join the corners of the ideal simplex. The unit of each panel is the root mean square distance of its class
     means from their center, so that the corners are at distance 1 in every epoch; weight rows are scaled to the same size.
     Samples that are more than three units from the center are left out, and the panel says how many. The middle is that of the
@@ -61,9 +61,7 @@ def plot_geometry(scenes: Sequence[Scene]) -> Figure:
         picture = _Picture(axis, scene, window)
         left_out = picture.show(scene.samples, scene.means, scene.weight)
         axis.set_title("exact collapse" if scene.epoch == math.inf else f"epoch {scene.epoch:g}", fontsize=11)
-        if left_out:
-            words = f"{left_out} of {sum(map(len, scene.samples))} samples are farther out"
-            figure.text(0.02, 0.02, words, fontsize=8, transform=axis.transAxes)
+        figure.text(0.02, 0.02, _left_out(left_out, scene), fontsize=8, transform=axis.transAxes)
     figure.suptitle(
         f"classes {', '.join(map(str, chosen))} {_SPACES[len(chosen)]} of their means\n"
         "unit of a panel: root mean square distance of the class means",
@@ -76,7 +74,7 @@ def plot_geometry(scenes: Sequence[Scene]) -> Figure:
 def animate(scenes: Sequence[Scene], path: str | Path) -> Path:
     """Write the course of :func:`plot_geometry` over all measured epochs as a GIF or MP4 of at most ten seconds.
 
-    Every measurement is a frame, and points move in straight lines from one to the next. Of more than 180 measurements, 180
+    Every measurement is a frame, and points move in straight lines from one to the next. Of more than 181 measurements, 181
     that are evenly spread are frames. The last frame stays for a second.
 
     Args:
@@ -115,6 +113,10 @@ def _with_points(scenes: Sequence[Scene]) -> list[Scene]:
     return found
 
 
+def _left_out(count: int, scene: Scene) -> str:
+    return f"{count} of {sum(map(len, scene.samples))} samples are farther out" if count else ""
+
+
 def _ideal(like: Scene) -> Scene:
     """The classes at exact collapse: every sample and weight row at its class mean, these at the corners."""
     corners = simplex(len(like.chosen)).tolist()
@@ -125,7 +127,8 @@ def _ideal(like: Scene) -> Scene:
 def _window(scenes: Sequence[Scene]) -> Any:
     """The smallest cube that shows all scenes and the labels at the corners: from and to by coordinate, (3, 2)."""
     labels = 1.55 * simplex(len(scenes[-1].chosen)).numpy()
-    points = numpy.concatenate([labels, *(rows for scene in scenes for rows in (*scene.samples, scene.weight) if rows)])
+    groups = (rows for scene in scenes for rows in (*scene.samples, scene.means, scene.weight) if rows)
+    points = numpy.concatenate([labels, *groups])
     points = points[numpy.linalg.norm(points, axis=1) <= _FARTHEST]
     low, high = points.min(axis=0), points.max(axis=0)
     half = 0.52 * (high - low).max()
@@ -141,7 +144,7 @@ class _Picture:
         self.drawn = max(2, self.dimensions)  # a line is drawn in a plane, so that samples do not hide each other
         if self.drawn == 3:
             axis.set(**dict(zip(("xlim", "ylim", "zlim"), window, strict=True)), proj_type="ortho")
-            axis.set_box_aspect((1, 1, 1), zoom=1.5)
+            axis.set_box_aspect((1, 1, 1), zoom=1.4)
             axis.view_init(elev=20, azim=130)  # no corner hides another one or the center
             axis.set_axis_off()
         else:
@@ -213,8 +216,8 @@ def _frames(scenes: Sequence[Scene]) -> Iterator[Image.Image]:
     figure = Figure(figsize=(4.8, 2.4 if len(scenes[-1].chosen) == 2 else 4.8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0.02, 0.02, 0.96, 0.86), projection="3d" if len(scenes[-1].chosen) == 4 else None)
-    picture = _Picture(axis, scenes[-1], _window(scenes))
-    for place in tqdm(_places(len(scenes)), "Animation", leave=False):
+    picture, note = _Picture(axis, scenes[-1], _window(scenes)), figure.text(0.03, 0.03, "", fontsize=10)
+    for place in tqdm(_places(len(scenes)), "Animation", leave=False, delay=1):
         before, after = scenes[math.floor(place)], scenes[math.ceil(place)]
         share = place % 1
 
@@ -222,7 +225,8 @@ def _frames(scenes: Sequence[Scene]) -> Iterator[Image.Image]:
             return (1 - share) * numpy.asarray(start) + share * numpy.asarray(end)
 
         samples = [between(*pair) for pair in zip(before.samples, after.samples, strict=True)]
-        picture.show(samples, between(before.means, after.means), between(before.weight, after.weight))
+        left_out = picture.show(samples, between(before.means, after.means), between(before.weight, after.weight))
+        note.set_text(_left_out(left_out, before))
         axis.set_title(f"epoch {before.epoch:g}", fontsize=16)
         canvas.draw()
         yield Image.fromarray(numpy.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -231,8 +235,8 @@ def _frames(scenes: Sequence[Scene]) -> Iterator[Image.Image]:
 def _places(count: int) -> list[float]:
     """The places of the frames among ``count`` scenes: whole numbers, and fractions between them."""
     gaps = count - 1
-    steps = min(_RATE, _MOST_FRAMES // max(gaps, 1))
-    places = numpy.linspace(0, gaps, gaps * steps + 1) if steps else numpy.linspace(0, gaps, _MOST_FRAMES).round()
+    steps = min(_RATE, _MOST_STEPS // max(gaps, 1))
+    places = numpy.linspace(0, gaps, gaps * steps + 1) if steps else numpy.linspace(0, gaps, _MOST_STEPS + 1).round()
     return [float(place) for place in places.round(6)]
 
 
@@ -252,7 +256,7 @@ def _gif(frames: Iterator[Image.Image], path: Path) -> None:
 def _mp4(frames: Iterator[Image.Image], path: Path) -> None:
     first = next(frames)
     command = [_ffmpeg(), "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(_RATE)]
-    command += ["-s", f"{first.width}x{first.height}", "-i", "-", "-vf", "tpad=stop_mode=clone:stop_duration=1"]
+    command += ["-s", f"{first.width}x{first.height}", "-i", "-", "-vf", "tpad=stop_mode=clone:stop_duration=0.95"]
     command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None

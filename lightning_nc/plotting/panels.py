@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 from matplotlib.axes import Axes
@@ -13,47 +12,95 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
-from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, TRAIN_MEANS, Key, base_name, natural_order, parse_key
-from lightning_nc.plotting.style import COLORS, INPUT_NAME, color_of, draw, name_of, wrapped
+from lightning_nc.keys import Key, base_name, natural_order, parse_key
+from lightning_nc.plotting.curves import (
+    Curves,
+    RunCurves,
+    chosen,
+    drawn,
+    heads_of,
+    is_accuracy,
+    is_chance,
+    is_linear,
+    other_frames,
+    panels_of,
+    read_curves,
+    same,
+)
+from lightning_nc.plotting.style import (
+    COLORS,
+    LEVEL_STYLE,
+    PANEL,
+    WIDTH,
+    color_of,
+    columns_of,
+    draw,
+    legend_below,
+    legend_under,
+    sized_figure,
+    stage_entries,
+    style_of,
+    wrapped,
+)
 from lightning_nc.runs import Run, epoch_of, metrics_of
 
 __all__ = ["plot_history", "plot_runs"]
 
-_OTHER_FRAME = {"nc2_etf": "OF", "nc2_of": "ETF"}
-_DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
-_MOST_NAMES = 16  # lines of text that fit in a legend beside one row of panels
+_MOST_NAMES = 16  # lines of text in a legend or beside a color bar
+_LEFT, _RIGHT = [COLORS[index] for index in (0, 5, 6, 8)], [COLORS[index] for index in (1, 4, 3, 7)]
+_CHANCE: dict[str, Any] = {"alpha": 0.35, "linewidth": 1, "marker": "_"}
 
-Curves = dict[Key, tuple[list[float], list[float]]]
+
+class _Layout(NamedTuple):
+    """What the panels of all runs have in common."""
+
+    panels: list[list[str]]
+    metrics: list[dict[str, str]]  # those that are drawn in each panel, and what they are called
+    layers: dict[str, str]  # the layers, and what they are called; empty if only the classifier's input was measured
+    linear: list[bool]
+    levels: list[dict[str, float]]
+    num_classes: int | None
+    scores: list[str]  # "loss", "accuracy", or both
+    bar: float  # inches for the color bar of many layers; 0 without
+    width: float  # of a panel, in inches
 
 
 def plot_history(
     history: Iterable[Mapping[str, Any]],
     objective: Mapping[str, Sequence[float]] | None = None,
     num_classes: int | None = None,
+    metrics: str | Sequence[str] | None = None,
 ) -> Figure:
     """Plot metrics over epochs, on log axes that show zeros at their lower edge.
 
     NC1, NC2 and NC3 have one panel each. If layers were measured, each metric has a panel, and the color of a curve goes
-    from light to dark with the depth of its layer. Training data are solid, validation data dashed, test data dotted.
+    from light to dark with the depth of its layer; layers with the same numbers are one curve. Training data are solid,
+    validation data dashed, test data dotted. Losses and accuracies that the rows hold share the first panel.
 
     Args:
         history: rows with ``epoch``, metrics by key, and optionally ``stage`` (``"train"`` by default), as in
             ``NeuralCollapseCallback.history``. Keys are as the callback logs them (``nc/val/nc1``) or as
-            :func:`lightning_nc.measure` returns them (``layer3/nc1``); other entries are ignored.
-        objective: curves for an additional first panel: label -> values, one per row of the training data.
+            :func:`lightning_nc.measure` returns them (``layer3/nc1``); other entries but losses and accuracies are ignored.
+        objective: the curves of the first panel, instead of those in the rows: label -> values, one per row of the training
+            data.
         num_classes: K; marks the value of ``nc2_etf`` and ``nc2_of`` at an exact frame of the other kind,
-            sqrt(2 - 2 sqrt((K - 1) / K)).
+            sqrt(2 - 2 sqrt((K - 1) / K)), where it is near the curves.
+        metrics: ``"all"``, ``"paper"``, or one or more names. By default what was asked for in the measurement; if that needs
+            more than twelve panels, the metrics of the paper.
 
     Raises:
-        ValueError: if there is no metric, or a row with metrics has no epoch, an unknown stage or a value twice.
+        ValueError: if there is no metric, a row with metrics has no epoch, an unknown stage or a value twice, or a name in
+            ``metrics`` was not measured.
     """
-    return plot_runs({"": list(history)}, objective, num_classes)
+    return plot_runs({"": list(history)}, objective, num_classes, metrics)
 
 
 def plot_runs(
-    runs: Mapping[str, Run], objective: Mapping[str, Sequence[float]] | None = None, num_classes: int | None = None
+    runs: Mapping[str, Run],
+    objective: Mapping[str, Sequence[float]] | None = None,
+    num_classes: int | None = None,
+    metrics: str | Sequence[str] | None = None,
 ) -> Figure:
     """Plot several runs, one below the other, with the panels of :func:`plot_history` and shared axes limits.
 
@@ -61,179 +108,171 @@ def plot_runs(
         runs: title -> rows.
         objective: see :func:`plot_history`; for a single run.
         num_classes: see :func:`plot_history`.
+        metrics: see :func:`plot_history`.
 
     Raises:
         ValueError: see :func:`plot_history`.
     """
     if not runs:
         raise ValueError("runs is empty; pass at least one run as {title: rows}")
-    curves = {name: _curves(rows) for name, rows in runs.items()}
-    keys = list(dict.fromkeys(key for run in curves.values() for key in run))
-    layers = _layers(keys, sort=len(runs) > 1)
-    panels = _panels([key.metric for key in keys if not _is_chance(key.metric)], by_family=not layers)
-    count = len(panels) + bool(objective)
-    columns = 3 if count > 4 else count
-    lines = -(-count // columns)
-    longest = max(len(line) for layer in layers or [INPUT_NAME] for line in name_of(layer).splitlines())
-    beside = 0.6 + 0.065 * longest if layers or len({key[:2] for key in keys}) > 1 else 0
-    figure = Figure(figsize=(3.6 * columns + beside, 3.1 * lines * len(runs)), layout="constrained")
+    found = {name: read_curves(rows) for name, rows in runs.items()}
+    names = chosen(found.values(), metrics)
+    found = {name: run._replace(metrics=drawn(run.metrics, names)) for name, run in found.items()}
+    if objective is not None or metrics is not None:
+        curves = {name: _over_training(rows, objective or {}) for name, rows in runs.items()}
+        found = {name: run._replace(objectives=curves[name]) for name, run in found.items()}
+    layout = _layout(list(found.values()), names, num_classes)
+    entries = _entries(found.values(), layout)
+    count = len(layout.panels) + bool(layout.scores)
+    columns = columns_of(count)
+    figure = sized_figure(columns, -(-count // columns), len(runs), layout.width, layout.bar, entries)
+    above: list[Axes] = []
+    right: Axes | None = None
     # Constrained layout has no groups of axes, so each run is a subfigure.
-    for name, part in zip(runs, figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
-        axes = list(part.subplots(lines, columns, squeeze=False).ravel())
-        for axis in axes[count:]:
+    for (name, run), part in zip(found.items(), figure.subfigures(len(runs), 1, squeeze=False)[:, 0], strict=True):
+        grid = list(part.subplots(-(-count // columns), columns, squeeze=False).ravel())
+        for axis in grid[count:]:
             axis.remove()
-        for axis, above in zip(axes[:count], figure.axes, strict=False):
-            if axis is not above:  # the same limits, so that runs can be compared by eye
-                axis.sharex(above)
-                axis.sharey(above)
-        if objective:
-            epochs = [epoch_of(row) for row in runs[name] if row.get("stage", "train") == "train"]
-            draw(axes[0], "Training objective", "epoch", {k: (epochs, list(v)) for k, v in objective.items()})
-        for axis, members in zip(axes[count - len(panels) : count], panels, strict=True):
-            _draw_panel(axis, curves[name], members, layers, num_classes)
-        _explain(part, axes[:count], keys, layers, most=_MOST_NAMES * lines)
-        found = "\n".join(filter(None, (wrapped(name, 40 * columns), _geometry(runs[name]))))
-        part.suptitle(found, fontsize=10)
+        axes = grid[:count]
+        for axis, other in zip(axes, above, strict=False):  # so that runs can be compared by eye
+            axis.sharex(other)
+            axis.sharey(other)
+        above = above or axes
+        if layout.scores:
+            right = _draw_objectives(axes[0], run, layout.scores, right)
+        for index, axis in enumerate(axes[count - len(layout.panels) :]):
+            _draw_panel(axis, run, layout, index)
+        if layout.bar:
+            _color_bar(part, axes, layout.layers)
+        legend_under(part, entries, layout.width * columns)
+        heading = [wrapped(name, 40 * columns), _geometry(runs[name]), "" if metrics else _left_out(run, names)]
+        part.suptitle("\n".join(filter(None, heading)), fontsize=10)
     return figure
 
 
-def _curves(rows: Run) -> Curves:
-    """Epochs and values by stage, dataloader, layer and metric; the classifier's input last, so that it is drawn on top."""
-    points: dict[Key, list[tuple[float, float]]] = {}
-    for row in rows:
-        if not isinstance(row, Mapping):
-            raise ValueError(f"history must hold rows such as {{'epoch': 0, 'nc1': 0.5}}, got {row!r:.60}")
-        if values := metrics_of(row):
-            epoch, stage = epoch_of(row), row.get("stage", "train")
-            if stage not in STAGES:
-                raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
-            keys = [key._replace(stage=stage) if key.stage == "train" else key for key in map(parse_key, values)]
-            if len(set(keys)) < len(keys):
-                raise ValueError(f"a row has a metric twice, such as 'nc1' and 'nc/nc1'; got {list(values)!r:.300}")
-            for key, value in zip(keys, values.values(), strict=True):
-                if not key.metric.endswith(ERROR):
-                    points.setdefault(key, []).append((epoch, value))
-    if not points:
-        found = list(dict.fromkeys(name for row in rows for name in row))
-        raise ValueError(
-            f"nothing to plot in {len(rows)} rows: needs 'epoch' and a metric such as 'nc1' or 'nc/nc1', found {found!r:.300}"
-        )
-    order = list(STAGES)
-    keys = sorted(points, key=lambda key: (order.index(key.stage), key.loader, not key.layer))
-    for curve in points.values():  # rows of checkpoints come in any order
-        curve.sort(key=lambda point: point[0])
-    return {key: ([x for x, _ in points[key]], [y for _, y in points[key]]) for key in keys}
+def _left_out(run: RunCurves, names: Sequence[str]) -> str:
+    """What a reader should know of metrics that are not drawn by default."""
+    count = sum(not is_chance(name) for name in run.asked - set(names))
+    return f"{count} more metrics were measured; metrics='all' or their names draw them" if count else ""
+
+
+def _over_training(rows: Run, objective: Mapping[str, Sequence[float]]) -> Curves:
+    epochs = [epoch_of(row) for row in rows if row.get("stage", "train") == "train"]
+    return {Key("train", 0, "", label): (epochs, list(values)) for label, values in objective.items()}
+
+
+def _layout(runs: Sequence[RunCurves], names: Sequence[str], num_classes: int | None) -> _Layout:
+    layers = list(dict.fromkeys(key.layer for run in runs for key in run.metrics if key.layer))
+    if len(runs) > 1:  # they may have different layers
+        layers.sort(key=natural_order)
+    layers += [""] * (bool(layers) and any(not key.layer for run in runs for key in run.metrics))
+    curves = [run.metrics for run in runs]
+    panels = panels_of(names, by_family=not layers)
+    metrics = [same(curves, members, "metric") for members in panels]
+    linear = [is_linear(members, curves) for members in panels]
+    levels = [other_frames(members, curves, num_classes) for members in panels]
+    called = {layer: wrapped(name, 36) for layer, name in same(curves, layers, "layer").items()}
+    accurate = {is_accuracy(key.metric) for run in runs for key in run.objectives}
+    scores = ["loss"] * (False in accurate) + ["accuracy"] * (True in accurate)
+    texts = [line for name in called.values() for line in name.splitlines()]
+    bar = 0.6 + 0.065 * max(map(len, texts)) if len(texts) > _MOST_NAMES else 0.0
+    width = min(PANEL, (WIDTH - bar) / columns_of(len(panels) + bool(scores)))
+    return _Layout(panels, metrics, called, linear, levels, num_classes, scores, bar, width)
 
 
 def _geometry(rows: Run) -> str:
-    """The frame that the class means were nearest to at last, in words; empty if that is not known."""
-    row = next((row for row in reversed(list(rows)) if row.get("geometry") in FRAMES_IN_WORDS), None)
-    if row is None:
+    """The frame that the class means were nearest to at last, in words; empty if none was near, or that is not known."""
+    known = [row for row in rows if "geometry" in row]
+    row = next((row for row in reversed(known) if row.get("stage", "train") == "train"), known[-1] if known else {})
+    name = row.get("geometry")
+    if name not in FRAMES_IN_WORDS:
         return ""
-    name = row["geometry"]
     value = next((value for key, value in metrics_of(row).items() if parse_key(key)[2:] == ("", name)), None)
-    return f"nearest frame: {FRAMES_IN_WORDS[name]}" + (
-        f" ({METRICS[name].title}: {value:.2g})" if value is not None else ""
+    return f"nearest frame at the end: {FRAMES_IN_WORDS[name]}" + (
+        f" ({name} {value:.2g})" if value is not None else ""
     )
 
 
-def _layers(keys: Sequence[Key], sort: bool) -> list[str]:
-    """Layers from first to last, with the classifier's input ("") at the end; empty if only that was measured."""
-    layers = list(dict.fromkeys(key.layer for key in keys if key.layer))
-    if sort:  # several runs may have different layers
-        layers.sort(key=natural_order)
-    return layers + [""] * (bool(layers) and any(not key.layer for key in keys))
+def _draw_objectives(axis: Axes, run: RunCurves, scores: Sequence[str], above: Axes | None) -> Axes | None:
+    """Losses on a log axis on the left, accuracies on a linear one on the right, or one of them alone on the left.
 
-
-def _panels(metrics: Iterable[str], by_family: bool) -> list[list[str]]:
-    """The metrics of each panel, in the order of :data:`METRICS`: one metric, or those of a family."""
-    names = list(dict.fromkeys(metrics))
-    known = {name: place for place, name in enumerate(METRICS)}
-    names.sort(key=lambda name: known.get(base_name(name), len(known)))
-    if not by_family:
-        return [[name] for name in names]
-    families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(_family(name), []).append(name)
-    return list(families.values())
-
-
-def _family(metric: str) -> str:
-    spec = METRICS.get(base_name(metric))
-    return "effective depth" if metric == DEPTH else spec.family if spec else "other metrics"
-
-
-def _title(metric: str) -> str:
-    spec = METRICS.get(base_name(metric))
-    around = ", around training means" * metric.endswith(TRAIN_MEANS)
-    return "effective depth" if metric == DEPTH else spec.title + around if spec and spec.title else metric
-
-
-def _is_count(members: Sequence[str]) -> bool:
-    """Whether the metrics are numbers of dimensions or layers, which do not approach zero."""
-    return all(name == DEPTH or (name in METRICS and METRICS[name].direction == "approaches") for name in members)
-
-
-def _is_chance(metric: str) -> bool:
-    return metric.endswith(tuple(CHANCE.values()))
-
-
-def _draw_panel(
-    axis: Axes, run: Curves, members: Sequence[str], layers: Sequence[str], num_classes: int | None
-) -> None:
-    title = _family(members[0]) if members[1:] else _title(members[0])
-    for group in dict.fromkeys(key[:2] for key in run):
-        chosen = {key: curve for key, curve in run.items() if key[:2] == group and key.metric in members}
-        chances = [(key, curve) for key, curve in run.items() if key[:2] == group and _is_chance(key.metric)]
-        if layers:
-            curves = {key.layer or INPUT_NAME: curve for key, curve in chosen.items()}
-            colors = [color_of(key.layer, layers) for key in chosen]
+    The right axis has the limits of ``above``.
+    """
+    handles: list[Any] = []
+    labels: list[str] = []
+    right = None
+    for kind, colors in zip(scores, (_LEFT, _RIGHT), strict=False):
+        if kind == scores[0]:
+            side, title = axis, " and ".join(scores).capitalize()
         else:
-            curves = {wrapped(key.metric): curve for key, curve in chosen.items()}
-            colors = [COLORS[members.index(key.metric) % len(COLORS)] for key in chosen]
-        for key, (x, y) in chances:
-            own = key._replace(metric=base_name(key.metric))
-            if own in chosen:  # behind its curve: what chance alone would give
-                axis.plot(x, y, color=colors[list(chosen).index(own)], alpha=0.3, linewidth=1, marker="_", zorder=1)
-        draw(
-            axis,
-            wrapped(title),
-            "epoch",
-            curves,
-            colors,
-            _style(*group),
-            not layers and len(members) > 1,
-            _is_count(members),
+            side = right = axis.twinx()
+            title = ""
+            if above is not None:
+                side.sharey(above)
+        curves = {
+            key: curve for key, curve in run.objectives.items() if is_accuracy(key.metric) == (kind == "accuracy")
+        }
+        names = list(dict.fromkeys(key.metric for key in curves))
+        for key in curves or [Key("train", 0, "", "")]:
+            shown = {wrapped(key.metric): curves[key]} if curves else {}
+            color = colors[names.index(key.metric) % len(colors)] if curves else colors[0]
+            draw(side, title, run.over, shown, [color], style_of(*key[:2]), legend=False, linear=kind == "accuracy")
+        side.set_ylabel(kind, color=colors[0])
+        found = side.get_legend_handles_labels()
+        handles, labels = (
+            handles + found[0],
+            labels + [f"{name} (right)" if side is right else name for name in found[1]],
         )
-    frames = [_OTHER_FRAME[name] for name in members if name in _OTHER_FRAME]
-    if num_classes and frames:
-        level = math.sqrt(2 - 2 * math.sqrt((num_classes - 1) / num_classes))
-        axis.axhline(level, color="0.4", linestyle="-.", linewidth=1)
-        name = f"exact {frames[0] if len(frames) == 1 else 'other frame'}"
-        axis.text(0.02, level, name, transform=axis.get_yaxis_transform(), va="bottom", fontsize=7, color="0.3")
+    if right is not None:
+        right.grid(False)  # the left axis has a grid
+    if labels:
+        legend_below(axis, handles, labels)
+    return right
 
 
-def _explain(part: SubFigure, axes: list[Axes], keys: Sequence[Key], layers: Sequence[str], most: int) -> None:
-    """One legend for all panels: layers by color, stages by dashes. Many layers get a color bar with some of their names."""
-    names = [name_of(layer) for layer in layers]
-    colors = [color_of(layer, layers) for layer in layers]
-    entries = [(Line2D([], [], color=color), name) for color, name in zip(colors, names, strict=True)]
-    if "\n".join(names).count("\n") >= most:
-        entries = []
-        ticks = max(2, min(6, most // max(name.count("\n") + 1 for name in names)))
-        shown = numpy.linspace(0, len(layers) - 1, ticks).round().astype(int)
-        scale = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), ListedColormap(colors))
-        bar = part.colorbar(scale, ax=axes, aspect=30)
-        bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
-        bar.ax.invert_yaxis()
-    groups = sorted({key[:2] for key in keys}, key=lambda group: (list(STAGES).index(group[0]), group[1]))
-    for stage, loader in groups if len(groups) > 1 else ():
-        line = Line2D([], [], color="0.3", linestyle=_style(stage, loader))
-        entries.append((line, f"{stage}_{loader}" if loader else stage))
-    if entries:
-        part.legend(*zip(*entries, strict=True), loc="outside right upper", fontsize=8)
+def _draw_panel(axis: Axes, run: RunCurves, layout: _Layout, index: int) -> None:
+    members, called, layers = layout.panels[index], layout.metrics[index], list(layout.layers)
+    heads = heads_of(members, layout.num_classes, layout.width)
+    for group in dict.fromkeys(key[:2] for key in run.metrics) or [("train", 0)]:
+        shown = {key: curve for key, curve in run.metrics.items() if key[:2] == group and key.metric in called}
+        if layers:
+            shown = {key: curve for key, curve in shown.items() if key.layer in layers}
+        colors = {key: color_of(key.layer, layers) if layers else _color(key.metric, members) for key in shown}
+        names = [layout.layers[key.layer] if layers else wrapped(called[key.metric], 50) for key in shown]
+        curves = dict(zip(names, shown.values(), strict=True))
+        draw(axis, heads, run.over, curves, list(colors.values()), style_of(*group), False, layout.linear[index])
+        for key, (x, y) in run.metrics.items():
+            own = key._replace(metric=base_name(key.metric))
+            if is_chance(key.metric) and own in colors:
+                axis.plot(x, y, color=colors[own], zorder=1, **_CHANCE)
+    if not layers and members[1:]:
+        legend_below(axis, *axis.get_legend_handles_labels())
+    for level in dict.fromkeys(layout.levels[index].values()):
+        axis.axhline(level, **LEVEL_STYLE)
 
 
-def _style(stage: str, loader: int) -> Any:
-    """Solid for training, dashed for validation, dotted for test, with more dashes for further dataloaders."""
-    return (0, _DASHES[stage] + (3, 1.5) * loader) if _DASHES[stage] else "-"
+def _color(metric: str, members: Sequence[str]) -> str:
+    return COLORS[members.index(metric) % len(COLORS)]
+
+
+def _entries(runs: Iterable[RunCurves], layout: _Layout) -> list[tuple[Any, str]]:
+    """The legend below all panels: layers by color, stages by dashes, values by chance, exact frames of the other kind."""
+    layers = list(layout.layers)
+    entries = [(Line2D([], [], color=color_of(layer, layers)), name) for layer, name in layout.layers.items()]
+    keys = list(dict.fromkeys(key for run in runs for key in [*run.metrics, *run.objectives]))
+    entries = ([] if layout.bar else entries) + stage_entries(keys)
+    if any(is_chance(key.metric) for key in keys):
+        entries.append((Line2D([], [], color="0.2", **_CHANCE), "chance"))
+    levels = dict.fromkeys(label for found in layout.levels for label in found)
+    return entries + [(Line2D([], [], **LEVEL_STYLE), label) for label in levels]
+
+
+def _color_bar(part: SubFigure, axes: list[Axes], layers: Mapping[str, str]) -> None:
+    """The colors of many layers, with some of their names."""
+    names = list(layers.values())
+    ticks = max(2, min(6, _MOST_NAMES // max(name.count("\n") + 1 for name in names)))
+    shown = numpy.linspace(0, len(names) - 1, ticks).round().astype(int)
+    colors = ListedColormap([color_of(layer, list(layers)) for layer in layers])
+    bar = part.colorbar(ScalarMappable(Normalize(-0.5, len(names) - 0.5), colors), ax=axes, aspect=30)
+    bar.ax.set_yticks(shown, [names[index] for index in shown], fontsize=8)
+    bar.ax.invert_yaxis()
