@@ -153,8 +153,14 @@ def test_nothing_is_doubted_where_there_is_no_reason(run):
     ("history", "text"),
     [
         (rows([1.0]), "One epoch alone was measured"),
-        (rows([1.0, 0.5], partial=True), "Rows of epoch 0 and 1 are special: training was resumed"),
-        (rows([1.0, 0.5], weights="swapped"), "other weights than those of the last step"),
+        (
+            rows([1.0, 0.5], partial=True),
+            "Epochs 0 and 1 were measured after training was resumed in the middle, so only in part.",
+        ),
+        (
+            rows([1.0, 0.5], weights="swapped"),
+            "Epochs 0 and 1 were measured with other weights than those of the last step",
+        ),
         (History(rows=[*rows([1.0, 0.5]), *rows([0.9])]), "Epoch 0 was measured twice at one step"),
         (rows([math.nan, math.nan]), "nc1 is not a number always: there the value means nothing"),
         (rows([1.0, math.inf]), "nc1 is infinite at last"),

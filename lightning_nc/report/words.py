@@ -50,7 +50,12 @@ def summary(history: History) -> dict[str, list[str]]:
 
 def _over(word: str, sentences: Iterable[str]) -> list[str]:
     """Sentences with the word for what the rows count: epochs or iterations."""
-    return [re.sub(r"(?<![\w`/.])epoch(?=s?\b)", word, sentence) for sentence in sentences]
+    return [
+        re.sub(
+            r"(?<![\w`/.])([Ee])poch(?=s?\b)", lambda found: word.capitalize() if found[1] == "E" else word, sentence
+        )
+        for sentence in sentences
+    ]
 
 
 def _measured(series: Series) -> str:
@@ -209,16 +214,20 @@ def _of_rows(history: History, series: Series) -> Iterator[str]:
     if len({epoch for points in series.values() for epoch, _ in points}) == 1:
         yield "One epoch alone was measured: nothing is known about the course of training."
     for name, value, reason in (
-        ("partial", True, "training was resumed in the middle of them, so only the rest of the epoch was measured"),
-        ("weights", "swapped", "they are about other weights than those of the last step, such as averaged ones"),
+        ("partial", True, "after training was resumed in the middle, so only in part"),
+        ("weights", "swapped", "with other weights than those of the last step, such as averaged ones"),
     ):
         if epochs := list(dict.fromkeys(number(row["epoch"], 6) for row in history if row.get(name) == value)):
-            yield f"Rows of epoch {listed(epochs)} are special: {reason}."
+            yield f"{_epochs(epochs)} measured {reason}."
     places = [
         (row["epoch"], row.get("step"), row.get("weights"), key) for row in history for key in row if key[:3] == "nc/"
     ]
     if epochs := list(dict.fromkeys(number(place[0], 6) for place in _twice(places))):
-        yield f"Epoch {listed(epochs)} was measured twice at one step: the file may hold the rows of two runs."
+        yield f"{_epochs(epochs)} measured twice at one step: the file may hold the rows of two runs."
+
+
+def _epochs(epochs: Sequence[str]) -> str:
+    return f"Epochs {listed(epochs)} were" if epochs[1:] else f"Epoch {epochs[0]} was"
 
 
 def _twice(places: Sequence[Any]) -> list[Any]:
