@@ -342,6 +342,7 @@ def test_nothing_is_loaded_from_elsewhere(page):
     assert policy.startswith("default-src 'none';")
 
 
+@pytest.mark.slow
 def test_a_long_run_is_a_small_file(tmp_path):
     path = write_report({"long": collapsing(200)}, tmp_path / "new" / "long.html")
     assert path.stat().st_size < 8e6
