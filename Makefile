@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo language-model test test-all test-browser lint types docs figures benchmarks clean $(NUMBERED)
+.PHONY: demo language-model test test-all test-browser lint types docs figures gallery benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -40,15 +40,18 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-# The pictures of docs/ufm.md and docs/metrics.md; make -j2 figures draws two at a time.
+# The pictures of docs/ufm.md, docs/metrics.md and docs/gallery.md; make -j2 figures draws two at a time.
 UFM = OMP_NUM_THREADS=1 $(BIN)/python examples/ufm.py --out docs/figures
 NUMBERED = $(addprefix figure-,4 9 8 7 6 3 2 1)
 
-figures: $(NUMBERED)
+figures: $(NUMBERED) gallery
 	$(UFM) --theorem 5.1
 	$(UFM) --sweep lambda-b
 	$(UFM) --model linear --loss cross-entropy --seeds 8 --iterations 100000 --every 5000
 	OMP_NUM_THREADS=1 $(BIN)/python examples/measures.py --out docs/images
+
+gallery: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/gallery.py --out docs/images/gallery
 
 $(NUMBERED): figure-%: $(INSTALLED)
 	$(UFM) --figure $*

@@ -15,14 +15,22 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx-mathjax-offline",  # copies MathJax into the built site, so formulas need no network
-    "myst_parser",
+    "myst_nb",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+
+# The notebooks are stored without outputs and run now. An error in a cell ends the build.
+nb_execution_mode = "force"
+nb_execution_in_temp = True  # the files that they write are not kept
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # progress bars and the log of the Trainer
+nb_mime_priority_overrides = [("html", "image/gif", 5)]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

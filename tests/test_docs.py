@@ -1,15 +1,19 @@
 """The documentation is true of the code: its examples run, the tests and the messages that it names exist."""
 
 import ast
+import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import clusters, is_picture
+from PIL import Image
 
 from lightning_nc import History
+from lightning_nc.__main__ import main
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.table import evaluate
 from lightning_nc.moments import ClassDeviations
@@ -25,9 +29,9 @@ def blocks(page):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("page", "code"),
-    [(page, code) for page in ("README.md", "docs/costs.md", "docs/regression.md") for code in blocks(page)],
+    [(page, code) for page in ("README.md", "docs/costs.md", "docs/regression.md", "docs/wandb.md") for code in blocks(page)],
 )
-def test_the_examples_of_the_readme_and_of_the_pages_about_costs_and_regression_run(page, code, tmp_path, monkeypatch):
+def test_the_examples_of_the_readme_and_of_the_pages_about_costs_regression_and_wandb_run(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
@@ -60,6 +64,54 @@ def test_the_examples_of_the_page_about_transformers_run(code, rows, tmp_path, m
     names = {"__name__": "__main__"}
     exec(compile(code, "docs/huggingface.md", "exec"), names)
     assert len(names["callback"].history) == rows
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_blocks_and_the_commands_of_the_tutorial_run_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    names = {"__name__": "__main__"}
+    for kind, code in re.findall(r"```(\w*)\n(.*?)```", page, re.DOTALL):
+        if kind == "python":
+            quick = code.replace("max_epochs=30", "max_epochs=3").replace("range(10)", "range(2)")
+            exec(compile(quick, "docs/tutorial.md", "exec"), names)
+        elif code.startswith("lightning-nc"):
+            assert main(shlex.split(code)[1:]) == 0
+    assert {"nc/nc1", "nc/body.3/nc1"} <= set(names["callback"].history[-1])
+    assert all(is_picture(f"{name}.png") for name in ("panels", "depth", "geometry", "classes", "compare"))
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("collapse.gif", "report.html"))
+
+
+NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_is_valid_has_no_outputs_and_first_installs_what_is_missing(file):
+    notebook = json.loads(file.read_text(encoding="utf-8"))
+    pytest.importorskip("nbformat").validate(notebook)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    first, *others = ["".join(cell["source"]) for cell in cells]
+    assert 'find_spec("lightning_nc") is None:\n    %pip install -q "lightning-neural-collapse[' in first
+    assert "%matplotlib inline" in first
+    for code in others:
+        ast.parse(code)  # nothing but Python, which a script may take over
+
+
+def test_the_notebooks_are_in_the_pages():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    assert len(NOTEBOOKS) == 4
+    assert all(f"\nnotebooks/{file.stem}\n" in index for file in NOTEBOOKS)
+
+
+def test_every_picture_of_a_page_exists_says_what_it_shows_and_is_small():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for words, name in re.findall(r"!\[(.*?)\]\((.*?)\)", page.read_text(encoding="utf-8")):
+            picture = page.parent / name
+            with Image.open(picture) as image:
+                assert min(image.size) > 200, name
+            assert len(words) > 5, name
+            assert picture.stat().st_size < (1_500_000 if picture.suffix == ".gif" else 500_000), name
 
 
 def test_the_tests_that_the_page_how_we_know_names_exist():
