@@ -5,7 +5,7 @@
     python examples/resnet18.py fit --data.dataset cifar10 --model.loss mse --model.bias false
     python examples/resnet18.py fit --help                           # every option
 
-``fit`` writes metrics.csv, config.yaml, neural_collapse.png and checkpoints/last.ckpt to the logger's directory and prints
+``fit`` writes metrics.csv, config.yaml, figures and checkpoints/last.ckpt to the logger's directory and prints
 its name. ``validate``, ``test`` and ``fit`` continue from a checkpoint with ``--ckpt_path``. See docs/resnet18.md. The data
 sets are in `resnet18_data.py`, the table and the figure in `resnet18_report.py`.
 """
@@ -197,7 +197,7 @@ class CLI(LightningCLI):
         measured = next(c for c in self.trainer.callbacks if isinstance(c, NeuralCollapseCallback))
         directory = Path(self.trainer.log_dir or ".")  # a collective: all processes read it
         if measured.history and self.trainer.is_global_zero:
-            report(measured.history, self.model.curves, directory, measured.per_class)
+            report(measured, self.model.curves, directory)
 
 
 def main(args: ArgsType = None) -> None:

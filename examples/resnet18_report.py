@@ -4,23 +4,24 @@ import math
 import sys
 from pathlib import Path
 
+from lightning_nc import NeuralCollapseCallback
 from lightning_nc.functional.geometry import worst
 from lightning_nc.plotting import plot_history
 
 History = list[dict]
 
 
-def report(history: History, curves: dict[str, dict[int, float]], directory: Path, classes: dict[str, list]) -> None:
-    """Print the table, draw the figure, and say where the files are and how to test the checkpoint.
+def report(measured: NeuralCollapseCallback, curves: dict[str, dict[int, float]], directory: Path) -> None:
+    """Print the table, draw the figure and the animation, and say where the files are and what to do with them.
 
     Args:
-        history: the rows of ``NeuralCollapseCallback``.
+        measured: the callback of the run.
         curves: loss and accuracy on the training data by epoch.
         directory: the directory of the run.
-        classes: the table of the classes.
     """
+    history = measured.history
     print_table(history, list(curves["accuracy"].values()))
-    print(f"\nThe classes that are least separated from another, after the last epoch:\n{worst(classes)}")
+    print(f"\nThe classes that are least separated from another, after the last epoch:\n{worst(measured.per_class)}")
     epochs = [row["epoch"] for row in history if row["stage"] == "train"]
     objective = {name: [curve.get(epoch, math.nan) for epoch in epochs] for name, curve in curves.items()}
     picture = directory / "neural_collapse.png"
@@ -30,6 +31,10 @@ def report(history: History, curves: dict[str, dict[int, float]], directory: Pat
     if values.exists():
         print(f"values:  {values}")
     print(f"figure:  {picture}")
+    if any(scene.chosen for scene in history.scenes):
+        print(f"moving:  {measured.animate(directory / 'collapse.gif')}")
+    if last.exists():
+        print(f"report:  lightning-nc report {directory}")
     if config.exists() and last.exists():
         print(f"test:    python {sys.argv[0]} test --config {config} --ckpt_path {last}")
 
