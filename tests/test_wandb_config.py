@@ -32,6 +32,7 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_stays_on_this_machine_and_holds_the_values_of_the_csv_file_and_the_figures_of_the_page(directory):
     import wandb
 
