@@ -85,7 +85,14 @@ def draw(out: Path, epochs: int) -> None:
     """Every figure of a training, and one of several trainings; their files are below the current directory."""
     plane = train(Path("digits"), epochs, seed=0)
     space = train(Path("space"), epochs, seed=0, classes=(0, 1, 2, 3))
-    drawn = (plane.plot, plane.plot_depth, plane.plot_frames, plane.plot_classes, plane.plot_geometry, space.plot_geometry)
+    drawn = (
+        plane.plot,
+        plane.plot_depth,
+        plane.plot_frames,
+        plane.plot_classes,
+        plane.plot_geometry,
+        space.plot_geometry,
+    )
     for name, figure in zip(FIGURES, drawn, strict=True):
         figure().savefig(out / f"{name}.png", dpi=100)
     plane.animate(out / "collapse.gif")
@@ -109,7 +116,7 @@ def photograph(page: Path, picture: Path) -> None:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    for option in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=1000,1400"):
+    for option in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=700,1200"):
         options.add_argument(f"--{option}")
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     browser.get(page.resolve().as_uri())

@@ -12,10 +12,10 @@ from lightning_nc import History
 from lightning_nc.__main__ import main
 from lightning_nc.runs import metrics_of
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import resnet18
 
+ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
 RECIPE = f"fit --config {CONFIGS / 'digits.yaml'} --config {CONFIGS / 'wandb.yaml'}"
 QUICK = (
