@@ -2,8 +2,8 @@
 
 python benchmarks/report.py
 
-Both pages hold plotly.js, which is most of them. Each opening is in a browser of its own, so that nothing is compiled already. Times
-are from the start of the navigation to the end of loading, when words and tables can be read, and to the first figure.
+Both pages hold plotly.js, which is most of them. Each opening is in a browser of its own, so that nothing is compiled already.
+Times are from the start of the navigation to the end of loading, when words and tables can be read, and to the first figure.
 """
 
 import shutil

@@ -85,7 +85,14 @@ def draw(out: Path, epochs: int) -> None:
     """Every figure of a training, and one of several trainings; their files are below the current directory."""
     plane = train(Path("digits"), epochs, seed=0)
     space = train(Path("space"), epochs, seed=0, classes=(0, 1, 2, 3))
-    drawn = (plane.plot, plane.plot_depth, plane.plot_frames, plane.plot_classes, plane.plot_geometry, space.plot_geometry)
+    drawn = (
+        plane.plot,
+        plane.plot_depth,
+        plane.plot_frames,
+        plane.plot_classes,
+        plane.plot_geometry,
+        space.plot_geometry,
+    )
     for name, figure in zip(FIGURES, drawn, strict=True):
         figure().savefig(out / f"{name}.png", dpi=100)
     plane.animate(out / "collapse.gif")

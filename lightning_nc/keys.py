@@ -8,6 +8,7 @@ from typing import NamedTuple
 __all__ = [
     "DEPTH",
     "ERROR",
+    "INPUT_NAME",
     "STAGES",
     "TRAIN_MEANS",
     "Key",
@@ -29,6 +30,9 @@ TRAIN_MEANS = "_train_means"
 
 CHANCE = {"permuted": "_permuted", "random": "_random"}
 """How the keys of values end that chance alone gives: with permuted labels, and of random directions."""
+
+INPUT_NAME = "classifier input"
+"""What the classifier's input is called where layers are named; in keys its name is empty."""
 
 DEPTH = "effective_depth"
 """The one value that is about all layers together."""

@@ -29,9 +29,15 @@ def blocks(page):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("page", "code"),
-    [(page, code) for page in ("README.md", "docs/costs.md", "docs/regression.md", "docs/wandb.md") for code in blocks(page)],
+    [
+        (page, code)
+        for page in ("README.md", "docs/costs.md", "docs/regression.md", "docs/wandb.md")
+        for code in blocks(page)
+    ],
 )
-def test_the_examples_of_the_readme_and_of_the_pages_about_costs_regression_and_wandb_run(page, code, tmp_path, monkeypatch):
+def test_the_examples_of_the_readme_and_of_the_pages_about_costs_regression_and_wandb_run(
+    page, code, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
 

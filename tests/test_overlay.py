@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from lightning_nc.functional import METRICS
 from lightning_nc.plotting import plot_overlay
 
 
@@ -115,3 +116,10 @@ def test_the_value_at_a_frame_of_the_other_kind_is_marked_where_it_is_near():
     figure = plot_overlay(runs, num_classes=4)
     assert figure.axes[0].lines[-1].get_ydata()[0] == pytest.approx(0.5176380902)  # Tirer & Bruna's four classes
     assert legend(figure)[-1] == "nc2_of of an exact ETF"
+
+
+def test_more_metrics_than_fit_are_counted_in_the_heading():
+    every = [name for name, spec in METRICS.items() if not spec.opt_in]
+    figure = plot_overlay([(name, run(1.0, keys=every)) for name in "ab"])
+    assert len(figure.axes) == 6  # those of the paper
+    assert figure.get_suptitle().splitlines()[1].startswith(f"{len(every) - 6} more metrics were measured")

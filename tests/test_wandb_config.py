@@ -1,10 +1,12 @@
 """The configuration that logs the ResNet18 example to Weights & Biases, with the real client, offline."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_nc import History
 from lightning_nc.__main__ import main
@@ -13,7 +15,9 @@ from lightning_nc.runs import metrics_of
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import resnet18
 
-CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+ROOT = Path(__file__).parents[1]
+
+CONFIGS = ROOT / "examples" / "configs"
 RECIPE = f"fit --config {CONFIGS / 'digits.yaml'} --config {CONFIGS / 'wandb.yaml'}"
 QUICK = (
     "--trainer.max_epochs 1 --trainer.accelerator cpu --trainer.enable_progress_bar false --model.width 4 "
@@ -29,16 +33,19 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_stays_on_this_machine_and_its_values_and_pictures_are_those_of_the_csv_file(directory):
+@pytest.mark.slow
+def test_a_run_stays_on_this_machine_and_holds_the_values_of_the_csv_file_and_the_figures_of_the_page(directory):
     import wandb
 
     resnet18.main(f"{RECIPE} {QUICK}".split())
     wandb.teardown()  # waits until the file is closed
     (run,) = directory.glob("results/wandb/offline-run-*")
-    known, found = History.read("results/resnet18/version_0"), History.read(run)
-    assert [metrics_of(row) for row in found] == [pytest.approx(metrics_of(row), rel=1e-6) for row in known]
-    pictures = {file.name.rpartition("_")[0].rpartition("_")[0] for file in run.rglob("media/images/figures/*.png")}
-    assert {"neural_collapse", "class_means"} <= pictures
+    known, logged = History.read("results/resnet18/version_0"), History.read(run)
+    assert [metrics_of(row) for row in logged] == [pytest.approx(metrics_of(row), rel=1e-6) for row in known]
+    page = (ROOT / "docs" / "wandb.md").read_text(encoding="utf-8")
+    for kind, folder in {"image": "images", "table": "table"}.items():
+        found = {re.sub(r"_\d+_\w+$", "", file.name.split(".")[0]) for file in run.rglob(f"media/{folder}/figures/*")}
+        assert found == set(re.findall(rf"\| `figures/(\w+)` \| {kind}", page))
     (table,) = run.rglob("media/table/figures/final_values*.json")
     assert dict(json.loads(table.read_text())["data"])["nc/nc1"] == pytest.approx(known[-1]["nc/nc1"])
     assert Path("results/resnet18/version_0/checkpoints/last.ckpt").is_file()
@@ -53,3 +60,18 @@ def test_one_option_decides_whether_the_run_goes_to_the_server(option, offline, 
     text = capsys.readouterr().out.partition("WandbLogger")[2].partition("callbacks:")[0]
     assert f"offline: {str(offline).lower()}" in text
     assert "name: null" in text  # W&B names every run itself
+
+
+def test_the_command_of_the_sweep_on_the_page_is_one_that_the_example_takes(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "wandb.md").read_text(encoding="utf-8")
+    sweep = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    *_, program, subcommand, first, second, online, _ = sweep["command"]
+    chosen = [f"--{name}={choice['values'][0]}" for name, choice in sweep["parameters"].items()]
+    assert (program, Path(sweep["program"])) == ("${program}", Path("examples/resnet18.py"))
+    with pytest.raises(SystemExit, match="0"):
+        resnet18.main([subcommand, first, second, online, *chosen, "--print_config"])
+    text = capsys.readouterr().out
+    assert "offline: false" in text
+    assert "weight_decay: 0.0005" in text
+    assert sweep["metric"]["name"] == "nc/nc1"

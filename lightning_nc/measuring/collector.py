@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.samples import effective_depth
-from lightning_nc.keys import DEPTH, base_name, make_key
+from lightning_nc.keys import DEPTH, INPUT_NAME, base_name, make_key
 from lightning_nc.measuring.distributed import all_max, all_raise, check_same_shapes
 from lightning_nc.measuring.kept import FewOfEach, KeptSamples, Shards
 from lightning_nc.measuring.probe import INPUT, NotCalledError, Probe
@@ -293,7 +293,7 @@ class Collector:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
-        where = (f"layer {layer!r}" if layer else "classifier's input") + (f", stage {stage!r}" if stage else "")
+        where = (f"layer {layer!r}" if layer else INPUT_NAME) + (f", stage {stage!r}" if stage else "")
         for warning in caught:
             self.probe.warn_once(f"{where}: {warning.message}", f"{where}: {warning.message}")
 
@@ -333,7 +333,7 @@ class Collector:
         try:
             self.shards[layer] = Shards(self.probe.classes, width, device, scatter)
         except ValueError as error:
-            self.probe.warn_once(f"shards {layer}", f"no intervals for {layer or 'the classifier input'}: {error}")
+            self.probe.warn_once(f"shards {layer}", f"no intervals for {layer or f'the {INPUT_NAME}'}: {error}")
 
     def _create(
         self,
@@ -413,11 +413,11 @@ def _warn_of_left_out(collector: Collector) -> None:
     if wide := collector.too_wide().keys() - collector.projected.keys():
         collector.probe.warn_once(
             "wide",
-            f"nc1 of {', '.join(layer or 'the classifier input' for layer in wide)} is left out: features this wide need a "
+            f"nc1 of {', '.join(layer or f'the {INPUT_NAME}' for layer in wide)} is left out: features this wide need a "
             "second pass, which only mode='exact' makes, on the training data. Fewer layers or pool='mean' avoid it",
         )
     lost = {
-        layer or "the classifier input": [
+        layer or f"the {INPUT_NAME}": [
             n for n in collector.names if METRICS[n].scatter and n not in (*metric.metrics, "nc1")
         ]
         for layer, metric in collector.metrics.items()
@@ -437,7 +437,7 @@ def _why_again(wide: Mapping[str, int], budget: float) -> str:
             f"the features take more than feature_budget={budget:g} bytes, so what compares samples with the class means takes a "
             "second pass over the data; a larger feature_budget avoids it"
         )
-    sizes = [f"{layer or 'classifier input'} {width}" for layer, width in wide.items()]
+    sizes = [f"{layer or INPUT_NAME} {width}" for layer, width in wide.items()]
     named = ", ".join(sizes[:5]) + f" and {len(sizes) - 5} more" * (len(sizes) > 5)
     return (
         f"the features of {named} would need scatter matrices of more than {SCATTER_LIMIT / 2**30:g} GiB together, so their nc1 "

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_nc.keys import INPUT_NAME
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.collector import Collector
 from lightning_nc.measuring.distributed import all_raise, check_same_shapes
@@ -93,7 +94,7 @@ def extract_features(  # noqa: D417
         run_over(collector, model, lambda: every_sample_once(dataloader), on, progress, ranks)
     finally:
         probe.detach()
-    return Features({layer or "classifier input": rows for layer, rows in collector.rows.items()}, collector.target)
+    return Features({layer or INPUT_NAME: rows for layer, rows in collector.rows.items()}, collector.target)
 
 
 class _RowCollector(Collector):

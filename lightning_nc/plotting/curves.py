@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.functional.table import check_metrics
-from lightning_nc.keys import CHANCE, DEPTH, ERROR, STAGES, TRAIN_MEANS, Key, base_name, parse_key
-from lightning_nc.plotting.style import INPUT_NAME, wrapped
+from lightning_nc.keys import CHANCE, DEPTH, ERROR, INPUT_NAME, STAGES, TRAIN_MEANS, Key, base_name, parse_key
+from lightning_nc.plotting.style import wrapped
 from lightning_nc.runs import Run, epoch_of, is_metric, is_objective, metrics_of
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "is_accuracy",
     "is_chance",
     "is_linear",
+    "left_out",
     "other_frames",
     "panels_of",
     "read_curves",
@@ -130,7 +131,13 @@ def is_chance(metric: str) -> bool:
     return metric.endswith(tuple(CHANCE.values()))
 
 
-def chosen(runs: Iterable[RunCurves], metrics: str | Sequence[str] | None) -> list[str]:
+def left_out(runs: Iterable[RunCurves], names: Sequence[str]) -> str:
+    """What a reader should know of metrics that are not drawn by default; empty if all are."""
+    count = len({name for run in runs for name in run.asked if not is_chance(name)} - set(names))
+    return f"{count} more metrics were measured; metrics='all' or their names draw them" if count else ""
+
+
+def chosen(runs: Iterable[RunCurves], metrics: str | Sequence[str] | None, by_family: bool) -> list[str]:
     """The metrics that a figure draws, in the order of :data:`METRICS`.
 
     Those that were asked for by default; those of the paper where they would need more than ``MOST_PANELS`` panels.
@@ -138,6 +145,7 @@ def chosen(runs: Iterable[RunCurves], metrics: str | Sequence[str] | None) -> li
     Args:
         runs: the curves of each run.
         metrics: ``"paper"``, ``"all"``, or one or more names; None for the default.
+        by_family: whether the metrics of a family share a panel.
 
     Raises:
         ValueError: if a metric was not measured.
@@ -151,8 +159,7 @@ def chosen(runs: Iterable[RunCurves], metrics: str | Sequence[str] | None) -> li
     paper = [name for name in found if name in check_metrics("paper")]
     if metrics is None:
         asked = [name for name in found if any(name in run.asked for run in runs)]
-        layered = any(key.layer for run in runs for key in run.metrics)
-        many = len(panels_of(asked, by_family=not layered)) > MOST_PANELS
+        many = len(panels_of(asked, by_family)) > MOST_PANELS
         return (paper or asked[:MOST_PANELS]) if many else asked
     wanted = paper if metrics == "paper" else [metrics] if isinstance(metrics, str) else list(metrics)
     for name in wanted:

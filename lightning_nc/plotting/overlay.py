@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lightning_nc.keys import Key, natural_order
+from lightning_nc.keys import INPUT_NAME, Key, natural_order
 from lightning_nc.plotting.curves import (
     Curve,
     Curves,
@@ -25,12 +25,12 @@ from lightning_nc.plotting.curves import (
     is_accuracy,
     is_chance,
     is_linear,
+    left_out,
     other_frames,
     read_curves,
 )
 from lightning_nc.plotting.style import (
     COLORS,
-    INPUT_NAME,
     LEVEL_STYLE,
     PANEL,
     WIDTH,
@@ -80,10 +80,13 @@ def plot_overlay(
     if len({run.over for _, run in read}) > 1:
         raise ValueError("some runs count epochs and others iterations, which share no axis; plot them apart")
     layer = _layer([run for _, run in read], layer)
-    read = [(label, run._replace(metrics=_at(run.metrics, layer))) for label, run in read]
-    names = chosen([run for _, run in read], metrics)
+    read = [(label, _at(run, layer)) for label, run in read]
+    names = chosen([run for _, run in read], metrics, by_family=False)
     groups = _groups([(label, _all_curves(run, names, metrics is None)) for label, run in read], group)
-    return _draw(groups, names, layer, read[0][1].over, num_classes)
+    figure = _draw(groups, names, read[0][1].over, num_classes)
+    heading = [f"layer {layer}" if layer else INPUT_NAME, "" if metrics else left_out([run for _, run in read], names)]
+    figure.suptitle("\n".join(wrapped(text) for text in heading if text), fontsize=10)
+    return figure
 
 
 def _layer(runs: Sequence[RunCurves], layer: str | None) -> str:
@@ -96,8 +99,9 @@ def _layer(runs: Sequence[RunCurves], layer: str | None) -> str:
     return wanted
 
 
-def _at(curves: Curves, layer: str) -> Curves:
-    return {key._replace(layer=""): curve for key, curve in curves.items() if key.layer == layer}
+def _at(run: RunCurves, layer: str) -> RunCurves:
+    metrics = {key._replace(layer=""): curve for key, curve in run.metrics.items() if key.layer == layer}
+    return run._replace(metrics=metrics, asked=run.asked & {key.metric for key in metrics})
 
 
 def _all_curves(run: RunCurves, names: Sequence[str], objectives: bool) -> Curves:
@@ -130,9 +134,7 @@ def _groups(runs: Sequence[tuple[str, Curves]], pattern: str | None) -> dict[str
     return groups
 
 
-def _draw(
-    groups: Mapping[str, list[Curves]], names: Sequence[str], layer: str, over: str, num_classes: int | None
-) -> Figure:
+def _draw(groups: Mapping[str, list[Curves]], names: Sequence[str], over: str, num_classes: int | None) -> Figure:
     runs = [curves for members in groups.values() for curves in members]
     keys = list(dict.fromkeys(key for curves in runs for key in curves))
     scores = sorted({key.metric for key in keys} - set(names), key=lambda name: (is_accuracy(name), name))
@@ -155,7 +157,6 @@ def _draw(
         for level in levels[name].values():
             axis.axhline(level, **LEVEL_STYLE)
     legend_under(figure, entries, width * columns)
-    figure.suptitle(wrapped(f"layer {layer}" if layer else INPUT_NAME), fontsize=10)
     return figure
 
 

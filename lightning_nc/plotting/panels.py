@@ -23,6 +23,7 @@ from lightning_nc.plotting.curves import (
     is_accuracy,
     is_chance,
     is_linear,
+    left_out,
     other_frames,
     panels_of,
     read_curves,
@@ -116,7 +117,8 @@ def plot_runs(
     if not runs:
         raise ValueError("runs is empty; pass at least one run as {title: rows}")
     found = {name: read_curves(rows) for name, rows in runs.items()}
-    names = chosen(found.values(), metrics)
+    layered = any(key.layer for run in found.values() for key in run.metrics)
+    names = chosen(found.values(), metrics, by_family=not layered)
     found = {name: run._replace(metrics=drawn(run.metrics, names)) for name, run in found.items()}
     if objective is not None or metrics is not None:
         curves = {name: _over_training(rows, objective or {}) for name, rows in runs.items()}
@@ -145,15 +147,9 @@ def plot_runs(
         if layout.bar:
             _color_bar(part, axes, layout.layers)
         legend_under(part, entries, layout.width * columns)
-        heading = [wrapped(name, 40 * columns), _geometry(runs[name]), "" if metrics else _left_out(run, names)]
+        heading = [wrapped(name, 40 * columns), _geometry(runs[name]), "" if metrics else left_out([run], names)]
         part.suptitle("\n".join(filter(None, heading)), fontsize=10)
     return figure
-
-
-def _left_out(run: RunCurves, names: Sequence[str]) -> str:
-    """What a reader should know of metrics that are not drawn by default."""
-    count = sum(not is_chance(name) for name in run.asked - set(names))
-    return f"{count} more metrics were measured; metrics='all' or their names draw them" if count else ""
 
 
 def _over_training(rows: Run, objective: Mapping[str, Sequence[float]]) -> Curves:

@@ -14,11 +14,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
-from lightning_nc.keys import STAGES, Key
+from lightning_nc.keys import INPUT_NAME, STAGES, Key
 
 __all__ = [
     "COLORS",
-    "INPUT_NAME",
     "LEVEL_STYLE",
     "PANEL",
     "WIDTH",
@@ -37,7 +36,6 @@ __all__ = [
 
 # The colors of Okabe and Ito, distinct for every kind of color vision, and two more.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
-INPUT_NAME = "classifier input"
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "0.35"}
 LEVEL_STYLE: dict[str, Any] = {"color": "0.4", "linestyle": "-.", "linewidth": 1}
 PANEL, WIDTH = 3.1, 12.0  # inches; no panel and no figure is wider
@@ -61,23 +59,8 @@ def draw(
     """
     linear = linear or any(value < 0 for _, ys in curves.values() for value in ys)
     for index, (label, (xs, ys)) in enumerate(curves.items()):
-        color, x, y = colors[index % len(colors)], numpy.asarray(xs), numpy.asarray(ys, dtype=float)
-        seen = numpy.isfinite(y) & ((y > 0) | linear)
-        alone = seen & ~numpy.append(seen[1:], False) & ~numpy.append(False, seen[:-1])
-        known = {line.get_label() for line in axis.lines}
-        axis.plot(
-            x,
-            numpy.where(seen, y, numpy.nan),
-            linestyle=style,
-            color=color,
-            label=f"_{label}" if label in known else label,
-            linewidth=1.6,
-            marker="o" if alone.any() else None,
-            markersize=4,
-            markevery=alone.nonzero()[0].tolist(),
-        )
-        if not linear and (zero := y == 0).any():
-            axis.plot(x[zero], zero[zero] * 0.0, "v", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
+        x, y = numpy.asarray(xs), numpy.asarray(ys, dtype=float)
+        _draw_curve(axis, label, x, y, colors[index % len(colors)], style, linear)
     if not linear:
         plain_log_ticks(axis)
     title, _, subtitle = title.partition("\n\n")
@@ -92,17 +75,29 @@ def draw(
     for text in [text for text in axis.texts if text.get_text() in ("no finite value", "not measured")]:
         text.remove()  # of another stage
     if not any(numpy.isfinite(line.get_ydata()).any() for line in axis.lines):
-        axis.text(
-            0.5,
-            0.5,
-            "no finite value" if axis.lines else "not measured",
-            transform=axis.transAxes,
-            ha="center",
-            va="center",
-            color="0.4",
-        )
+        missing = "no finite value" if axis.lines else "not measured"
+        axis.text(0.5, 0.5, missing, transform=axis.transAxes, ha="center", va="center", color="0.4")
     if legend and len(curves) > 1:
         legend_below(axis, *axis.get_legend_handles_labels())
+
+
+def _draw_curve(axis: Axes, label: str, x: Any, y: Any, color: Any, style: Any, linear: bool) -> None:
+    seen = numpy.isfinite(y) & ((y > 0) | linear)
+    alone = seen & ~numpy.append(seen[1:], False) & ~numpy.append(False, seen[:-1])
+    known = {line.get_label() for line in axis.lines}
+    axis.plot(
+        x,
+        numpy.where(seen, y, numpy.nan),
+        linestyle=style,
+        color=color,
+        label=f"_{label}" if label in known else label,
+        linewidth=1.6,
+        marker="o" if alone.any() else None,
+        markersize=4,
+        markevery=alone.nonzero()[0].tolist(),
+    )
+    if not linear and (zero := y == 0).any():
+        axis.plot(x[zero], zero[zero] * 0.0, "v", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
 
 
 def legend_below(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:

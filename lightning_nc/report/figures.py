@@ -11,8 +11,10 @@ from html import escape
 from typing import Any
 
 from lightning_nc.functional import METRICS
-from lightning_nc.keys import CHANCE, DEPTH, STAGES, base_name
+from lightning_nc.keys import DEPTH, STAGES, base_name
+from lightning_nc.plotting.curves import is_accuracy, is_chance
 from lightning_nc.report.series import Points, Series, by_layer, layer_name, layers_of, stage_name
+from lightning_nc.runs import is_objective
 from lightning_nc.scenes import Scene
 
 __all__ = ["CLASS_COLORS", "HEAT", "color_at", "curves", "depth", "heat_map", "run_color", "spread"]
@@ -62,8 +64,10 @@ def spread(count: int, most: int = 12) -> list[int]:
     return sorted({round(at * (count - 1) / (most - 1)) for at in range(most)}) if count > most else list(range(count))
 
 
-def curves(runs: Mapping[str, Series], metric: str, names: Mapping[str, str]) -> Figure:
-    """One metric over epochs: a curve per run, layer, stage and dataloader; ``names`` are those of the layers.
+def curves(runs: Mapping[str, Series], metric: str, names: Mapping[str, str], over: str) -> Figure:
+    """One metric over epochs, or ``over`` iterations: a curve per run, layer, stage and dataloader.
+
+    ``names`` are those of the layers.
 
     ``meta`` has the places of run, layer and stage, by which the buttons of the page show and hide curves.
     """
@@ -75,20 +79,21 @@ def curves(runs: Mapping[str, Series], metric: str, names: Mapping[str, str]) ->
     linear = _is_linear(values, metric)
     for place, (run, series) in enumerate(runs.items()):
         for key, points in series.items():
-            chance = key.metric.endswith(tuple(CHANCE.values()))
+            chance = is_chance(key.metric)
             if key.metric != metric and not (chance and base_name(key.metric) == metric):
                 continue
             at = layers.index(key.layer)
             color = run_color(place) if len(runs) > 1 else color_at(at / max(1, len(layers) - 1))
-            parts = [run] * (len(runs) > 1) + [names[key.layer], stage_name(*key[:2])] + ["by chance"] * chance
+            layer = [] if is_objective(key.metric) else [names[key.layer]]
+            parts = [run] * (len(runs) > 1) + layer + [stage_name(*key[:2])] + ["by chance"] * chance
             dash = "dot" if chance else _DASHES[key.stage]
             style = {
                 "name": escape(" · ".join(parts)),
                 "meta": [place, at, stages.index(key[:2])],
                 "opacity": 0.5 if chance else 1,
             }
-            traces += _lines(points, {"color": color, "dash": dash, "width": 1 if chance else 2}, style, linear)
-    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": _values_axis(values, linear)}
+            traces += _lines(points, {"color": color, "dash": dash, "width": 1 if chance else 2}, style, linear, over)
+    layout = {"xaxis": {"title": {"text": over}}, "yaxis": _values_axis(values, linear)}
     return {"data": traces, "layout": layout}
 
 
@@ -101,13 +106,13 @@ def places_of(many: Any) -> tuple[list[str], list[tuple[str, int]]]:
 
 def _is_linear(values: Sequence[float], metric: str) -> bool:
     spec = METRICS.get(base_name(metric))
-    counts = metric == DEPTH or (spec is not None and spec.direction == "approaches")
+    counts = metric == DEPTH or is_accuracy(metric) or (spec is not None and spec.direction == "approaches")
     return counts or any(value < 0 for value in values) or not any(value > 0 for value in values)
 
 
-def _lines(points: Points, line: Figure, style: Figure, linear: bool) -> list[Figure]:
+def _lines(points: Points, line: Figure, style: Figure, linear: bool, over: str) -> list[Figure]:
     """A curve, and on a log axis its zeros as triangles at the least positive value, which hover by their value."""
-    hover = "epoch %{x}<br>%{customdata}<extra>%{fullData.name}</extra>"
+    hover = f"{over} %{{x}}<br>%{{customdata}}<extra>%{{fullData.name}}</extra>"
     shown = [(x, y) for x, y in points if linear or y != 0]
     alone = len(shown) == 1
     found = [
@@ -142,7 +147,7 @@ def _values_axis(values: Sequence[float], linear: bool) -> Figure:
     return {"type": "log", "tickformat": ".3~g", **ticks}
 
 
-def depth(series: Series, metric: str) -> Figure | None:
+def depth(series: Series, metric: str, over: str) -> Figure | None:
     """One metric against depth, a curve for each of at most twelve epochs; None if one layer alone has it."""
     layers = by_layer(series, metric)
     if not layers:
@@ -163,7 +168,7 @@ def depth(series: Series, metric: str) -> Figure | None:
                 "y": [value if linear or value > 0 else math.nan for value in column],
                 "customdata": [f"{value:.4g}" for value in column],
                 "line": {"color": color, "width": 2},
-                "name": f"epoch {epochs[at]:g}",
+                "name": f"{over} {epochs[at]:g}",
                 "hovertemplate": "%{x}<br>%{customdata}<extra>%{fullData.name}</extra>",
             }
         )

@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from lightning_nc.history import History
+from lightning_nc.plotting.curves import RunCurves, read_curves
 from lightning_nc.report.figures import HEAT, color_at, curves, depth, heat_map, places_of, run_color
 from lightning_nc.report.geometry import moving
 from lightning_nc.report.parts import (
@@ -29,7 +30,6 @@ from lightning_nc.report.parts import (
     words,
 )
 from lightning_nc.report.series import (
-    Series,
     by_layer,
     course_of,
     in_words,
@@ -81,11 +81,9 @@ def report(runs: Mapping[str, History]) -> str:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as error:
         raise ImportError('a report needs plotly: pip install "lightning-neural-collapse[report]"') from error
-    series = {name: series_of(history) for name, history in runs.items()}
-    if not series or not all(series.values()):
-        empty = [name for name, found in series.items() if not found]
-        raise ValueError(f"a report needs runs with metrics such as 'nc/nc1'; {empty!r:.300} have none")
-    page = _Page(runs, series)
+    if not runs:
+        raise ValueError("runs is empty; pass at least one run as {name: history}")
+    page = _Page(runs)
     here = files("lightning_nc.report")
     return Template(here.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title="Neural collapse",
@@ -100,8 +98,10 @@ def report(runs: Mapping[str, History]) -> str:
 class _Page:
     """The HTML of the sections; what its script draws is collected beside it."""
 
-    def __init__(self, runs: Mapping[str, History], series: Mapping[str, Series]) -> None:
-        self.runs, self.series = runs, series
+    def __init__(self, runs: Mapping[str, History]) -> None:
+        self.runs, self.found = runs, {name: read_curves(history) for name, history in runs.items()}
+        over = {found.over for found in self.found.values()}
+        self.over = over.pop() if len(over) == 1 else "epoch"
         self.figures: dict[str, Any] = {}
         self.moving: dict[str, Any] = {}
 
@@ -120,12 +120,14 @@ class _Page:
             yield self.geometry(history)
             yield self.cosines(history)
             yield table(history.per_class)
-            yield self.depth(course_of(self.series[name]), history.about.get("metrics", ""))
+            yield self.depth(self.found[name])
             yield settings({"run": name, "measurements": len(history), **history.about}) + "</section>"
 
     def curves(self) -> Iterator[str]:
         """Buttons, and a panel for each metric."""
-        drawn, names = without_twins(self.series)
+        drawn, names = without_twins(self.found)
+        objectives = {name: series_of(found.objectives) for name, found in self.found.items()}
+        drawn = {name: {**series, **objectives[name]} for name, series in drawn.items()}
         layers, stages = places_of(drawn.values())
         several = len(self.runs) > 1
         if several:
@@ -135,14 +137,19 @@ class _Page:
             yield buttons("layer", {names[layer]: mark for layer, mark in zip(layers, dots, strict=True)}, several)
         if len(stages) > 1:
             yield buttons("stage", {stage_name(*stage): f'<span class="swatch {stage[0]}"></span>' for stage in stages})
-        asked = [history.about.get("metrics", "") for history in self.runs.values()]
-        shown = metrics_shown((key for run in drawn.values() for key in run), ", ".join(asked) if all(asked) else "")
-        panels = [self.panel(metric, curves(drawn, metric, names), f"{metric} over epochs") for metric in shown]
+        asked = {metric for found in self.found.values() for metric in found.asked}
+        shown = metrics_shown((key for series in drawn.values() for key in series), asked)
+        first = list(dict.fromkeys(key.metric for series in objectives.values() for key in series))
+        panels = [
+            self.panel(name, curves(drawn, name, names, self.over), f"{name} over {self.over}s")
+            for name in first + shown
+        ]
         caption = (
-            "Each metric over the epochs: curves that fall toward 0 approach collapse. A triangle is an exact 0. A drag zooms, "
-            "and a double click returns."
+            f"Each metric over {self.over}s: curves that fall toward 0 approach collapse. A triangle is an exact 0. A drag "
+            "zooms, and a double click returns."
         )
-        yield figure(grid(panels[:_AT_SIGHT]), caption) + details(panels[_AT_SIGHT:])
+        most = _AT_SIGHT + len(first)
+        yield figure(grid(panels[:most]), caption) + details(panels[most:])
 
     def panel(self, metric: str, spec: Any, label: str) -> str:
         """A figure of one metric under its name."""
@@ -189,18 +196,20 @@ class _Page:
         )
         return heading(3, "Cosines between class means") + figure(grid(panels, "square") + bar, caption)
 
-    def depth(self, course: Series, asked: str) -> str:
+    def depth(self, run: RunCurves) -> str:
         """Metrics against depth."""
-        found = {metric: depth(course, metric) for metric in metrics_shown(course, asked) if by_layer(course, metric)}
+        course = course_of(series_of(run.metrics))
+        shown = [metric for metric in metrics_shown(course, run.asked) if by_layer(course, metric)]
+        found = {metric: depth(course, metric, run.over) for metric in shown}
         if not found:
             return ""
         panels = [self.panel(metric, spec, f"{metric} against depth") for metric, spec in found.items()]
         epochs = [epoch for points in course.values() for epoch, _ in points]
         colors = [color_at(at / 5) for at in range(6)]
-        bar = scale(colors, [f"epoch {min(epochs):g}", f"epoch {max(epochs):g}"])
+        bar = scale(colors, [f"{run.over} {min(epochs):g}", f"{run.over} {max(epochs):g}"])
         caption = (
-            "Each metric against depth, a curve for each of at most twelve epochs: where a curve falls to the right, deeper "
-            "layers are more collapsed."
+            f"Each metric against depth, a curve for each of at most twelve {run.over}s: where a curve falls to the right, "
+            "deeper layers are more collapsed."
         )
         return heading(3, "Depth") + figure(grid(panels[:4]) + bar, caption) + details(panels[4:])
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lightning_nc.functional import METRICS
-from lightning_nc.keys import CHANCE, DEPTH, ERROR, TRAIN_MEANS, Key, base_name
-from lightning_nc.runs import epoch_of
-from lightning_nc.saved import values_of
+from lightning_nc.functional.table import check_metrics
+from lightning_nc.keys import DEPTH, INPUT_NAME, TRAIN_MEANS, Key, base_name
+from lightning_nc.plotting.curves import Curves, RunCurves, is_chance, same
 
 __all__ = [
     "Points",
@@ -32,17 +31,10 @@ Points = list[tuple[float, float]]
 
 Series = dict[Key, Points]
 
-_PAPER = ("nc1", "nc2_etf", "nc2_etf_centered", "nc2_of", "nc3", "nc3_centered")
 
-
-def series_of(rows: Iterable[Mapping[str, Any]]) -> Series:
-    """The points of every metric by stage, dataloader, layer and metric, in the order of the epochs."""
-    found: Series = {}
-    for row in rows:
-        for key, value in values_of(row).items():
-            if not key.metric.endswith(ERROR):
-                found.setdefault(key, []).append((epoch_of(row), value))
-    return {key: sorted(points, key=lambda point: point[0]) for key, points in found.items()}
+def series_of(curves: Curves) -> Series:
+    """Curves as points."""
+    return {key: list(zip(*curve, strict=True)) for key, curve in curves.items()}
 
 
 def course_of(series: Series) -> Series:
@@ -59,7 +51,7 @@ def layers_of(keys: Iterable[Key]) -> list[str]:
 
 def layer_name(layer: str) -> str:
     """The name of a layer in figures and sentences."""
-    return layer or "classifier input"
+    return layer or INPUT_NAME
 
 
 def stage_name(stage: str, loader: int) -> str:
@@ -67,33 +59,19 @@ def stage_name(stage: str, loader: int) -> str:
     return f"{stage}_{loader}" if loader else stage
 
 
-def without_twins(runs: Mapping[str, Series]) -> tuple[dict[str, Series], dict[str, str]]:
-    """Runs without layers whose values are those of the classifier's input in all of them, and the names of all layers."""
-    keys = [key for series in runs.values() for key in series]
-
-    def is_twin(layer: str) -> bool:
-        own = [(series, key) for series in runs.values() for key in series if key.layer == layer]
-        return all(
-            repr(series[key]) == repr(series.get(key._replace(layer=""))) for series, key in own
-        )  # nan equals nan
-
-    names = {layer: layer_name(layer) for layer in layers_of(keys)}
-    twins = [layer for layer in names if layer and is_twin(layer)]
-    if twins:
-        names[""] = " = ".join([*twins, names[""]])
-    kept = {name: {key: series[key] for key in series if key.layer not in twins} for name, series in runs.items()}
-    return kept, names
+def without_twins(runs: Mapping[str, RunCurves]) -> tuple[dict[str, Series], dict[str, str]]:
+    """The metrics of runs without layers that have the numbers of a later one in all runs, and the names of those that stay."""
+    every = [run.metrics for run in runs.values()]
+    names = same(every, layers_of(key for curves in every for key in curves), "layer")
+    kept = {name: {key: run.metrics[key] for key in run.metrics if key.layer in names} for name, run in runs.items()}
+    return {name: series_of(curves) for name, curves in kept.items()}, names
 
 
-def metrics_shown(keys: Iterable[Key], asked: str = "") -> list[str]:
-    """The metrics that have a panel of their own: those that were asked for if that is known, the paper's first.
-
-    Rows also have the distances to the frames that exist, and what chance gives, without being asked.
-    """
-    found = dict.fromkeys(key.metric for key in keys if not key.metric.endswith(tuple(CHANCE.values())))
-    wanted = asked.split(", ")
-    shown = [name for name in found if not asked or name == DEPTH or base_name(name) in wanted]
-    return sorted(shown or found, key=lambda name: _PAPER.index(name) if name in _PAPER else len(_PAPER))
+def metrics_shown(keys: Iterable[Key], asked: Collection[str]) -> list[str]:
+    """The metrics that were asked for, and so have a panel, the paper's first; not what chance gives."""
+    found = dict.fromkeys(key.metric for key in keys if not is_chance(key.metric) and key.metric in asked)
+    paper = check_metrics("paper")
+    return sorted(found, key=lambda name: paper.index(name) if name in paper else len(paper))
 
 
 def by_layer(series: Series, metric: str) -> dict[str, Points]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from statistics import median
 from typing import Any
 
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.history import History
 from lightning_nc.keys import DEPTH
+from lightning_nc.plotting.curves import RunCurves, is_accuracy, read_curves
 from lightning_nc.report.series import (
     Points,
     Series,
@@ -33,15 +36,26 @@ _LAGS = 2.0  # times the median of the classes
 
 def summary(history: History) -> dict[str, list[str]]:
     """Sentences by question, in plain text with code in backticks. They are about the training data if these were measured."""
-    series = course_of(series_of(history))
+    run = read_curves(history)
+    series = course_of(series_of(run.metrics))
     found = {
         "Measured": [_measured(series)],
         "Which geometry": _geometry(history, series),
-        "How far": list(_how_far(history, series)),
+        "How far": list(_how_far(history, series, run.asked)),
         "At which depth": list(_depth(series)),
         "Which classes lag": list(_lagging(history.per_class)),
     }
-    return {question: sentences for question, sentences in found.items() if sentences}
+    return {question: _over(run.over, sentences) for question, sentences in found.items() if sentences}
+
+
+def _over(word: str, sentences: Iterable[str]) -> list[str]:
+    """Sentences with the word for what the rows count: epochs or iterations."""
+    return [
+        re.sub(
+            r"(?<![\w`/.])([Ee])poch(?=s?\b)", lambda found: word.capitalize() if found[1] == "E" else word, sentence
+        )
+        for sentence in sentences
+    ]
 
 
 def _measured(series: Series) -> str:
@@ -72,7 +86,7 @@ def _geometry(history: History, series: Series) -> list[str]:
     text = listed([f"{FRAMES_IN_WORDS[frame]} {number(value)} (`{frame}`)" for frame, value in last.items()])
     if name == "none" and last:
         return [
-            "No frame is near: class means of the same lengths in random directions would be as close. The distances are at "
+            "No frame is near: class means of the same lengths in random directions can be as close. The distances are at "
             f"last: {text}."
         ]
     if name == "none":
@@ -112,9 +126,9 @@ def _change(metric: str, points: Points) -> str:
     return f"{change}{factor}.{dip}"
 
 
-def _how_far(history: History, series: Series) -> Iterator[str]:
+def _how_far(history: History, series: Series, asked: Collection[str]) -> Iterator[str]:
     nearest = _nearest(history, series)
-    names = metrics_shown([key for key in series if not key.layer] or series, history.about.get("metrics", ""))
+    names = metrics_shown([key for key in series if not key.layer] or series, asked)
     wanted = ["nc1", "nc2_etf_centered", "nc2_of"] if nearest not in FRAMES_IN_WORDS else ["nc1"]
     wanted += [
         "nc3" if nearest == "nc2_of" and "nc3" in names else "nc3_centered" if "nc3_centered" in names else "nc3"
@@ -190,24 +204,30 @@ def _lagging(table: dict[str, list[Any]]) -> Iterator[str]:
 
 def cautions(history: History) -> list[str]:
     """What is not to be trusted in a run, and why, as far as its data show it."""
-    series = course_of(series_of(history))
-    return [*_of_rows(history, series), *_of_values(series), *_of_classes(history), *_of_settings(history, series)]
+    run = read_curves(history)
+    series = course_of(series_of(run.metrics))
+    doubts = (_of_rows(history, series), _of_values(series), _of_classes(history), _of_settings(history, series, run))
+    return _over(run.over, chain.from_iterable(doubts))
 
 
 def _of_rows(history: History, series: Series) -> Iterator[str]:
     if len({epoch for points in series.values() for epoch, _ in points}) == 1:
         yield "One epoch alone was measured: nothing is known about the course of training."
     for name, value, reason in (
-        ("partial", True, "training was resumed in the middle of them, so only the rest of the epoch was measured"),
-        ("weights", "swapped", "they are about other weights than those of the last step, such as averaged ones"),
+        ("partial", True, "after training was resumed in the middle, so only in part"),
+        ("weights", "swapped", "with other weights than those of the last step, such as averaged ones"),
     ):
         if epochs := list(dict.fromkeys(number(row["epoch"], 6) for row in history if row.get(name) == value)):
-            yield f"Rows of epoch {listed(epochs)} are special: {reason}."
+            yield f"{_epochs(epochs)} measured {reason}."
     places = [
         (row["epoch"], row.get("step"), row.get("weights"), key) for row in history for key in row if key[:3] == "nc/"
     ]
     if epochs := list(dict.fromkeys(number(place[0], 6) for place in _twice(places))):
-        yield f"Epoch {listed(epochs)} was measured twice at one step: the file may hold the rows of two runs."
+        yield f"{_epochs(epochs)} measured twice at one step: the file may hold the rows of two runs."
+
+
+def _epochs(epochs: Sequence[str]) -> str:
+    return f"Epochs {listed(epochs)} were" if epochs[1:] else f"Epoch {epochs[0]} was"
 
 
 def _twice(places: Sequence[Any]) -> list[Any]:
@@ -263,7 +283,7 @@ def _of_classes(history: History) -> Iterator[str]:
         )
 
 
-def _of_settings(history: History, series: Series) -> Iterator[str]:
+def _of_settings(history: History, series: Series, run: RunCurves) -> Iterator[str]:
     stage = next(iter(series)).stage
     if stage != "train":
         yield "Collapse is a statement about the training data; here other data were measured."
@@ -272,18 +292,10 @@ def _of_settings(history: History, series: Series) -> Iterator[str]:
             'Measured with `mode="online"`: in train mode (dropout, batch statistics), with weights that change '
             "within the epoch, so the values differ from those of an extra pass in eval mode."
         )
-    accuracy = _accuracy(history)
+    accuracies = [ys[-1] for key, (_, ys) in run.objectives.items() if key.stage == "train" and is_accuracy(key.metric)]
+    accuracy = next(iter(accuracies), None)
     if stage == "train" and accuracy is not None and 0 <= accuracy < 1:
         yield (
             f"Training accuracy is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last training error "
             "is gone."
         )
-
-
-def _accuracy(history: History) -> float | None:
-    """The last training accuracy that the rows have, from 0 to 1."""
-    names = ("train_accuracy", "train_acc", "train/accuracy", "train/acc", "accuracy", "acc")
-    for row in reversed(history):
-        if row.get("stage", "train") == "train" and (found := [row[name] for name in names if name in row]):
-            return float(found[0])
-    return None
