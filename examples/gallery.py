@@ -116,7 +116,7 @@ def photograph(page: Path, picture: Path) -> None:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    for option in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=1000,1400"):
+    for option in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=700,1200"):
         options.add_argument(f"--{option}")
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     browser.get(page.resolve().as_uri())

@@ -1,6 +1,6 @@
 """ResNet18 on real images: train past zero error, measure NC1, NC2 and NC3 at every depth, draw the figure.
 
-    python examples/resnet18.py                                      # the demo: digits, a few minutes on two cores
+    python examples/resnet18.py                                      # the demo: digits, about a minute on two cores
     python examples/resnet18.py fit --config examples/configs/figure5-top.yaml
     python examples/resnet18.py fit --data.dataset cifar10 --model.loss mse --model.bias false
     python examples/resnet18.py fit --help                           # every option

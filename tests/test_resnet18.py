@@ -310,6 +310,16 @@ def test_the_figures_of_the_paper_have_configurations_that_others_extend(name, c
     assert "bf16-mixed" in text
 
 
+def test_the_configuration_without_a_gpu_measures_log_spaced_epochs_and_does_not_validate():
+    run(
+        f"fit --config {CONFIGS / 'figure10.yaml'} --config {CONFIGS / 'cpu.yaml'} --data.dataset digits "
+        "--data.samples_per_class 7 --trainer.max_epochs 6"
+    )
+    measured = rows()
+    assert [row["epoch"] for row in measured] == ["0", "1", "2", "3", "5"]
+    assert "val_loss" not in measured[-1]
+
+
 def test_the_paper_is_the_default(capsys):
     model = resnet18.ResNet18()
     assert (

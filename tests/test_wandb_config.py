@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import resnet18
 
 ROOT = Path(__file__).parents[1]
-
 CONFIGS = ROOT / "examples" / "configs"
 RECIPE = f"fit --config {CONFIGS / 'digits.yaml'} --config {CONFIGS / 'wandb.yaml'}"
 QUICK = (
