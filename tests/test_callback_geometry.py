@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import fit, loader
+from conftest import Classifier, fit, loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader, Subset
 
 from lightning_nc import NeuralCollapseCallback, extract_features
 from lightning_nc.history import History
@@ -56,6 +57,19 @@ def test_scenes_of_training_data_come_first(tmp_path):
     held_out = NeuralCollapseCallback(stages=("validate",), geometry=(0, 1))
     fit(tmp_path, [held_out], max_epochs=2, val=loader(False))
     assert [scene.stage for scene in pictured(held_out.history.scenes)] == ["validate", "validate"]
+
+
+def test_the_classes_of_held_out_data_are_those_of_the_first_dataloader(tmp_path):
+    class TwoLoaders(Classifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    callback = NeuralCollapseCallback(stages=("validate",), geometry=(0, 1), strict=True)
+    data = loader(False).dataset
+    half = DataLoader(Subset(data, range(len(data) // 2)), batch_size=8)
+    fit(tmp_path, [callback], model=TwoLoaders(), max_epochs=2, val=[loader(False), half])
+    assert sum(callback.per_class["samples"]) == len(data)
+    assert [scene.epoch for scene in callback.history.scenes] == [0, 1]
 
 
 def test_a_class_without_samples_is_said_once_and_everything_else_is_measured(tmp_path):

@@ -159,6 +159,18 @@ def test_the_nearest_frame_is_that_of_the_dataloader_that_the_words_are_about():
     assert "nearest to an orthogonal frame: `nc2_of` is 0.1" in summary(history)["Which geometry"][0]
 
 
+def test_a_checkpoint_that_is_older_than_the_log_is_said_so(run):
+    history = History(rows=run)
+    history.scenes, history.about = run.scenes[:5], run.about
+    assert "The checkpoint of the run ends at epoch 4, before the curves" in " ".join(cautions(history))
+
+
+def test_layers_in_the_order_of_a_loggers_file_are_said_to_be_so(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text("epoch,nc/blocks/nc1,nc/nc1,nc/stem/nc1\n0,1,2,3\n1,1,1,1\n")
+    assert "Layers stand in the order of their names" in " ".join(cautions(History.read(file)))
+
+
 def test_a_loss_is_drawn_beside_layers_without_the_classifiers_input():
     history = History(rows=[{"epoch": 0, "layer1/nc1": 2.0, "layer2/nc1": 0.5, "train_loss": 1.5}])
     page = report({"a run": history})

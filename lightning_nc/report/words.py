@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.history import History
-from lightning_nc.keys import DEPTH
+from lightning_nc.keys import DEPTH, natural_order
 from lightning_nc.plotting.curves import RunCurves, is_accuracy, read_curves
 from lightning_nc.report.series import (
     Points,
@@ -26,7 +26,9 @@ from lightning_nc.report.series import (
     number,
     series_of,
 )
+from lightning_nc.runs import FIRST_COLUMNS
 from lightning_nc.saved import values_of
+from lightning_nc.scenes import pictured
 
 __all__ = ["cautions", "summary"]
 
@@ -85,7 +87,12 @@ def _nearest(history: History, series: Series) -> str | None:
 
 def _geometry(history: History, series: Series) -> list[str]:
     name, distances = _nearest(history, series), {frame: _at_input(series, frame) for frame in FRAMES_IN_WORDS}
-    last = {frame: points[-1][1] for frame, points in distances.items() if points and math.isfinite(points[-1][1])}
+    end = max((points[-1][0] for points in distances.values() if points), default=0)
+    last = {
+        frame: points[-1][1]
+        for frame, points in distances.items()
+        if points and math.isfinite(points[-1][1]) and (frame == name or points[-1][0] == end)
+    }
     if name in last:
         return [f"The class means are nearest to {_article(FRAMES_IN_WORDS[name])}: {_change(name, distances[name])}"]
     text = listed([f"{FRAMES_IN_WORDS[frame]} {number(value)} (`{frame}`)" for frame, value in last.items()])
@@ -213,7 +220,13 @@ def cautions(history: History) -> list[str]:
     """What is not to be trusted in a run, and why, as far as its data show it."""
     run = read_curves(history)
     series = course_of(series_of(run.metrics))
-    doubts = (_of_rows(history, series), _of_values(series), _of_classes(history), _of_settings(history, series, run))
+    doubts = (
+        _of_rows(history, series),
+        _of_files(history, series, run),
+        _of_values(series),
+        _of_classes(history),
+        _of_settings(history, series, run),
+    )
     return _over(run.over, chain.from_iterable(doubts))
 
 
@@ -231,6 +244,24 @@ def _of_rows(history: History, series: Series) -> Iterator[str]:
     ]
     if epochs := list(dict.fromkeys(number(place[0], 6) for place in _twice(places))):
         yield f"{_epochs(epochs)} measured twice at one step: the file may hold the rows of two runs."
+
+
+def _of_files(history: History, series: Series, run: RunCurves) -> Iterator[str]:
+    """What a checkpoint or a log alone does not tell of the rest."""
+    end = max(epoch for points in series.values() for epoch, _ in points)
+    shown = pictured(history.scenes)
+    if shown and shown[-1].epoch < end:
+        yield (
+            f"The checkpoint of the run ends at epoch {number(shown[-1].epoch, 6)}, before the curves: the nearest frame, the "
+            "classes and the pictures are those of that epoch."
+        )
+    layers = [layer for layer in layers_of(series) if layer]
+    of_logger = not history.about and tuple(history[0])[:2] != FIRST_COLUMNS and run.over == "epoch"
+    if of_logger and len(layers) > 1 and layers == sorted(layers, key=natural_order):
+        yield (
+            "Layers stand in the order of their names, which may not be that of the network: a logger's file alone does not "
+            "tell; the checkpoint of the run does."
+        )
 
 
 def _epochs(epochs: Sequence[str]) -> str:
