@@ -69,6 +69,15 @@ def test_a_class_without_samples_is_said_once_and_everything_else_is_measured(tm
     assert len(callback.history) == 2
 
 
+def test_a_class_whose_samples_are_ignored_has_no_picture(tmp_path):
+    callback = NeuralCollapseCallback(geometry=(0, 1), ignore_index=1)
+    with pytest.warns(
+        UserWarning, match="no picture is kept, because class 1 has no sample in the data, or is ignored"
+    ):
+        fit(tmp_path, [callback], max_epochs=1)
+    assert [scene.chosen for scene in callback.history.scenes] == [[]]
+
+
 @pytest.mark.parametrize("geometry", [(0,), (0, 1, 2, 3, 4), (0, 0), (0, -1), ("a", "b"), 3, "01", (0, 1.5)])
 def test_what_is_not_two_to_four_classes_is_refused(geometry):
     with pytest.raises(MisconfigurationException, match="geometry must be two to four different class indices"):

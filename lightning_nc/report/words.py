@@ -26,6 +26,7 @@ from lightning_nc.report.series import (
     number,
     series_of,
 )
+from lightning_nc.saved import values_of
 
 __all__ = ["cautions", "summary"]
 
@@ -73,8 +74,12 @@ def _at_input(series: Series, metric: str) -> Points:
 
 def _nearest(history: History, series: Series) -> str | None:
     """The name of the frame that was nearest at last; "none", or None if that is not known."""
-    stage = next(iter(series)).stage
-    known = (row["geometry"] for row in reversed(history) if "geometry" in row and row.get("stage", "train") == stage)
+    course = next(iter(series))[:2]
+    known = (
+        row["geometry"]
+        for row in reversed(history)
+        if "geometry" in row and course in {key[:2] for key in values_of(row)}
+    )
     return next(known, None)
 
 
@@ -112,7 +117,7 @@ def _change(metric: str, points: Points) -> str:
     if len(points) == 1:
         return f"{name} is {number(last)} at epoch {number(end, 6)}."
     ratio = first / last if first > 0 < last else math.nan
-    if 0.95 < ratio < 1.05:
+    if 0.95 < ratio < 1.05 or first == last:
         return f"{name} hardly changed: {number(first)} at epoch {number(start, 6)}, {number(last)} at epoch {number(end, 6)}."
     verb = "fell" if last < first else "rose"
     factor = f", by a factor of {number(max(ratio, 1 / ratio), 2)}" if math.isfinite(ratio) else ""
@@ -134,9 +139,11 @@ def _how_far(history: History, series: Series, asked: Collection[str]) -> Iterat
         "nc3" if nearest == "nc2_of" and "nc3" in names else "nc3_centered" if "nc3_centered" in names else "nc3"
     ]
     shown = [name for name in wanted if name in names] or [name for name in names if name != DEPTH][:3]
+    layers = layers_of(series)
     for name in shown:
-        if points := _at_input(series, name) or next(iter(by_layer(series, name).values()), []):
-            yield f"{in_words(name)}: {_change(name, points)}" if in_words(name) else _change(name, points)
+        key = max((key for key in series if key.metric == name), key=lambda key: layers.index(key.layer))
+        at = f" of {key.layer}" * bool(key.layer)
+        yield f"{in_words(name) or f'`{name}`'}{at}: {_change(name, series[key])}"
     points = [point for point in _at_input(series, "nc1") if math.isfinite(point[1]) and point[1] > 0]
     if len(points) >= 8:
         epoch, before = points[-1 - len(points) // 4]
