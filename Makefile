@@ -10,7 +10,7 @@ INSTALLED = $(VENV)/installed
 .PHONY: demo language-model test test-all test-browser lint types docs figures gallery benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
 
 language-model: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/language_model.py $(ARGS)
