@@ -200,7 +200,7 @@ def test_nothing_is_doubted_where_there_is_no_reason(run):
         (rows([1.0, math.inf]), "nc1 is infinite at last"),
         (rows([1.0, math.nan, 1.0]), "nc1 is not a number in some epochs"),
         (rows([1.0, 1e-14]), "only the order of magnitude is known"),
-        (rows([1.0, 0.5], train_accuracy=0.75), "Training accuracy is 0.75 at last, not 1"),
+        (rows([1.0, 0.5], train_accuracy=0.75), "Training accuracy (`accuracy`) is 0.75 at last, not 1"),
         (
             History(rows=[{"stage": "test", "epoch": e, "nc/test/nc1": 1.0} for e in (0, 1)]),
             "here other data were measured",

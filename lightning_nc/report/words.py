@@ -330,10 +330,14 @@ def _of_settings(history: History, series: Series, run: RunCurves) -> Iterator[s
             'Measured with `mode="online"`: in train mode (dropout, batch statistics), with weights that change '
             "within the epoch, so the values differ from those of an extra pass in eval mode."
         )
-    accuracies = [ys[-1] for key, (_, ys) in run.objectives.items() if key.stage == "train" and is_accuracy(key.metric)]
-    accuracy = next(iter(accuracies), None)
-    if stage == "train" and accuracy is not None and 0 <= accuracy < 1:
+    accuracies = [
+        (key.metric, ys[-1])
+        for key, (_, ys) in run.objectives.items()
+        if key.stage == "train" and is_accuracy(key.metric)
+    ]
+    name, accuracy = next(iter(accuracies), ("", math.nan))
+    if stage == "train" and 0 <= accuracy < 1:
         yield (
-            f"Training accuracy is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last training error "
+            f"Training accuracy (`{name}`) is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last training error "
             "is gone."
         )
