@@ -338,6 +338,6 @@ def _of_settings(history: History, series: Series, run: RunCurves) -> Iterator[s
     name, accuracy = next(iter(accuracies), ("", math.nan))
     if stage == "train" and 0 <= accuracy < 1:
         yield (
-            f"Training accuracy (`{name}`) is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last training error "
-            "is gone."
+            f"Training accuracy (`{name}`) is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last "
+            "training error is gone."
         )
