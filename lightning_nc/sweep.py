@@ -72,7 +72,7 @@ def measure_checkpoints(  # noqa: D417
     sweep = Sweep(
         ModelSpec(model, model_arguments or {}, on),
         DataSpec(data, data_arguments or {}),
-        {"layers": layers, "metrics": metrics, "device": on},
+        {"layers": layers, "metrics": metrics, "device": on, "progress": False},
         unsafe,
     )
     places, source, failed = in_training_order(found, unsafe)

@@ -82,7 +82,7 @@ def test_the_summary_names_the_frame_and_how_far_each_metric_went(run):
     )
     assert "`nc3_centered`" in found["How far"][1]
     fell = 1 - last["nc/nc1"] / run[17]["nc/nc1"]
-    assert found["How far"][-1] == f"At the end it was still falling: `nc1` by {100 * fell:.0f} % since epoch 17."
+    assert found["How far"][-1] == f"`nc1` was still falling: {100 * fell:.0f} % lower than at epoch 17."
     assert found["Measured"] == ["The training data, in 24 epochs from 0 to 23."]
 
 
@@ -90,11 +90,11 @@ def test_the_summary_gives_nc1_by_depth_and_where_it_rises(run):
     depths = [run[-1][f"nc/{name}nc1"] for name in ("layer1/", "layer2/", "")]
     text = "layer1 {:.3g}, layer2 {:.3g}, classifier input {:.3g}.".format(*depths)
     assert summary(run)["At which depth"] == [
-        f"`nc1` by depth, at last: {text} It falls or stays from each to the next."
+        f"`nc1` by depth, at the end: {text} It does not increase from layer to layer."
     ]
     rising = History(rows=[{"epoch": 0, "nc/a/nc1": 1.0, "nc/b/nc1": 2.0, "nc/nc1": 1.5}])
     assert summary(rising)["At which depth"] == [
-        "`nc1` by depth, at last: a 1, b 2, classifier input 1.5. It rises at b."
+        "`nc1` by depth, at the end: a 1, b 2, classifier input 1.5. It rises at b."
     ]
     assert summary(rows([1.0]))["At which depth"][0].startswith("One depth alone was measured, classifier input")
 
@@ -114,13 +114,12 @@ def test_a_class_that_lags_is_named_with_the_class_it_is_near_to(run):
     table = {"class": [3, 5, 7, 9], "nearest": [5, 3, 9, 7], "nearest_cdnv": [0.5, 0.1, 0.1, math.nan]}
     history = History.from_state({"history": list(run), "per_class": table})
     assert summary(history)["Which classes lag"] == [
-        "Class 3 (toward class 5, 0.5): more than twice the median of the classes, 0.1 (variance within over squared distance to "
-        "the nearest class, `nearest_cdnv`)."
+        "Class 3 (nearest class 5, 0.5): `nearest_cdnv` is more than twice the median of the classes, 0.1."
     ]
     even = History.from_state({"history": list(run), "per_class": {**table, "nearest_cdnv": [0.11, 0.1, 0.1, 0.1]}})
-    assert summary(even)["Which classes lag"][0].startswith(
-        "None: class 3 is the least collapsed, with 0.11 to class 5"
-    )
+    assert summary(even)["Which classes lag"] == [
+        "No class lags. The largest `nearest_cdnv` is 0.11 (class 3, nearest class 5); the median is 0.1."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def test_a_metric_that_rises_stays_or_dips_is_said_so():
     assert "hardly changed: 1 at epoch 0, 1.01 at epoch 1." in summary(rows([1.0, 1.01]))["How far"][0]
     assert "Its least was 0.1 at epoch 1." in summary(rows([1.0, 0.1, 0.5]))["How far"][0]
     assert "`nc1` is not a number at epoch 1." in summary(rows([1.0, math.nan]))["How far"][0]
-    assert "no longer falling: 1 at epoch 7, 1 at last." in summary(rows([2.0] + [1.0] * 9))["How far"][-1]
+    assert "no longer falling: 1 at epoch 7, 1 at the end." in summary(rows([2.0] + [1.0] * 9))["How far"][-1]
     assert "hardly changed: 0 at epoch 0, 0 at epoch 1." in summary(rows([0.0, 0.0]))["How far"][0]
 
 
@@ -197,10 +196,10 @@ def test_nothing_is_doubted_where_there_is_no_reason(run):
         ),
         (History(rows=[*rows([1.0, 0.5]), *rows([0.9])]), "Epoch 0 was measured twice at one step"),
         (rows([math.nan, math.nan]), "nc1 is not a number always: there the value means nothing"),
-        (rows([1.0, math.inf]), "nc1 is infinite at last"),
+        (rows([1.0, math.inf]), "nc1 is infinite at the end"),
         (rows([1.0, math.nan, 1.0]), "nc1 is not a number in some epochs"),
         (rows([1.0, 1e-14]), "only the order of magnitude is known"),
-        (rows([1.0, 0.5], train_accuracy=0.75), "Training accuracy (`accuracy`) is 0.75 at last, not 1"),
+        (rows([1.0, 0.5], train_accuracy=0.75), "Training accuracy (`accuracy`) is 0.75 at the end, not 1"),
         (
             History(rows=[{"stage": "test", "epoch": e, "nc/test/nc1": 1.0} for e in (0, 1)]),
             "here other data were measured",
@@ -392,12 +391,47 @@ def test_the_page_fits_a_phone_and_says_what_is_to_be_seen(page):
     assert [tag for tag, _ in found.tags].count("figcaption") == 5
 
 
-def test_a_run_without_scenes_says_how_samples_are_kept():
-    assert "geometry=(0, 1, 2)" in report({"a": rows([1.0, 0.5])})
-    lone = Scene(0, 1, "train", 1, [0], [[1.0]], [], [], [], [])
+def test_a_log_without_its_checkpoint_says_what_to_pass_and_how_samples_are_kept():
+    words = report({"a": rows([1.0, 0.5])})
+    for missing in ("samples", "cosines", "table of the classes"):
+        assert f"The log has no {missing}. Pass the directory that also holds the checkpoint." in words
+    assert "geometry=(0, 1, 2)" in words
     history = rows([1.0, 0.5])
-    history.scenes = [lone]
-    assert "Cosines between class means" not in report({"a": history})
+    history.scenes = [Scene(0, 1, "train", 1, [0], [[1.0]], [], [], [], [])]
+    words = report({"a": history})
+    assert "The run has no samples." in words
+    assert "The run has no cosines." in words
+
+
+def cells(page, caption):
+    """The names and the texts of the first table before a caption."""
+    before = without_plotly(page).split(caption)[0].rpartition("<table>")[2]
+    names = re.findall("<th .*?<button.*?>(.*?)</button>", before)
+    return names, [re.findall("<td.*?>(.*?)</td>", row) for row in re.findall("<tr>(<td.*?)</tr>", before)]
+
+
+def test_the_least_separated_class_is_on_top_of_the_table(run):
+    table = {"class": [3, 5, 7], "samples": [9, 9, 9], "nearest": [5, 3, 5], "nearest_cdnv": [0.1, math.nan, 0.5]}
+    page = report({"a": History.from_state({**run.state(), "per_class": table})})
+    names, found = cells(page, "<figcaption>The classes")
+    assert names == ["class", "nearest_cdnv", "nearest", "samples"]
+    assert [row[:2] for row in found] == [["7", "0.5"], ["3", "0.1"], ["5", "not a number"]]
+    assert '<th scope="col" aria-sort=descending><button type="button">nearest_cdnv' in page
+
+
+def test_several_runs_begin_with_a_row_of_last_values_for_each(run):
+    layer = History(rows=[{"epoch": epoch, "nc/early/nc1": 2.0, "nc/late/nc1": 0.5} for epoch in (0, 1)])
+    page = report({"first": run, "second": rows([1.0, 0.5]), "third": layer})
+    names, found = cells(page, "<figcaption>Each metric at the deepest measured layer")
+    assert names == ["run", "layer", "epoch", *PAPER]
+    expected = ["first", "classifier input", "23", *(number(run[-1][f"nc/{name}"], 4) for name in PAPER)]
+    assert found == [
+        expected,
+        ["second", "classifier input", "1", "0.5", "", "", "", "", ""],
+        ["third", "late", "1", "0.5", "", "", "", "", ""],
+    ]
+    assert page.index("Last values of all runs") < page.index("Curves of all runs") < page.index("<h3>Summary")
+    assert "Last values of all runs" not in report({"a": run})
 
 
 def test_numbers_are_short():

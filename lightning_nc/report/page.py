@@ -17,6 +17,7 @@ from lightning_nc.report.figures import HEAT, color_at, curves, depth, heat_map,
 from lightning_nc.report.geometry import moving
 from lightning_nc.report.parts import (
     buttons,
+    classes,
     details,
     dot,
     figure,
@@ -33,6 +34,8 @@ from lightning_nc.report.series import (
     by_layer,
     course_of,
     in_words,
+    layer_name,
+    layers_of,
     metrics_shown,
     number,
     series_of,
@@ -44,10 +47,8 @@ from lightning_nc.scenes import first_middle_last, pictured
 __all__ = ["report", "write_report"]
 
 _AT_SIGHT = 6  # panels of curves; the rest is behind a click
-_NO_SAMPLES = (
-    "No samples were kept. `NeuralCollapseCallback(geometry=(0, 1, 2))` keeps a few of two to four classes, and the checkpoint "
-    "of the run holds them."
-)
+_KEEP_SAMPLES = "`NeuralCollapseCallback(geometry=(0, 1, 2))` keeps a few samples of two to four classes."
+_COSINES = "Cosines between class means"
 _GEOMETRY = (
     "At collapse every cloud of samples (small dots) is a single point at its class mean (large dot), and class means and rows "
     "of the weight (arrows) lie on the corners of the dashed frame. The unit of each epoch is the root mean square distance of "
@@ -110,7 +111,9 @@ class _Page:
         several = len(self.runs) > 1
         if several:
             links = [f'<a href="#run{place}">{escape(name)}</a>' for place, name in enumerate(self.runs)]
-            yield f'<nav aria-label="runs">{"".join(links)}</nav><h2>Curves of all runs</h2>'
+            yield f'<nav aria-label="runs">{"".join(links)}</nav><h2>Last values of all runs</h2>'
+            yield self.last_values()
+            yield "<h2>Curves of all runs</h2>"
             yield from self.curves()
         for place, (name, history) in enumerate(self.runs.items()):
             yield f'<section id="run{place}"><h2>{escape(name)}</h2>{words(history)}'
@@ -119,9 +122,36 @@ class _Page:
                 yield from self.curves()
             yield self.geometry(history)
             yield self.cosines(history)
-            yield table(history.per_class)
+            table_of = history.per_class
+            yield heading(3, "Classes")
+            yield classes(table_of) if table_of else text_of("p", [_missing(history, "table of the classes")])
             yield self.depth(self.found[name])
             yield settings({"run": name, "measurements": len(history), **history.about}) + "</section>"
+
+    def last_values(self) -> str:
+        """A row per run: each metric at its deepest layer, when it was measured last."""
+        found = {name: course_of(series_of(run.metrics)) for name, run in self.found.items()}
+        deepest = {name: layers_of(course)[-1] for name, course in found.items()}
+        last = {
+            name: {key.metric: points[-1] for key, points in course.items() if key.layer == deepest[name]}
+            for name, course in found.items()
+        }
+        asked = {metric for run in self.found.values() for metric in run.asked}
+        shown = metrics_shown((key for course in found.values() for key in course), asked)
+        columns: dict[str, list[Any]] = {
+            "run": list(found),
+            **({"layer": [layer_name(layer) for layer in deepest.values()]} if any(deepest.values()) else {}),
+            self.over: [f"{max(epoch for epoch, _ in values.values()):g}" for values in last.values()],
+            **{
+                metric: [values[metric][1] if metric in values else None for values in last.values()]
+                for metric in shown
+                if any(metric in values for values in last.values())
+            },
+        }
+        where = "the deepest measured layer" if any(deepest.values()) else "the classifier's input"
+        return figure(
+            table(columns), f"Each metric at {where}, as it was measured last; smaller is closer to collapse."
+        )
 
     def curves(self) -> Iterator[str]:
         """Buttons, and a panel for each metric."""
@@ -166,14 +196,14 @@ class _Page:
         """The chosen classes, with a slider over the epochs."""
         found = moving(history.scenes)
         if found is None:
-            return heading(3, "Geometry") + text_of("p", [_NO_SAMPLES])
+            return heading(3, "Geometry") + text_of("p", [f"{_missing(history, 'samples')} {_KEEP_SAMPLES}"])
         name, last = f"moving{len(self.moving)}", len(found["frames"]) - 1
         self.moving[name] = found
         where = {2: "on the line", 3: "in the plane", 4: "in the space"}[len(found["classes"])]
         label = f"samples, means and rows of the weight of {', '.join(found['classes'])} {where} of the class means"
         slider = (
             '<div class="slide"><button type="button">Play</button><input type="range" min="0" '
-            f'max="{last}" value="{last}" aria-label="epoch"><output></output></div>'
+            f'max="{last}" value="0" aria-label="epoch"><output></output></div>'
         )
         shown = figure(plot(f"{name}-plot", label) + slider, _GEOMETRY, f' class="turn" data-moving="{name}"')
         return heading(3, "Geometry") + shown
@@ -182,19 +212,19 @@ class _Page:
         """Heat maps of the first, middle and last measurement."""
         scenes = first_middle_last([scene for scene in pictured(history.scenes) if len(scene.labels) > 1])
         if not scenes:
-            return ""
-        classes, shown = scenes[-1].classes, len(scenes[-1].labels)
+            return heading(3, _COSINES) + text_of("p", [_missing(history, "cosines")])
+        count, shown = scenes[-1].classes, len(scenes[-1].labels)
         panels = []
         for scene in scenes:
             label = f"cosines between the class means at epoch {scene.epoch:g}"
             panels.append(f"<figure><h4>epoch {scene.epoch:g}</h4>{self.plot(heat_map(scene), label)}</figure>")
-        ideal = -1 / (classes - 1)
+        ideal = -1 / (count - 1)
         bar = scale(HEAT, ["−1", "0", "1"], mark=(1 + ideal) / 2)
         caption = (
-            f"At a simplex ETF of {classes} classes all cosines off the diagonal are {number(ideal)}, the mark on the scale, so "
-            f"all squares off the diagonal have one color.{f' The first {shown} classes are shown.' * (shown < classes)}"
+            f"At a simplex ETF of {count} classes all cosines off the diagonal are {number(ideal)}, the mark on the scale, so "
+            f"all squares off the diagonal have one color.{f' The first {shown} classes are shown.' * (shown < count)}"
         )
-        return heading(3, "Cosines between class means") + figure(grid(panels, "square") + bar, caption)
+        return heading(3, _COSINES) + figure(grid(panels, "square") + bar, caption)
 
     def depth(self, run: RunCurves) -> str:
         """Metrics against depth."""
@@ -212,6 +242,13 @@ class _Page:
             "deeper layers are more collapsed."
         )
         return heading(3, "Depth") + figure(grid(panels[:4]) + bar, caption) + details(panels[4:])
+
+
+def _missing(history: History, what: str) -> str:
+    """Why a run shows none of something: only a checkpoint holds more than rows."""
+    if history.about or history.scenes or history.per_class:
+        return f"The run has no {what}."
+    return f"The log has no {what}. Pass the directory that also holds the checkpoint."
 
 
 def _json(value: Any) -> str:

@@ -14,6 +14,7 @@ from lightning_nc.report.words import cautions, summary
 
 __all__ = [
     "buttons",
+    "classes",
     "details",
     "dot",
     "figure",
@@ -29,11 +30,11 @@ __all__ = [
 
 _CODE, _AS_CODE = re.compile("`([^`]*)`"), r"<code>\1</code>"
 _COLUMNS = {
+    "nearest_cdnv": "variance within the class over the squared distance to the nearest class, smaller is better separated",
+    "nearest": "the class whose mean is nearest",
     "nc1_trace_share": "share of the scatter within classes",
     "mean_norm": "norm of the centered class mean",
     "weight_cosine": "cosine of the mean with its row of the weight",
-    "nearest": "the class whose mean is nearest",
-    "nearest_cdnv": "variance within over squared distance to that class",
 }
 
 
@@ -98,31 +99,40 @@ def buttons(group: str, entries: Mapping[str, str], one: bool = False) -> str:
 
 
 def words(history: History) -> str:
-    """The summary, and what is not to be trusted."""
+    """The summary, and which results may be unreliable."""
     terms = [f"<dt>{question}</dt>{text_of('dd', found)}" for question, found in summary(history).items()]
     doubts = text_of("li", cautions(history))
     none = "<p>The data of the run show no reason for doubt.</p>"
     return (
-        f"<h3>Summary</h3><dl>{''.join(terms)}</dl><h3>Not to be trusted</h3>"
+        f"<h3>Summary</h3><dl>{''.join(terms)}</dl><h3>Check before you trust this</h3>"
         f"{f'<ul class=caution>{doubts}</ul>' if doubts else none}"
     )
 
 
-def table(columns: Mapping[str, Sequence[Any]]) -> str:
-    """The table of the classes; a click on the name of a column sorts by it."""
-    if not columns:
-        return ""
-    heads = [f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in columns]
+def table(columns: Mapping[str, Sequence[Any]], sorted_by: str = "") -> str:
+    """A table; a click on the name of a column sorts by it. At first it is sorted by one of them, the largest on top."""
+    heads = [
+        f'<th scope="col"{" aria-sort=descending" * (name == sorted_by)}><button type="button">{escape(name)}</button></th>'
+        for name in columns
+    ]
     rows = ["".join(map(_cell, row)) for row in zip(*columns.values(), strict=False)]
-    inside = (
+    return (
         f'<div class="wide" tabindex="0"><table><thead><tr>{"".join(heads)}</tr></thead>'
         f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>"
     )
+
+
+def classes(columns: Mapping[str, Sequence[Any]]) -> str:
+    """The table of the classes, least separated first."""
+    by = "nearest_cdnv"
+    names = list(dict.fromkeys(name for name in ("class", by, "nearest", *columns) if name in columns))
+    places = list(range(len(columns["class"])))
+    if by in columns:
+        places = sorted(places, key=lambda at: -columns[by][at] if math.isfinite(columns[by][at]) else math.inf)
+    inside = table({name: [columns[name][at] for at in places] for name in names}, by)
     legend = "; ".join(f"`{name}`: {text}" for name, text in _COLUMNS.items() if name in columns)
-    caption = (
-        "The classes as they were measured last: the one with the largest `nearest_cdnv` lags most. A click sorts."
-    )
-    return heading(3, "Classes") + figure(inside, f"{caption} {legend}.")
+    caption = "The classes as they were measured last, least separated first. A click on the name of a column sorts."
+    return figure(inside, f"{caption} {legend}." if legend else caption)
 
 
 def _cell(value: Any) -> str:

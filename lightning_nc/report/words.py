@@ -1,4 +1,4 @@
-"""A run in sentences: which geometry, how far, at which depth, which classes lag, and what is not to be trusted."""
+"""A run in sentences: which geometry, how far, at which depth, which classes lag, and which results may be unreliable."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _at_input(series: Series, metric: str) -> Points:
 
 
 def _nearest(history: History, series: Series) -> str | None:
-    """The name of the frame that was nearest at last; "none", or None if that is not known."""
+    """The name of the frame that was nearest at the end; "none", or None if that is not known."""
     course = next(iter(series))[:2]
     known = (
         row["geometry"]
@@ -98,14 +98,14 @@ def _geometry(history: History, series: Series) -> list[str]:
     text = listed([f"{FRAMES_IN_WORDS[frame]} {number(value)} (`{frame}`)" for frame, value in last.items()])
     if name == "none" and last:
         return [
-            "No frame is near: class means of the same lengths in random directions can be as close. The distances are at "
-            f"last: {text}."
+            "No frame is near: class means of the same lengths in random directions can be as close. The distances at "
+            f"the end are: {text}."
         ]
     if name == "none":
         return ["No frame exists for this number of classes and features, or the class means were not finite."]
     if last:
         return [
-            f"The distances are at last: {text}. Which frame is nearest is in the checkpoint of the run, which was not found."
+            f"The distances at the end are: {text}. Which frame is nearest is in the checkpoint of the run, which was not found."
         ]
     return []
 
@@ -155,14 +155,10 @@ def _how_far(history: History, series: Series, asked: Collection[str]) -> Iterat
     if len(points) >= 8:
         epoch, before = points[-1 - len(points) // 4]
         fell = 1 - points[-1][1] / before
-        at_end = f"by {100 * fell:.0f} % since epoch {number(epoch, 6)}" if fell > 0.1 else ""
         yield (
-            f"At the end it was still falling: `nc1` {at_end}."
-            if at_end
-            else (
-                f"At the end `nc1` was no longer falling: {number(before)} at epoch {number(epoch, 6)}, "
-                f"{number(points[-1][1])} at last."
-            )
+            f"`nc1` was still falling: {100 * fell:.0f} % lower than at epoch {number(epoch, 6)}."
+            if fell > 0.1
+            else f"`nc1` was no longer falling: {number(before)} at epoch {number(epoch, 6)}, {number(points[-1][1])} at the end."
         )
 
 
@@ -174,8 +170,9 @@ def _depth(series: Series) -> Iterator[str]:
     if points := [(epoch, value) for epoch, value in _at_input(series, DEPTH) if math.isfinite(value)]:
         epoch, depth = points[-1]
         yield (
-            f"The effective depth is {number(depth)} of {len(layers)} at epoch {number(epoch, 6)}: from there on the nearest "
-            "class mean classifies as well as at the last layer, within 1 %."
+            f"The effective depth is {number(depth)} of {len(layers)} at epoch {number(epoch, 6)}: from that layer on, the "
+            "nearest class mean classifies as well as at the last layer, within 1 %."
+            f"{' The classifier input counts as the last layer.' * (not layers[-1])}"
         )
     for metric in ("nc1", "ncc_error"):
         last = {layer: points[-1][1] for layer, points in by_layer(series, metric).items()}
@@ -184,14 +181,14 @@ def _depth(series: Series) -> Iterator[str]:
         places = sorted({round(at * (len(last) - 1) / 7) for at in range(8)})
         names = list(last)
         text = ", ".join(f"{layer_name(names[at])} {number(last[names[at]])}" for at in places)
-        yield f"`{metric}` by depth, at last: {text}.{_monotone(last)}"
+        yield f"`{metric}` by depth, at the end: {text}.{_monotone(last)}"
 
 
 def _monotone(last: dict[str, float]) -> str:
     pairs = list(zip(last.items(), list(last.items())[1:], strict=False))
     rises = [f"{layer_name(after)}" for (_, before), (after, value) in pairs if value > before]
     if not rises:
-        return " It falls or stays from each to the next."
+        return " It does not increase from layer to layer."
     return f" It rises at {listed(rises)}."
 
 
@@ -205,19 +202,18 @@ def _lagging(table: dict[str, list[Any]]) -> Iterator[str]:
     if not behind:
         label, other, value = known[0]
         yield (
-            f"None: class {label} is the least collapsed, with {number(value)} to class {other}, and the median of the classes "
-            f"is {number(middle)} (variance within over squared distance to the nearest class, `nearest_cdnv`)."
+            f"No class lags. The largest `nearest_cdnv` is {number(value)} (class {label}, nearest class {other}); the median is "
+            f"{number(middle)}."
         )
         return
-    names = [f"class {label} (toward class {other}, {number(value)})" for label, other, value in behind]
+    names = [f"class {label} (nearest class {other}, {number(value)})" for label, other, value in behind]
     yield (
-        f"{listed(names, 4).capitalize()}: more than twice the median of the classes, {number(middle)} (variance within over "
-        "squared distance to the nearest class, `nearest_cdnv`)."
+        f"{listed(names, 4).capitalize()}: `nearest_cdnv` is more than twice the median of the classes, {number(middle)}."
     )
 
 
 def cautions(history: History) -> list[str]:
-    """What is not to be trusted in a run, and why, as far as its data show it."""
+    """Results of a run that may be unreliable, with the reason, as far as its data show it."""
     run = read_curves(history)
     series = course_of(series_of(run.metrics))
     doubts = (
@@ -279,7 +275,7 @@ def _of_values(series: Series) -> Iterator[str]:
         always = [key for key, count in keys.items() if count == len(series[key])]
         at_last = [key for key, count in keys.items() if key not in always and count and is_kind(series[key][-1][1])]
         at_times = [key for key, count in keys.items() if count and key not in always and key not in at_last]
-        for found, when in ((always, "always"), (at_last, "at last"), (at_times, "in some epochs")):
+        for found, when in ((always, "always"), (at_last, "at the end"), (at_times, "in some epochs")):
             if names := list(dict.fromkeys(key.metric for key in found)):
                 yield (
                     f"{listed(names)} {'are' if names[1:] else 'is'} {kind} {when}"
@@ -288,7 +284,7 @@ def _of_values(series: Series) -> Iterator[str]:
     points = _at_input(series, "nc1")
     if points and 0 <= points[-1][1] < _FLOOR:
         yield (
-            f"`nc1` is {number(points[-1][1])} at last. So far down, the rounding of float32 features is as large as their "
+            f"`nc1` is {number(points[-1][1])} at the end. So far down, the rounding of float32 features is as large as their "
             "scatter: only the order of magnitude is known."
         )
 
@@ -338,6 +334,6 @@ def _of_settings(history: History, series: Series, run: RunCurves) -> Iterator[s
     name, accuracy = next(iter(accuracies), ("", math.nan))
     if stage == "train" and 0 <= accuracy < 1:
         yield (
-            f"Training accuracy (`{name}`) is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last "
+            f"Training accuracy (`{name}`) is {number(accuracy, 4)} at the end, not 1: collapse is what happens after the last "
             "training error is gone."
         )
