@@ -176,7 +176,7 @@ def _column(axis: Axes, name: str, values: Sequence[float], of_all: Sequence[flo
         axis.axvline(float(numpy.nanmean(of_all)), color="0.5", linestyle="--", linewidth=1)
     axis.set_title(_COLUMNS[name], fontsize=9)
     axis.set_xlabel(name, fontsize=8)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=3))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=name == "samples"))
     axis.set_yticks(places, [])
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.tick_params(labelsize=8)
@@ -190,7 +190,7 @@ def _histogram(axis: Axes, scene: Scene) -> None:
     if len(pairs):
         low, high = min(pairs.min(), _ideal(scene)), max(pairs.max(), _ideal(scene))
         margin = max(0.05 * (high - low), 0.05)
-        axis.hist(pairs, bins=numpy.linspace(low - margin, high + margin, 41).tolist(), color=COLORS[0])
+        axis.hist(pairs, bins=numpy.linspace(low - margin, high + margin, 16).tolist(), color=COLORS[0])
         axis.axvline(_ideal(scene), color=COLORS[1], linewidth=1.5)
     else:
         axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", va="center", color="0.4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -32,10 +33,10 @@ Epochs = list[tuple[float, dict[tuple[str, str], float]]]
 def plot_depth(history: Iterable[Mapping[str, Any]]) -> Figure:
     """Draw every metric against depth, a curve for each measured epoch, on log axes that show zeros at their lower edge.
 
-    The layers stand from left to right in the order of the rows, the classifier's input last; colors go from light to dark with
-    the epochs. A dashed line marks the effective depth in the last epoch that has it, which needs the metric ``ncc_error``,
-    unless ``ncc_error`` of these layers in this order gives another one. The
-    values are those of the training data, or else of the stage and dataloader that come first.
+    The layers stand from left to right in the order of the rows, the classifier's input last; layers with the same numbers
+    stand at one place. Colors go from light to dark with the epochs. A dashed line marks the effective depth in the last epoch
+    that has it, which needs the metric ``ncc_error``, unless ``ncc_error`` of these layers in this order gives another one.
+    The values are those of the training data, or else of the stage and dataloader that come first.
 
     Args:
         history: rows with ``epoch`` and metrics by key, as in ``NeuralCollapseCallback.history``.
@@ -59,10 +60,11 @@ def plot_depth(history: Iterable[Mapping[str, Any]]) -> Figure:
     axes = axes[: len(metrics)]
     shades = numpy.linspace(0.25, 1, len(epochs)) if len(epochs) > 1 else [1.0]
     colors = [matplotlib.colormaps["viridis_r"](shade) for shade in shades]
+    places = _places(epochs, layers)
     for axis, metric in zip(axes, metrics, strict=True):
-        _panel(axis, metric, epochs, layers, colors)
+        _panel(axis, metric, epochs, places, colors)
     _color_bar(figure, axes, [epoch for epoch, _ in epochs], colors)
-    _mark_depth(figure, axes, epochs, layers)
+    _mark_depth(figure, axes, epochs, layers, list(places))
     return figure
 
 
@@ -78,6 +80,20 @@ def _names(epochs: Epochs) -> list[tuple[str, str]]:
 def _layers(epochs: Epochs) -> list[str]:
     """The layers in the order of the rows, and the classifier's input last."""
     return sorted(dict.fromkeys(layer for _, layer in _names(epochs)), key=lambda layer: not layer)
+
+
+def _places(epochs: Epochs, layers: Sequence[str]) -> dict[str, str]:
+    """The layers that are drawn, by what they are called: of several with the same numbers the last, under all of their names."""
+    called = {layer: [name_of(layer)] for layer in layers}
+    for layer, following in pairwise(layers):
+        own = [(values, metric) for _, values in epochs for metric, at in values if at == layer]
+        if all(_same(values[metric, layer], values.get((metric, following), math.inf)) for values, metric in own):
+            called[following] = called.pop(layer) + called[following]
+    return {layer: " =\n".join(names) for layer, names in called.items()}
+
+
+def _same(value: float, other: float) -> bool:
+    return math.isclose(value, other, rel_tol=1e-6) or (math.isnan(value) and math.isnan(other))
 
 
 def _metrics(epochs: Epochs) -> list[str]:
@@ -104,8 +120,8 @@ def _values(history: Iterable[Mapping[str, Any]]) -> Epochs:
     return found.get(("train", 0)) or next(iter(found.values()), [])
 
 
-def _panel(axis: Axes, metric: str, epochs: Epochs, layers: Sequence[str], colors: Sequence[Any]) -> None:
-    spec = METRICS.get(base_name(metric))
+def _panel(axis: Axes, metric: str, epochs: Epochs, places: Mapping[str, str], colors: Sequence[Any]) -> None:
+    spec, layers = METRICS.get(base_name(metric)), list(places)
     curves = {}
     for place, (_, values) in enumerate(epochs):
         depths = [depth for depth, layer in enumerate(layers) if (metric, layer) in values]
@@ -121,7 +137,7 @@ def _panel(axis: Axes, metric: str, epochs: Epochs, layers: Sequence[str], color
             line.set(marker="o", markersize=3, markevery=None)
     step = -(-len(layers) // _MOST_NAMES)
     shown = sorted({*range(0, len(layers), step), len(layers) - 1})
-    names = [name_of(layers[depth]) for depth in shown]
+    names = [places[layers[depth]] for depth in shown]
     level = max(map(len, names)) * len(names) <= 26
     axis.set_xticks(shown, names, fontsize=8, rotation=0 if level else 60, ha="center" if level else "right")
     if not level:
@@ -139,7 +155,9 @@ def _color_bar(figure: Figure, axes: list[Axes], epochs: Sequence[float], colors
     bar.set_label("epoch")
 
 
-def _mark_depth(figure: Figure, axes: Sequence[Axes], epochs: Epochs, layers: Sequence[str]) -> None:
+def _mark_depth(
+    figure: Figure, axes: Sequence[Axes], epochs: Epochs, layers: Sequence[str], drawn: Sequence[str]
+) -> None:
     """The effective depth in the last epoch that has it: a number of the layers, from 1."""
     known = [(epoch, values) for epoch, values in epochs if values.get((DEPTH, ""), 0) >= 1]
     if not known:
@@ -149,7 +167,8 @@ def _mark_depth(figure: Figure, axes: Sequence[Axes], epochs: Epochs, layers: Se
     depth = int(values[DEPTH, ""])
     if effective_depth(errors) != depth:  # a log that sorts the layers by name does not have the order of the network
         return
+    place = sum(layers.index(layer) < depth - 1 for layer in drawn)  # a layer that is not drawn stands at the next one
     for axis in axes:
-        line = axis.axvline(depth - 1, color=COLORS[1], linestyle="--", linewidth=1.2)
+        line = axis.axvline(place, color=COLORS[1], linestyle="--", linewidth=1.2)
     name = f"effective depth in epoch {epoch:g}: {name_of(layers[depth - 1])}"
-    figure.legend([line], [name], loc="outside lower left", fontsize=8, frameon=False)
+    figure.legend([line], [name], loc="outside lower center", fontsize=8, frameon=False)

@@ -64,7 +64,7 @@ def plot_geometry(scenes: Sequence[Scene]) -> Figure:
         figure.text(0.02, 0.02, _left_out(left_out, scene), fontsize=8, transform=axis.transAxes)
     figure.suptitle(
         f"classes {', '.join(map(str, chosen))} {_SPACES[len(chosen)]} of their means\n"
-        "unit of a panel: root mean square distance of the class means",
+        "unit of a panel: root mean square distance of the class means from their center",
         fontsize=10,
     )
     figure.legend(*_legend(bool(shown[-1].weight)), loc="outside lower center", ncol=2, fontsize=9, frameon=False)

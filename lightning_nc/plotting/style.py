@@ -38,6 +38,7 @@ __all__ = [
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "0.35"}
 LEVEL_STYLE: dict[str, Any] = {"color": "0.4", "linestyle": "-.", "linewidth": 1}
+_LEAST_RANGE = 2  # of a log axis, from end to end
 PANEL, WIDTH = 3.1, 12.0  # inches; no panel and no figure is wider
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
 
@@ -114,6 +115,11 @@ def legend_below(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> N
 def plain_log_ticks(axis: Axes) -> None:
     """A log y axis that has several labels even below a decade, such as 0.2, 0.5, 1."""
     axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    if 0 < low < high < _LEAST_RANGE * low:  # or a change of a few percent would look like a collapse
+        middle = math.sqrt(low * high)
+        half = math.sqrt(_LEAST_RANGE)
+        axis.set_ylim(middle / half, middle * half, auto=True)  # further curves are still taken in
     axis.yaxis.set_major_locator(_LogTicks())
     axis.yaxis.set_major_formatter(_PlainNumbers())
     axis.yaxis.set_minor_formatter(NullFormatter())
