@@ -10,7 +10,7 @@ INSTALLED = $(VENV)/installed
 .PHONY: demo language-model test test-all test-browser lint types docs figures gallery benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
 
 language-model: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/language_model.py $(ARGS)
@@ -38,7 +38,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 # The pictures of docs/ufm.md, docs/metrics.md and docs/gallery.md; make -j2 figures draws two at a time.
 UFM = OMP_NUM_THREADS=1 $(BIN)/python examples/ufm.py --out docs/figures

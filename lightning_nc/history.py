@@ -44,7 +44,8 @@ class History(list[dict[str, Any]]):
 
     Attributes:
         scenes: what pictures of the classes need, one :class:`~lightning_nc.scenes.Scene` per measurement. Not in the file.
-        classes: the classes as they were measured last: on training data if these are measured.
+        classes: the classes as they were measured last: on training data if these are measured, else on the data of the first
+            row.
         about: settings and versions in words, for a report.
 
     Raises:
@@ -127,9 +128,10 @@ class History(list[dict[str, Any]]):
                 "another measurement in the epoch"
             )
         if isinstance(values, Measurement) and values.classes is not None:
-            if stage == "train" or all(other["stage"] != "train" for other in self):
+            stages = [other.get("stage", "train") for other in self] or [stage]
+            first = "train" not in stages and stage == stages[0] and parse_key(next(iter(values))).loader == 0
+            if stage == "train" or first:  # so that the table, the pictures and the curves are about the same data
                 self.classes = values.classes
-            if self.classes is values.classes:
                 self.scenes.append(scene(values.classes, row["epoch"], row.get("step", 0), stage))
         super().append(row)
         if self.path is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):

@@ -47,16 +47,19 @@ def publish_figures(loggers: Iterable[Any], histories: Sequence[History]) -> Non
 
 def publish_scene(loggers: Iterable[Any], scene: Scene) -> None:
     """Log the cosines of the class means and the geometry at one measurement, to loggers that take images."""
-    takers = [logger for logger in loggers if _takes_images(logger)]
-    if not takers or find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is not None:
+        for logger in loggers:
+            _attempt(lambda: _publish_scene(logger, scene))  # noqa: B023
+
+
+def _publish_scene(logger: Any, scene: Scene) -> None:
+    if not _takes_images(logger):
         return
     from lightning_nc.plotting import plot_frames, plot_geometry
 
-    figures = {"class_means": plot_frames([scene])}
-    figures |= {"geometry": plot_geometry([scene])} if scene.chosen else {}
-    for logger in takers:
-        for name, figure in figures.items():
-            _attempt(lambda: _publish(logger, f"figures/{name}_by_epoch", figure, int(scene.step)))  # noqa: B023
+    _publish(logger, "figures/class_means_by_epoch", plot_frames([scene]), int(scene.step))
+    if scene.chosen:
+        _publish(logger, "figures/geometry_by_epoch", plot_geometry([scene]), int(scene.step))
 
 
 def _publish_all(logger: Any, rows: Sequence[Any], kept: History) -> None:

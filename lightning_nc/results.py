@@ -24,7 +24,9 @@ __all__ = ["Results"]
 
 
 class Results:
-    """A history and its figures. What is known of the classes is from the last measurement, of training data if there are any."""
+    """A history and its figures. What is known of the classes is from the last measurement: of training data if there are any,
+    else of the stage and dataloader that were measured first.
+    """
 
     stages: Sequence[str]
     history: History

@@ -144,8 +144,8 @@ def _newest(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
         state = None
         if other:
             problems.append(
-                f"the checkpoints in {folder} have other values than its newest log, so they are of other runs; pass the "
-                "directory of one run"
+                f"the checkpoints in {folder} hold other epochs or other values than its newest log, so they may be of other "
+                "runs; pass the directory of one run"
             )
     if problems:
         rank_zero_warn("; ".join(problems[:1] if state else problems[-1:]) + "; what only it holds is left out")

@@ -94,14 +94,14 @@ def _rows(values: Tensor) -> list[list[float]]:
 def pictured(scenes: Sequence[Scene]) -> list[Scene]:
     """The scenes of one course of training by epoch and step: of the training data if there are any, else of the first stage.
 
-    If there are several at one step, such as those of two dataloaders, only the first of them.
+    If there are several at one step, such as one of averaged weights, only the last of them, as in the table of the classes.
     """
     stages = [found.stage for found in scenes]
     stage = "train" if "train" in stages else next(iter(stages), "")
     course: dict[tuple[float, float], Scene] = {}
     for found in scenes:
         if found.stage == stage:
-            course.setdefault((found.epoch, found.step), found)
+            course[found.epoch, found.step] = found
     return [course[place] for place in sorted(course)]
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import fit, loader
+from conftest import Classifier, fit, loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader, Subset
 
 from lightning_nc import NeuralCollapseCallback, extract_features
 from lightning_nc.history import History
@@ -58,6 +59,19 @@ def test_scenes_of_training_data_come_first(tmp_path):
     assert [scene.stage for scene in pictured(held_out.history.scenes)] == ["validate", "validate"]
 
 
+def test_the_classes_of_held_out_data_are_those_of_the_first_dataloader(tmp_path):
+    class TwoLoaders(Classifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    callback = NeuralCollapseCallback(stages=("validate",), geometry=(0, 1), strict=True)
+    data = loader(False).dataset
+    half = DataLoader(Subset(data, range(len(data) // 2)), batch_size=8)
+    fit(tmp_path, [callback], model=TwoLoaders(), max_epochs=2, val=[loader(False), half])
+    assert sum(callback.per_class["samples"]) == len(data)
+    assert [scene.epoch for scene in callback.history.scenes] == [0, 1]
+
+
 def test_a_class_without_samples_is_said_once_and_everything_else_is_measured(tmp_path):
     callback = NeuralCollapseCallback(geometry=(0, 99))
     with pytest.warns(
@@ -67,6 +81,15 @@ def test_a_class_without_samples_is_said_once_and_everything_else_is_measured(tm
     assert sum("no picture is kept" in str(warning.message) for warning in said) == 1
     assert [scene.chosen for scene in callback.history.scenes] == [[], []]
     assert len(callback.history) == 2
+
+
+def test_a_class_whose_samples_are_ignored_has_no_picture(tmp_path):
+    callback = NeuralCollapseCallback(geometry=(0, 1), ignore_index=1)
+    with pytest.warns(
+        UserWarning, match="no picture is kept, because class 1 has no sample in the data, or is ignored"
+    ):
+        fit(tmp_path, [callback], max_epochs=1)
+    assert [scene.chosen for scene in callback.history.scenes] == [[]]
 
 
 @pytest.mark.parametrize("geometry", [(0,), (0, 1, 2, 3, 4), (0, 0), (0, -1), ("a", "b"), 3, "01", (0, 1.5)])

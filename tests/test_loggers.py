@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_nc import History, NeuralCollapseCallback
-from lightning_nc.loggers import publish_figures
+from lightning_nc.loggers import publish_figures, publish_scene
 from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.moments import ClassMoments
 from lightning_nc.runs import read_run
@@ -142,6 +142,18 @@ def test_a_full_disk_warns_and_the_run_is_complete(tmp_path, monkeypatch):
         fit(tmp_path, [callback], logger=CSVLogger(tmp_path, name="", version=""))
     assert len(callback.history) == 3
     assert values(read_run(tmp_path)) == values(callback.history)
+
+
+def test_a_logger_whose_server_is_gone_warns_and_the_next_gets_its_pictures(tmp_path):
+    class Gone(TensorBoardLogger):
+        @property
+        def experiment(self):
+            raise RuntimeError("the server is gone")
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    with pytest.warns(UserWarning, match="could not be written: the server is gone"):
+        publish_scene([Gone(tmp_path), logger], HISTORY.scenes[-1])
+    assert any(tmp_path.glob("events*"))
 
 
 def test_callbacks_of_one_trainer_share_a_figure(tmp_path):

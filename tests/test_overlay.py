@@ -66,6 +66,13 @@ def test_a_group_is_drawn_over_the_epochs_that_all_its_runs_have_and_says_so():
         plot_overlay([("a", run(1.0, [0])), ("a", run(1.0, [1]))], group="")
 
 
+def test_a_curve_that_one_run_of_a_group_has_says_so():
+    runs = [("a", run(1.0)), ("a", run(3.0))]
+    runs[0][1][0]["train_loss"] = 0.5
+    with pytest.warns(UserWarning, match="group 'a'.* the 1 of 2 runs with values"):
+        plot_overlay(runs, group="")
+
+
 def test_a_value_that_is_nan_in_a_run_of_a_group_is_a_hole():
     runs = [("a", run(1.0)), ("a", run(3.0))]
     runs[1][1][2]["nc1"] = math.nan

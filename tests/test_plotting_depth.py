@@ -84,7 +84,7 @@ def test_one_epoch_is_named_above_the_figure_and_many_have_thin_curves(tmp_path)
 
 
 def test_the_effective_depth_of_the_last_epoch_is_marked_and_explained():
-    rows = history()
+    rows = history(metrics=("nc1", "ncc_error"))
     for row, depth in zip(rows, (4.0, 3.0, math.nan), strict=True):
         row["nc/effective_depth"] = depth
     figure = plot_depth(rows)
@@ -94,6 +94,12 @@ def test_the_effective_depth_of_the_last_epoch_is_marked_and_explained():
     (text,) = figure.legends[0].get_texts()
     assert text.get_text() == "effective depth in epoch 5: layer10"
     assert not plot_depth(history()).legends
+
+
+def test_an_effective_depth_that_does_not_fit_the_order_of_the_layers_is_not_marked():
+    rows = history(1, layers=("layer2/", "layer10/", "stem/", ""), metrics=("ncc_error",))
+    rows[0] |= {"nc/stem/ncc_error": 0.9, "nc/layer2/ncc_error": 0.0, "nc/effective_depth": 2.0}
+    assert not plot_depth(rows).legends
 
 
 def test_training_data_are_drawn_or_else_the_first_dataloader_of_the_first_stage():

@@ -143,6 +143,40 @@ def test_a_metric_that_rises_stays_or_dips_is_said_so():
     assert "Its least was 0.1 at epoch 1." in summary(rows([1.0, 0.1, 0.5]))["How far"][0]
     assert "`nc1` is not a number at epoch 1." in summary(rows([1.0, math.nan]))["How far"][0]
     assert "no longer falling: 1 at epoch 7, 1 at last." in summary(rows([2.0] + [1.0] * 9))["How far"][-1]
+    assert "hardly changed: 0 at epoch 0, 0 at epoch 1." in summary(rows([0.0, 0.0]))["How far"][0]
+
+
+def test_a_metric_of_a_layer_is_said_to_be_of_that_layer():
+    history = History(rows=[{"epoch": 0, "layer1/nc1": 2.0, "layer2/nc1": 0.5}])
+    assert summary(history)["How far"] == ["NC1, within-class variability of layer2: `nc1` is 0.5 at epoch 0."]
+
+
+def test_the_nearest_frame_is_that_of_the_dataloader_that_the_words_are_about():
+    history = History()
+    for prefix, near, far, frame in (("val", 0.1, 0.9, "nc2_of"), ("val_1", 0.9, 0.1, "nc2_etf_centered")):
+        values = {f"nc/{prefix}/nc2_of": near, f"nc/{prefix}/nc2_etf_centered": far}
+        history.append(values, epoch=0, step=len(history), stage="validate", geometry=frame)
+    assert "nearest to an orthogonal frame: `nc2_of` is 0.1" in summary(history)["Which geometry"][0]
+
+
+def test_a_checkpoint_that_is_older_than_the_log_is_said_so(run):
+    history = History(rows=run)
+    history.scenes, history.about = run.scenes[:5], run.about
+    assert "The checkpoint of the run ends at epoch 4, before the curves" in " ".join(cautions(history))
+
+
+def test_layers_in_the_order_of_a_loggers_file_are_said_to_be_so(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text("epoch,nc/blocks/nc1,nc/nc1,nc/stem/nc1\n0,1,2,3\n1,1,1,1\n")
+    assert "Layers stand in the order of their names" in " ".join(cautions(History.read(file)))
+
+
+def test_a_loss_is_drawn_beside_layers_without_the_classifiers_input():
+    history = History(rows=[{"epoch": 0, "layer1/nc1": 2.0, "layer2/nc1": 0.5, "train_loss": 1.5}])
+    page = report({"a run": history})
+    (loss,) = (trace for figure in drawn(page)["figures"].values() for trace in figure["data"] if trace["y"] == [1.5])
+    assert loss["meta"] == [0, -1, 0]
+    assert '<button type="button" value="2"' not in page
 
 
 def test_nothing_is_doubted_where_there_is_no_reason(run):
@@ -166,7 +200,7 @@ def test_nothing_is_doubted_where_there_is_no_reason(run):
         (rows([1.0, math.inf]), "nc1 is infinite at last"),
         (rows([1.0, math.nan, 1.0]), "nc1 is not a number in some epochs"),
         (rows([1.0, 1e-14]), "only the order of magnitude is known"),
-        (rows([1.0, 0.5], train_accuracy=0.75), "Training accuracy is 0.75 at last, not 1"),
+        (rows([1.0, 0.5], train_accuracy=0.75), "Training accuracy (`accuracy`) is 0.75 at last, not 1"),
         (
             History(rows=[{"stage": "test", "epoch": e, "nc/test/nc1": 1.0} for e in (0, 1)]),
             "here other data were measured",

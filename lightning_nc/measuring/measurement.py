@@ -47,12 +47,12 @@ def measurement(
     found = Measurement(collector.values(stage, loader))
     if INPUT in collector.metrics:
         metric = collector.metrics[INPUT]
-        missing = collector.few.missing()
+        missing = collector.few.missing() + [c for c in collector.few.samples if c == collector.probe.ignore_index]
         if missing:
             collector.probe.warn_once(
                 "geometry",
                 f"geometry={collector.options.geometry}: no picture is kept, because class {missing[0]} has no sample in the "
-                "data; choose classes that have some",
+                "data, or is ignored; choose classes that have some",
             )
         found.classes = MeasuredClasses(
             metric.moments(), metric.classifier()[0], {} if missing else collector.few.samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from lightning_nc.functional import METRICS
+from lightning_nc.functional.samples import effective_depth
 from lightning_nc.keys import CHANCE, DEPTH, ERROR, TRAIN_MEANS, base_name, parse_key
 from lightning_nc.plotting.style import COLORS, draw, name_of, wrapped
 from lightning_nc.runs import epoch_of, metrics_of
@@ -31,7 +33,8 @@ def plot_depth(history: Iterable[Mapping[str, Any]]) -> Figure:
     """Draw every metric against depth, a curve for each measured epoch, on log axes that show zeros at their lower edge.
 
     The layers stand from left to right in the order of the rows, the classifier's input last; colors go from light to dark with
-    the epochs. A dashed line marks the effective depth in the last epoch that has it, which needs the metric ``ncc_error``. The
+    the epochs. A dashed line marks the effective depth in the last epoch that has it, which needs the metric ``ncc_error``,
+    unless ``ncc_error`` of these layers in this order gives another one. The
     values are those of the training data, or else of the stage and dataloader that come first.
 
     Args:
@@ -138,11 +141,15 @@ def _color_bar(figure: Figure, axes: list[Axes], epochs: Sequence[float], colors
 
 def _mark_depth(figure: Figure, axes: Sequence[Axes], epochs: Epochs, layers: Sequence[str]) -> None:
     """The effective depth in the last epoch that has it: a number of the layers, from 1."""
-    known = [(epoch, values[DEPTH, ""]) for epoch, values in epochs if values.get((DEPTH, ""), 0) >= 1]
+    known = [(epoch, values) for epoch, values in epochs if values.get((DEPTH, ""), 0) >= 1]
     if not known:
         return
-    epoch, depth = known[-1]
+    epoch, values = known[-1]
+    errors = [values.get(("ncc_error", layer), math.nan) for layer in layers]
+    depth = int(values[DEPTH, ""])
+    if effective_depth(errors) != depth:  # a log that sorts the layers by name does not have the order of the network
+        return
     for axis in axes:
         line = axis.axvline(depth - 1, color=COLORS[1], linestyle="--", linewidth=1.2)
-    name = f"effective depth in epoch {epoch:g}: {name_of(layers[int(depth) - 1])}"
+    name = f"effective depth in epoch {epoch:g}: {name_of(layers[depth - 1])}"
     figure.legend([line], [name], loc="outside lower left", fontsize=8, frameon=False)

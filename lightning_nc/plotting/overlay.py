@@ -176,7 +176,7 @@ def _entries(
 
 def _draw_band(axis: Axes, label: str, curves: Sequence[Curve], runs: int, color: Any) -> dict[str, Curve]:
     """The median of the curves, by its label; draws the band of several. Empty if there are no curves."""
-    if len(curves) < 2:
+    if not curves or runs == 1:
         return {label: curves[0]} if curves else {}
     by_epoch = [dict(zip(*curve, strict=True)) for curve in curves]
     every = sorted({x for found in by_epoch for x in found})

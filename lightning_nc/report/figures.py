@@ -82,9 +82,10 @@ def curves(runs: Mapping[str, Series], metric: str, names: Mapping[str, str], ov
             chance = is_chance(key.metric)
             if key.metric != metric and not (chance and base_name(key.metric) == metric):
                 continue
-            at = layers.index(key.layer)
-            color = run_color(place) if len(runs) > 1 else color_at(at / max(1, len(layers) - 1))
-            layer = [] if is_objective(key.metric) else [names[key.layer]]
+            whole = is_objective(key.metric)  # a loss is of no layer, so no button of a layer hides it
+            at = -1 if whole else layers.index(key.layer)
+            color = run_color(place) if len(runs) > 1 else color_at(1 if whole else at / max(1, len(layers) - 1))
+            layer = [] if whole else [names[key.layer]]
             parts = [run] * (len(runs) > 1) + layer + [stage_name(*key[:2])] + ["by chance"] * chance
             dash = "dot" if chance else _DASHES[key.stage]
             style = {
@@ -98,10 +99,10 @@ def curves(runs: Mapping[str, Series], metric: str, names: Mapping[str, str], ov
 
 
 def places_of(many: Any) -> tuple[list[str], list[tuple[str, int]]]:
-    """The layers and the stages with their dataloaders of several runs, in order."""
+    """The layers of metrics, and the stages with their dataloaders, of several runs, in order."""
     keys = [key for series in many for key in series]
     stages = sorted({key[:2] for key in keys}, key=lambda stage: (list(STAGES).index(stage[0]), stage[1]))
-    return layers_of(keys), stages
+    return layers_of(key for key in keys if not is_objective(key.metric)), stages
 
 
 def _is_linear(values: Sequence[float], metric: str) -> bool:

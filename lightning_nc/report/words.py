@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_nc.functional.geometry import FRAMES_IN_WORDS
 from lightning_nc.history import History
-from lightning_nc.keys import DEPTH
+from lightning_nc.keys import DEPTH, natural_order
 from lightning_nc.plotting.curves import RunCurves, is_accuracy, read_curves
 from lightning_nc.report.series import (
     Points,
@@ -26,6 +26,9 @@ from lightning_nc.report.series import (
     number,
     series_of,
 )
+from lightning_nc.runs import FIRST_COLUMNS
+from lightning_nc.saved import values_of
+from lightning_nc.scenes import pictured
 
 __all__ = ["cautions", "summary"]
 
@@ -73,14 +76,23 @@ def _at_input(series: Series, metric: str) -> Points:
 
 def _nearest(history: History, series: Series) -> str | None:
     """The name of the frame that was nearest at last; "none", or None if that is not known."""
-    stage = next(iter(series)).stage
-    known = (row["geometry"] for row in reversed(history) if "geometry" in row and row.get("stage", "train") == stage)
+    course = next(iter(series))[:2]
+    known = (
+        row["geometry"]
+        for row in reversed(history)
+        if "geometry" in row and course in {key[:2] for key in values_of(row)}
+    )
     return next(known, None)
 
 
 def _geometry(history: History, series: Series) -> list[str]:
     name, distances = _nearest(history, series), {frame: _at_input(series, frame) for frame in FRAMES_IN_WORDS}
-    last = {frame: points[-1][1] for frame, points in distances.items() if points and math.isfinite(points[-1][1])}
+    end = max((points[-1][0] for points in distances.values() if points), default=0)
+    last = {
+        frame: points[-1][1]
+        for frame, points in distances.items()
+        if points and math.isfinite(points[-1][1]) and (frame == name or points[-1][0] == end)
+    }
     if name in last:
         return [f"The class means are nearest to {_article(FRAMES_IN_WORDS[name])}: {_change(name, distances[name])}"]
     text = listed([f"{FRAMES_IN_WORDS[frame]} {number(value)} (`{frame}`)" for frame, value in last.items()])
@@ -112,7 +124,7 @@ def _change(metric: str, points: Points) -> str:
     if len(points) == 1:
         return f"{name} is {number(last)} at epoch {number(end, 6)}."
     ratio = first / last if first > 0 < last else math.nan
-    if 0.95 < ratio < 1.05:
+    if 0.95 < ratio < 1.05 or first == last:
         return f"{name} hardly changed: {number(first)} at epoch {number(start, 6)}, {number(last)} at epoch {number(end, 6)}."
     verb = "fell" if last < first else "rose"
     factor = f", by a factor of {number(max(ratio, 1 / ratio), 2)}" if math.isfinite(ratio) else ""
@@ -134,9 +146,11 @@ def _how_far(history: History, series: Series, asked: Collection[str]) -> Iterat
         "nc3" if nearest == "nc2_of" and "nc3" in names else "nc3_centered" if "nc3_centered" in names else "nc3"
     ]
     shown = [name for name in wanted if name in names] or [name for name in names if name != DEPTH][:3]
+    layers = layers_of(series)
     for name in shown:
-        if points := _at_input(series, name) or next(iter(by_layer(series, name).values()), []):
-            yield f"{in_words(name)}: {_change(name, points)}" if in_words(name) else _change(name, points)
+        key = max((key for key in series if key.metric == name), key=lambda key: layers.index(key.layer))
+        at = f" of {key.layer}" * bool(key.layer)
+        yield f"{in_words(name) or f'`{name}`'}{at}: {_change(name, series[key])}"
     points = [point for point in _at_input(series, "nc1") if math.isfinite(point[1]) and point[1] > 0]
     if len(points) >= 8:
         epoch, before = points[-1 - len(points) // 4]
@@ -206,7 +220,13 @@ def cautions(history: History) -> list[str]:
     """What is not to be trusted in a run, and why, as far as its data show it."""
     run = read_curves(history)
     series = course_of(series_of(run.metrics))
-    doubts = (_of_rows(history, series), _of_values(series), _of_classes(history), _of_settings(history, series, run))
+    doubts = (
+        _of_rows(history, series),
+        _of_files(history, series, run),
+        _of_values(series),
+        _of_classes(history),
+        _of_settings(history, series, run),
+    )
     return _over(run.over, chain.from_iterable(doubts))
 
 
@@ -224,6 +244,24 @@ def _of_rows(history: History, series: Series) -> Iterator[str]:
     ]
     if epochs := list(dict.fromkeys(number(place[0], 6) for place in _twice(places))):
         yield f"{_epochs(epochs)} measured twice at one step: the file may hold the rows of two runs."
+
+
+def _of_files(history: History, series: Series, run: RunCurves) -> Iterator[str]:
+    """What a checkpoint or a log alone does not tell of the rest."""
+    end = max(epoch for points in series.values() for epoch, _ in points)
+    shown = pictured(history.scenes)
+    if shown and shown[-1].epoch < end:
+        yield (
+            f"The checkpoint of the run ends at epoch {number(shown[-1].epoch, 6)}, before the curves: the nearest frame, the "
+            "classes and the pictures are those of that epoch."
+        )
+    layers = [layer for layer in layers_of(series) if layer]
+    of_logger = not history.about and tuple(history[0])[:2] != FIRST_COLUMNS and run.over == "epoch"
+    if of_logger and len(layers) > 1 and layers == sorted(layers, key=natural_order):
+        yield (
+            "Layers stand in the order of their names, which may not be that of the network: a logger's file alone does not "
+            "tell; the checkpoint of the run does."
+        )
 
 
 def _epochs(epochs: Sequence[str]) -> str:
@@ -292,10 +330,14 @@ def _of_settings(history: History, series: Series, run: RunCurves) -> Iterator[s
             'Measured with `mode="online"`: in train mode (dropout, batch statistics), with weights that change '
             "within the epoch, so the values differ from those of an extra pass in eval mode."
         )
-    accuracies = [ys[-1] for key, (_, ys) in run.objectives.items() if key.stage == "train" and is_accuracy(key.metric)]
-    accuracy = next(iter(accuracies), None)
-    if stage == "train" and accuracy is not None and 0 <= accuracy < 1:
+    accuracies = [
+        (key.metric, ys[-1])
+        for key, (_, ys) in run.objectives.items()
+        if key.stage == "train" and is_accuracy(key.metric)
+    ]
+    name, accuracy = next(iter(accuracies), ("", math.nan))
+    if stage == "train" and 0 <= accuracy < 1:
         yield (
-            f"Training accuracy is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last training error "
-            "is gone."
+            f"Training accuracy (`{name}`) is {number(accuracy, 4)} at last, not 1: collapse is what happens after the last "
+            "training error is gone."
         )
