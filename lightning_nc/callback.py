@@ -377,7 +377,7 @@ class NeuralCollapseCallback(Results, Callback):
         values = self._probe.attempt(lambda: self.remember(collector, stage, loader, **at, **marks)) or {}
         if stage == "train" and values and self.mode == "exact":
             self._means.keep(collector, self._weights)
-            if self._options.geometry and trainer.is_global_zero:
+            if self._options.geometry and self.history.scenes and trainer.is_global_zero:
                 publish_scene(trainer.loggers, self.history.scenes[-1])
         return values
 

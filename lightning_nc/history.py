@@ -16,13 +16,13 @@ from lightning_nc.keys import CHANCE, STAGES, make_key, parse_key
 from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.measurement import Measurement
 from lightning_nc.runs import FIRST_COLUMNS, finite_number, is_metric, plain_value, read_rows
-from lightning_nc.saved import read_saved, state_of
+from lightning_nc.saved import read_saved
 from lightning_nc.scenes import Scene, scene, scenes_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History", "history_of"]
+__all__ = ["History"]
 
 _BEFORE = (-math.inf, -math.inf)
 _MOST_CLASSES = 1000  # of a table that is saved
@@ -219,11 +219,6 @@ class History(list[dict[str, Any]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (None, list(self)), vars(self)  # by default, a copy would call append for each row
-
-
-def history_of(log_history: Iterable[Mapping[str, Any]], stages: Iterable[str] = tuple(STAGES)) -> History:
-    """The history that the log history of ``transformers.Trainer`` holds."""
-    return History.from_state(state_of(log_history, stages))
 
 
 def _beside(values: Mapping[str, Any], stage: str) -> dict[str, Any]:

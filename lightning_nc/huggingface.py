@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_nc.functional.projection import check_few
-from lightning_nc.history import History, history_of
+from lightning_nc.history import History
 from lightning_nc.measuring.batches import Pool
 from lightning_nc.measuring.collector import FEATURE_BUDGET, Collector, Options
 from lightning_nc.measuring.distributed import all_max, ranks_on
@@ -21,6 +21,7 @@ from lightning_nc.measuring.loaders import check_loader, measurement_loader, ran
 from lightning_nc.measuring.probe import Probe
 from lightning_nc.measuring.snapshot import fingerprint
 from lightning_nc.results import Results
+from lightning_nc.saved import state_of
 from lightning_nc.schedule import check_schedule, is_due
 
 try:
@@ -128,7 +129,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         self._probe.reset()
         self._prefixes, self._measured, self._evaluated = {}, None, None
         if state.global_step:
-            self.history = history_of(state.log_history, self.stages)
+            self.history = History.from_state(state_of(state.log_history, self.stages))
             self._measured = max((row["step"] for row in self.history if row["stage"] == "train"), default=None)
         elif self._has_trained and self.history:  # another training, of a search for hyperparameters for example
             self.previous_histories.append(self.history)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.functional import normalize
 
 from lightning_nc.history import History
 from lightning_nc.runs import metrics_of
-from lightning_nc.scenes import Scene
+from lightning_nc.scenes import MOST_COSINES, Scene
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +79,15 @@ def _publish_all(logger: Any, rows: Sequence[Any], kept: History) -> None:
 
 
 def _figures(rows: Sequence[Any], kept: History) -> dict[str, Figure]:
-    from lightning_nc.plotting import has_depth, plot_classes, plot_depth, plot_frames, plot_geometry, plot_history
+    from lightning_nc.plotting import (
+        has_depth,
+        plot_classes,
+        plot_depth,
+        plot_frames,
+        plot_geometry,
+        plot_gram,
+        plot_history,
+    )
 
     classes = None if kept.classes is None else len(kept.classes.labels)
     figures = {"neural_collapse": plot_history(rows, num_classes=classes)}
@@ -88,6 +97,9 @@ def _figures(rows: Sequence[Any], kept: History) -> dict[str, Figure]:
         figures["class_means"] = plot_frames(kept.scenes)
         if classes is not None and classes <= _MOST_CLASSES:
             figures["classes"] = plot_classes(kept.per_class, kept.scenes)
+        if kept.classes is not None and MOST_COSINES < len(kept.classes.labels) <= _MOST_CLASSES:
+            unit = normalize(kept.classes.means - kept.classes.means.mean(dim=0), dim=1)
+            figures["all_class_means"] = plot_gram(unit @ unit.T, kept.classes.labels)
         if any(scene.chosen for scene in kept.scenes):
             figures["geometry"] = plot_geometry(kept.scenes)
     return figures

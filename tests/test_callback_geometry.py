@@ -92,6 +92,26 @@ def test_a_class_whose_samples_are_ignored_has_no_picture(tmp_path):
     assert [scene.chosen for scene in callback.history.scenes] == [[]]
 
 
+class WithoutClassifier(Classifier):
+    """Its last layer is not a module, so no classifier is found."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.rows = self.net[:4], torch.nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        return self.net(x) @ self.rows.T
+
+
+def test_geometry_of_a_model_without_a_classifier_is_said_once_and_training_goes_on(tmp_path):
+    callback = NeuralCollapseCallback(["net.2"], num_classes=3, metrics="nc1", geometry=(0, 1))
+    with pytest.warns(UserWarning, match="the input of a classifier was not measured") as said:
+        fit(tmp_path, [callback], model=WithoutClassifier(), max_epochs=2)
+    assert sum("was not measured" in str(warning.message) for warning in said) == 1
+    assert [row["epoch"] for row in callback.history] == [0, 1]
+    assert not callback.history.scenes
+
+
 @pytest.mark.parametrize("geometry", [(0,), (0, 1, 2, 3, 4), (0, 0), (0, -1), ("a", "b"), 3, "01", (0, 1.5)])
 def test_what_is_not_two_to_four_classes_is_refused(geometry):
     with pytest.raises(MisconfigurationException, match="geometry must be two to four different class indices"):

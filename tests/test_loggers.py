@@ -102,6 +102,11 @@ def test_what_is_not_known_or_too_large_is_left_out(tmp_path):
         assert {file.stem for file in (tmp_path / str(len(expected))).iterdir()} == expected
 
 
+def test_the_cosines_of_more_classes_than_the_scenes_hold_are_drawn_once_more(tmp_path):
+    publish_figures([CSVLogger(tmp_path, name="", version="")], [history(torch.randn(40, 50).double())])
+    assert {file.stem for file in tmp_path.glob("*.png")} == {*FIGURES, "all_class_means"}
+
+
 def test_the_callback_gives_every_logger_the_values_and_the_figures(tmp_path, wandb_logger):
     loggers = [
         CSVLogger(tmp_path / "csv", name="", version=""),

@@ -57,6 +57,12 @@ def measurement(
         found.classes = MeasuredClasses(
             metric.moments(), metric.classifier()[0], {} if missing else collector.few.samples
         )
+    elif collector.options.geometry:
+        collector.probe.warn_once(
+            "geometry",
+            f"geometry={collector.options.geometry}: no picture is kept, because the input of a classifier was not measured; "
+            "pass classifier= if the model has one",
+        )
     if collector.options.baseline:
         found.baseline = {"permuted": _permuted(collector), "random": _random(collector)}
     if level is not None:
