@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_nc.keys import natural_order
 from lightning_nc.runs import finite_number
+from lightning_nc.versions import safe_globals
 
 __all__ = ["Checkpoint", "Place", "check_sums", "find_checkpoints", "in_training_order", "read_checkpoint"]
 
@@ -30,8 +31,8 @@ SUFFIXES = (".ckpt", ".pt", ".pth", ".tar", ".bin", ".safetensors")
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 _PRETRAINED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Beyond what weights_only allows: what command lines leave in checkpoints. Making one runs nothing else.
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
+_HARMLESS = [
+    (argparse.Namespace, "argparse.Namespace"),
     (pathlib.PosixPath, "pathlib.PosixPath"),
     (pathlib.PosixPath, "pathlib._local.PosixPath"),
 ]
@@ -173,7 +174,7 @@ def _unpickled(path: Path, unsafe: bool) -> Any:
     """The contents of a file of ``torch.save``."""
     zipped = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipped)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # not for a jump beyond the end of a cut file
