@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_nc.extras import needed
 from lightning_nc.keys import natural_order
 from lightning_nc.runs import finite_number
 from lightning_nc.versions import safe_globals
@@ -202,8 +203,9 @@ def check_sums(path: Path) -> None:
 
 def _safetensors(path: Path) -> Checkpoint:
     """A safetensors file. Its metadata may have an epoch and a step."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
+    with needed(str(path), "safetensors"):
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
 
     try:
         with safe_open(path, framework="pt") as file:

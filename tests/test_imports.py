@@ -11,7 +11,7 @@ PACKAGE = Path(lightning_nc.__file__).parent
 
 # A module imports only from floors that stand before its own. CONTRIBUTING.md shows the same house as a picture.
 FLOORS = [
-    {"moments", "keys", "theory", "simplex_etf", "versions"},
+    {"moments", "keys", "theory", "simplex_etf", "versions", "extras"},
     {"comparison", "schedule", "mergeable", "regression_moments"},
     {"functional.pairs", "functional.projection", "functional.regression"},
     {"functional.table"},
@@ -167,5 +167,6 @@ def test_the_package_and_reading_a_csv_work_without_the_optional_packages(tmp_pa
     assert finished.returncode == 0, finished.stderr
     rows, missing = finished.stdout.splitlines()
     assert rows == "[('epoch', 0), ('nc/nc1', 0.5)]"
-    assert missing.startswith("lightning_nc.huggingface needs transformers and accelerate")
-    assert missing.endswith("pip install transformers accelerate")
+    assert (
+        missing == 'lightning_nc.huggingface needs transformers: pip install "lightning-neural-collapse[huggingface]"'
+    )
