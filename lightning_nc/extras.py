@@ -14,4 +14,4 @@ def needed(what: str, install: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ImportError(f"{what} needs {error.name}: pip install {install}") from error
+        raise ImportError(f"{what} needs {str(error.name).partition('.')[0]}: pip install {install}") from error

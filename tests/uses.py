@@ -3,6 +3,8 @@
 It is run where only that extra is installed, so it imports nothing else, and neither conftest nor pytest.
 """
 
+import contextlib
+import io
 import os
 import runpy
 import subprocess
@@ -70,8 +72,26 @@ def command(*arguments):
     assert main(arguments) == 0
 
 
+def refused(*arguments):
+    """What ``lightning-nc`` says where it fails."""
+    from lightning_nc.__main__ import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(arguments) == 1
+    return said.getvalue()
+
+
+def images():
+    """A module of one's own with the data of a model."""
+    Path("images.py").write_text(
+        "import torch\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+        "def loader():\n    return DataLoader(TensorDataset(torch.randn(9, 3, 32, 32), torch.arange(3).repeat(3)), 3)\n"
+    )
+    return ("--data", "images:loader")
+
+
 def plain():
-    """Fit, measure, keep and read rows: torch, Lightning and torchmetrics are enough."""
+    """Fit, measure, keep and read rows with torch, Lightning and torchmetrics. What needs more says how to install it."""
     from lightning.pytorch.loggers import CSVLogger
 
     import lightning_nc
@@ -90,6 +110,18 @@ def plain():
     assert History.read("own.csv") == history
     script = Path(sysconfig.get_path("scripts")) / "lightning-nc"
     assert "report" in subprocess.check_output([script, "--help"], text=True)
+    Path("run.wandb").touch()
+    torch.save(model.state_dict(), "model.pt")
+    assert "needs matplotlib: pip install matplotlib" in refused("plot", "own.csv")
+    assert 'needs plotly: pip install "lightning-neural-collapse[report]"' in refused("report", "own.csv")
+    assert 'needs wandb: pip install "lightning-neural-collapse[wandb]"' in refused("plot", "run.wandb")
+    for library, install in (("timm", "timm"), ("transformers", '"lightning-neural-collapse[huggingface]"')):
+        said = refused("measure", "model.pt", "--model", f"{library}:resnet18", *images())
+        assert f"needs {library}: pip install {install}" in said
+    with contextlib.suppress(ImportError):
+        import lightning_nc.huggingface
+
+        raise AssertionError("transformers is installed")
 
 
 def examples():
@@ -154,12 +186,8 @@ def zoo():
 
     from lightning_nc import measure
 
-    Path("images.py").write_text(
-        "import torch\nfrom torch.utils.data import DataLoader, TensorDataset\n"
-        "def loader():\n    return DataLoader(TensorDataset(torch.randn(9, 3, 32, 32), torch.arange(3).repeat(3)), 3)\n"
-    )
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), "model.pt")
-    command("measure", "model.pt", "--model", "timm:test_resnet", "--data", "images:loader", "-o", "nc.csv")
+    command("measure", "model.pt", "--model", "timm:test_resnet", *images(), "-o", "nc.csv")
     assert "nc/nc1" in Path("nc.csv").read_text()
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     adapted = get_peft_model(model, LoraConfig(target_modules=["0"], modules_to_save=["2"]))
@@ -167,13 +195,20 @@ def zoo():
 
 
 def docs():
-    """The pages, without their notebooks: those need what they are about."""
-    subprocess.run([sys.executable, "-m", "sphinx", "-b", "html", ROOT / "docs", "html"], check=True)
+    """Build the pages."""
+    subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", ROOT / "docs", "html"], check=True
+    )
     assert Path("html/index.html").exists()
 
 
-if __name__ == "__main__":
+def main(extra):
+    """Run one use in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        globals()[sys.argv[1]]()
+        globals()[extra]()
         os.chdir(ROOT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
