@@ -13,15 +13,8 @@ import lightning_nc
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
-# The packages of each extra. None of them comes with the plain install.
-EXTRAS = {
-    "plain": (),
-    "examples": ("torchvision", "sklearn", "matplotlib", "jsonargparse", "PIL", "scipy"),
-    "wandb": ("wandb", "matplotlib", "PIL"),
-    "report": ("plotly", "matplotlib", "PIL", "imageio_ffmpeg"),
-    "huggingface": ("transformers", "accelerate", "safetensors", "PIL", "torchvision"),
-    "zoo": ("timm", "peft", "torchvision", "PIL", "transformers", "accelerate", "safetensors"),
-}
+# The packages of the extras. None of them comes with the plain install.
+OPTIONAL = "torchvision sklearn matplotlib jsonargparse PIL wandb plotly imageio_ffmpeg transformers accelerate safetensors timm peft"
 
 
 def run(code, *arguments, **options):
@@ -91,35 +84,20 @@ def test_a_name_of_the_package_is_there_when_it_is_first_used_and_others_are_not
         getattr(lightning_nc, "NC9")  # noqa: B009
 
 
-# ---------------------------------------------------------------------------------------------------- each extra alone
+# ------------------------------------------------------------------------------------------------------ the plain install
 
-ALONE = """
-import os, sys, traceback
+PLAIN = """
+import sys
 sys.path.insert(0, "tests")
 import lightning.pytorch, torchmetrics  # which load what they find
+loaded = [name for name in sys.modules if name.partition(".")[0] in sys.argv[1].split()]
+sys.modules.update(dict.fromkeys([*sys.argv[1].split(), *loaded]))  # from now on an import of them raises
 import uses
-for argument in sys.argv[1:]:
-    extra, *blocked = argument.split()
-    if os.fork() == 0:
-        sys.modules.update(dict.fromkeys(blocked))  # from now on an import of them raises
-        try:
-            uses.main(extra)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    if os.wait()[1]:
-        print("failed:", extra)
+uses.main("plain")
 """
 
 
-@pytest.mark.parametrize(
-    "extras",
-    [("plain", "report", "huggingface", "zoo"), pytest.param(("examples", "wandb"), marks=pytest.mark.slow)],
-    ids=", ".join,
-)
-def test_the_plain_install_and_each_extra_work_without_the_packages_of_the_others(extras):
-    optional = {name for names in EXTRAS.values() for name in names}
-    found = run(ALONE, *(" ".join((extra, *(optional - {*EXTRAS[extra]}))) for extra in extras))
+def test_the_plain_install_works_and_what_needs_more_says_how_to_install_it():
+    """``make package`` runs this and the use of each extra where nothing else is installed."""
+    found = run(PLAIN, OPTIONAL)
     assert found.returncode == 0, found.stderr
-    assert "failed:" not in found.stdout, found.stderr
