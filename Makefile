@@ -33,6 +33,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check lightning_nc tests examples benchmarks
 	$(BIN)/codespell
 	$(BIN)/codespell --dictionary .ci/private.txt --regex "def fold\b|[\w-]+"  # codespell:ignore
+	VENV=$(VENV) .ci/lint-workflows
 
 types: $(INSTALLED)
 	$(BIN)/mypy
