@@ -16,7 +16,9 @@ from lightning_nc import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plot finished runs or report on them, or measure checkpoints; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="lightning-nc", description="Measure neural collapse.", formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="lightning-nc",
+        description="Measure neural collapse.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     versions = "versions of this package, of those it works with, and of Python"
     parser.add_argument("--version", action="version", version=_versions(), help=versions)

@@ -42,7 +42,14 @@ def listing() -> str:
     lines += ["", "# what functions return"]
     for kind in (Measurement, Features, Geometry):
         lines += described(kind.__name__, kind)
-    lines += ["", "# lightning_nc.functional.METRICS", *metrics(), "", "# command line", *options("lightning-nc", parser())]
+    lines += [
+        "",
+        "# lightning_nc.functional.METRICS",
+        *metrics(),
+        "",
+        "# command line",
+        *options("lightning-nc", parser()),
+    ]
     return "\n".join(lines[1:]) + "\n"
 
 

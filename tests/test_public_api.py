@@ -9,9 +9,11 @@ import api_listing
 
 
 def test_the_public_api_is_the_one_of_the_file():
-    agreed, found = (text.splitlines() for text in (api_listing.FILE.read_text(encoding="utf-8"), api_listing.listing()))
-    changes = difflib.unified_diff(agreed, found, "tests/public_api.txt", "the code", n=0, lineterm="")
-    assert agreed == found, (
+    listed, found = (
+        text.splitlines() for text in (api_listing.FILE.read_text(encoding="utf-8"), api_listing.listing())
+    )
+    changes = difflib.unified_diff(listed, found, "tests/public_api.txt", "the code", n=0, lineterm="")
+    assert listed == found, (
         "The public API changed, which users depend on. If that is intended, say so in CHANGELOG.md and run "
         "`python tests/api_listing.py`. A removed name or argument, another order or default needs a new major version.\n"
         + "\n".join(changes)

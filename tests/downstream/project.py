@@ -75,7 +75,12 @@ class EveryOther(NeuralCollapseCallback):
 def fit(callback: NeuralCollapseCallback, folder: Path) -> None:
     """Three epochs with a callback."""
     trainer = Trainer(
-        max_epochs=3, callbacks=[callback], default_root_dir=folder, logger=False, accelerator="cpu", enable_progress_bar=False
+        max_epochs=3,
+        callbacks=[callback],
+        default_root_dir=folder,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
     )
     trainer.fit(Classifier(), loader(), loader(1))
 

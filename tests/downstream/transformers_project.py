@@ -25,9 +25,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
 def main(folder: Path) -> None:
     """Train with the callback."""
-    config = BertConfig(
-        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     config.num_labels = 3
     callback = NeuralCollapseCallback(metrics=["nc1", "nc3"], pool="mean")
     arguments = TrainingArguments(
