@@ -103,8 +103,10 @@ def signature(function: Callable) -> str:
 
 
 def metrics() -> Iterator[str]:
-    """Each name that ``metrics=`` takes, and what it needs."""
+    """Each name that ``metrics=`` takes, and what it needs; rows that a user added are left out."""
     for name, spec in functional.METRICS.items():
+        if spec.family == functional.MetricSpec._field_defaults["family"]:
+            continue
         needs = [*spec.needs, *["samples"] * spec.samples, *["opt-in"] * spec.opt_in]
         yield f"{name}: {', '.join(needs) or 'features'}"
 
