@@ -1,6 +1,8 @@
 """The public API is what tests/public_api.txt says: names, arguments with their order and defaults, and the command line."""
 
 import difflib
+import re
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,11 @@ def test_the_listing_has_functions_methods_properties_metrics_and_options():
     ):
         assert any(found.startswith(line) for found in lines), line
     assert not any("0x" in line for line in lines)  # no address of an object, which differs from run to run
+
+
+def test_the_project_that_is_checked_against_an_installed_package_uses_every_public_name():
+    projects = (Path(__file__).parent / "downstream").glob("*project.py")
+    used = set(re.findall(r"\w+", "".join(file.read_text(encoding="utf-8") for file in projects)))
+    names = set(re.findall(r"^(?:class )?(\w+)(?=\(|$)", api_listing.listing(), re.MULTILINE))
+    assert len(names) > 60
+    assert names - used == {"draw", "has_depth", "legend_below"}  # for the figures of the examples

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,17 +22,56 @@ from lightning_nc import (
     NeuralRegressionCollapse,
     SimplexETF,
     extract_features,
+    functional,
     log_spaced,
     measure,
     theory,
 )
-from lightning_nc.functional import METRICS, MetricSpec, nc1, nc2, nc3, nc4, nrc1
+from lightning_nc.__main__ import main as command
+from lightning_nc.functional import METRICS, MetricSpec, nc1, nc2, nc3, nc4, nrc1, nrc2, nrc3
 from lightning_nc.functional.geometry import Geometry
 from lightning_nc.measuring.extraction import Features
 from lightning_nc.measuring.measurement import Measurement
 
 Batch = tuple[Tensor, Tensor]
 CLASSES, FEATURES = 3, 8
+
+OF_FEATURES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    functional.gnc2_log,
+    functional.gnc2_log_spread,
+    functional.gnc2_riesz,
+    functional.nc1_cdnv,
+    functional.nc1_cdnv_directional,
+    functional.nc1_trace,
+    functional.nc1_vci,
+    functional.nc2_equiangular,
+    functional.nc2_equinorm,
+    functional.nc2_maxangle,
+    functional.nc2_orthoplex,
+    functional.nc2_seli,
+    functional.ncc_error,
+    functional.numerical_rank,
+    functional.numerical_rank_features,
+    functional.stable_rank,
+    functional.stable_rank_features,
+]
+OF_BOTH: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
+    functional.minority_cosine,
+    functional.nc2_weight_seli,
+    functional.nc3_cosine,
+    functional.nc3_gram,
+    functional.nc3_seli,
+    functional.nc3_uniform,
+    functional.nc5,  # its third argument are features of no class
+]
+OF_WEIGHT: list[Callable[[Tensor], Tensor]] = [
+    functional.gnc2_margin,
+    functional.nc0,
+    functional.nc2_weight,
+    functional.nc2_weight_equiangular,
+    functional.nc2_weight_equinorm,
+    functional.nc2_weight_maxangle,
+]
 
 
 class Classifier(LightningModule):
@@ -161,6 +201,51 @@ def with_metrics(features: Tensor, target: Tensor, head: nn.Linear) -> dict[str,
     return {name: float(value) for name, value in whole.compute().items()}
 
 
+def with_formulas(features: Tensor, target: Tensor, head: nn.Linear) -> list[float]:
+    """Every function of one signature, and those of another."""
+    weight, bias = head.weight, head.bias
+    targets = features[:, :2] - features[:, 2:4]
+    depth: float = functional.effective_depth([0.5, 0.2, 0.0], tolerance=0.1)
+    values = [formula(features, target) for formula in OF_FEATURES]
+    values += [formula(features, target, weight) for formula in OF_BOTH] + [formula(weight) for formula in OF_WEIGHT]
+    values += [nrc2(features, targets, weight[:2]), nrc3(features, targets, weight[:2])]
+    values += [functional.bias_collapse(features, target, weight, bias)]
+    return [depth, *(float(value) for value in values)]
+
+
+def with_figures(callback: NeuralCollapseCallback, folder: Path) -> None:
+    """Figures of a callback, of a history and of a file; they need matplotlib."""
+    from matplotlib.figure import Figure
+
+    from lightning_nc import plotting
+    from lightning_nc.runs import read_run
+
+    history = callback.history
+    rows: Sequence[Mapping[str, object]] = read_run(folder / "nc.csv")
+    figures: list[Figure] = [
+        callback.plot(),
+        callback.plot_depth(),
+        callback.plot_classes(),
+        callback.plot_frames(),
+        callback.plot_geometry(),
+        history.plot(metrics="all"),
+        plotting.plot_history(rows, num_classes=CLASSES),
+        plotting.plot_runs({"a": rows}),
+        plotting.plot_overlay([("a", rows), ("b", rows)]),
+        plotting.plot_depth(history),
+        plotting.plot_classes(history.per_class, history.scenes),
+        plotting.plot_frames(history.scenes),
+        plotting.plot_geometry(history.scenes),
+        plotting.plot_gram(torch.eye(CLASSES)),
+    ]
+    for number, figure in enumerate(figures):
+        figure.savefig(folder / f"{number}.png")
+    written: Path = callback.animate(folder / "callback.gif")
+    assert written.exists()
+    assert plotting.animate(history.scenes, folder / "scenes.gif").exists()
+    assert command(["plot", str(folder / "nc.csv"), "-o", str(folder / "command.png")]) == 0
+
+
 def with_theory() -> Tensor:
     """Closed-form minimizers."""
     minimum: theory.Minimum = theory.plain_ufm(CLASSES, 20, lambda_w=0.01, lambda_h=0.01)
@@ -176,9 +261,13 @@ def with_theory() -> Tensor:
 def main(folder: Path) -> None:
     """Use everything."""
     METRICS["my_spread"] = MetricSpec(lambda s: s.moments.spread.max() / s.moments.spread.sum(), "largest share")
-    value, words = after_training(train(folder))
+    callback = train(folder)
+    value, words = after_training(callback)
     measured = without_trainer(folder)
-    features, target = torch.randn(60, FEATURES), torch.arange(CLASSES).repeat(20)
-    numbers = with_metrics(features, target, nn.Linear(FEATURES, CLASSES))
+    features, target, head = torch.randn(60, FEATURES), torch.arange(CLASSES).repeat(20), nn.Linear(FEATURES, CLASSES)
+    numbers = with_metrics(features, target, head)
+    count = len(with_formulas(features, target, head))
     assert with_theory().dtype is torch.float64
-    print(f"{words}: {value:.3g}, {measured['nc1']:.3g}, {numbers['nc1']:.3g}")
+    if find_spec("matplotlib") is not None:
+        with_figures(callback, folder)
+    print(f"{words}: {value:.3g}, {measured['nc1']:.3g}, {numbers['nc1']:.3g}, and {count} formulas")
