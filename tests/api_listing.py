@@ -87,7 +87,9 @@ class Verbatim(str):
 
 
 def signature(function: Callable) -> str:
-    """As ``inspect`` prints it, with the annotations as they are written; nothing for a class without ``__init__``."""
+    """As ``inspect`` prints it, with annotations as they are written; a line for each argument of a long one. Nothing for a class
+    without ``__init__``.
+    """
     try:
         found = inspect.signature(function)
     except ValueError:
@@ -99,7 +101,10 @@ def signature(function: Callable) -> str:
 
     parameters = [entry.replace(annotation=written(entry.annotation)) for entry in found.parameters.values()]
     text = str(found.replace(parameters=parameters, return_annotation=written(found.return_annotation)))
-    return re.sub("<function .*?>", "<function>", text.replace("MetricSpec.<lambda>", "lambda"))
+    text = re.sub("<function .*?>", "<function>", text.replace("MetricSpec.<lambda>", "lambda"))
+    if len(text) > 100:
+        text = re.sub(rf", (?=\**({'|'.join(found.parameters)}):)", ",\n        ", text)
+    return text
 
 
 def metrics() -> Iterator[str]:
