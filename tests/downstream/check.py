@@ -35,4 +35,4 @@ def check(python: str) -> None:
 
 
 if __name__ == "__main__":
-    check(sys.argv[1])
+    check(str(Path(sys.argv[1]).absolute()))  # not resolved: an environment's Python is a link
