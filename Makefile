@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo language-model test test-all coverage test-browser lint types docs figures gallery benchmarks clean $(NUMBERED)
+.PHONY: demo language-model test test-all coverage test-browser test-oldest test-newest package lint types docs figures gallery benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -34,6 +34,14 @@ coverage: $(INSTALLED)
 # The report in headless Chromium. On Debian and Ubuntu: apt-get install chromium chromium-driver.
 test-browser: $(INSTALLED)
 	$(PYTEST) -m browser tests/test_browser.py $(ARGS)
+
+# In environments of their own, with Python 3.10 and the oldest releases, and with the newest of everything: see noxfile.py.
+test-oldest test-newest: test-%: $(INSTALLED)
+	$(BIN)/nox -s tests-$* -- $(PARALLEL) $(ARGS)
+
+# Wheel and sdist, in dist/, and what an installed wheel can do.
+package: $(INSTALLED)
+	.ci/package $(BIN)/python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
