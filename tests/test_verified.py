@@ -1,6 +1,7 @@
 """docs/verified.md: the example worked out by hand, and the tests and tolerances that the page names."""
 
 import ast
+import functools
 import math
 import re
 from pathlib import Path
@@ -101,7 +102,9 @@ def test_regression_gives_the_values_worked_out_by_hand():
     # Residuals out of the plane of the first two axes: 1/5, 1/5, 1/2, 1/2; out of the span of W: 1/10, 1/10, 0, 1.
     rows = torch.tensor([[2.0, 0, 1], [-2, 0, 1], [0, 1, 1], [0, -1, 1]], dtype=torch.float64)
     targets = torch.tensor([[1.0, 3], [1, -3], [-1, 3], [-1, -3]], dtype=torch.float64)
-    weight = torch.tensor([[1.0, 0, 0], [0, 1, 1]], dtype=torch.float64)  # WW' = diag(1, 2), root of covariance diag(1, 3)
+    weight = torch.tensor(
+        [[1.0, 0, 0], [0, 1, 1]], dtype=torch.float64
+    )  # WW' = diag(1, 2), root of covariance diag(1, 3)
     metric = NeuralRegressionCollapse(2, 3, weight)
     for part in torch.randperm(4).split(3):
         metric.update(rows[part], targets[part])
@@ -177,3 +180,41 @@ def test_permuted_labels_give_the_ratio_of_traces_that_chance_gives():
     found = measure(model, loader, metrics="nc1_trace", baseline=True, progress=False)
     assert found.baseline["permuted"]["nc1_trace"] == pytest.approx((K * each - K) / (K - 1), rel=0.2)
     assert found["nc1_trace"] < 20
+
+
+# ------------------------------------------------------------------------------------------------ the tables of the page
+
+
+@functools.cache
+def numbers():
+    """By test: the numbers in its source, in its decorators, and in the functions of its file that it calls."""
+    found = {}
+    for file in (ROOT / "tests").glob("test_*.py"):
+        nodes = {node.name: node for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+        for name in [name for name in nodes if name.startswith("test_")]:
+            called = {part.id for part in ast.walk(nodes[name]) if isinstance(part, ast.Name)} & nodes.keys()
+            parts = [part for each in (name, *called) for part in ast.walk(nodes[each]) if isinstance(part, ast.Constant)]
+            found.setdefault(name, set()).update(part.value for part in parts if type(part.value) in (int, float))
+    return found
+
+
+ROWS = [row for title in ("All", "Name") for row in tables()[title]]
+IN_WORDS = {"exact", "gradcheck", "torch's default"}
+
+
+def test_every_metric_and_every_number_beside_them_has_a_row():
+    named = {name for row in tables()["Name"] for name in re.findall(r"`\.?([\w.]+)`", row[0])}
+    assert set(METRICS) <= named, set(METRICS) - named
+    beside = {name for name in functional.__all__ if name.islower()} - {
+        "nc2"
+    }  # the variants of nc2 have names of their own
+    beside |= {"per_class", "geometry", "baseline", "intervals", "extract_features", "SimplexETF"}
+    beside |= {f"theory.{name}" for name in ("plain_ufm", "extended_ufm", "attenuation")}
+    assert beside <= named, beside - named
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}: {row[1]}"[:60])
+def test_the_test_of_a_row_exists_and_asserts_the_tolerance_that_the_row_gives(row):
+    _, _, tolerance, test = row
+    found = numbers()[test.strip("`")]
+    assert tolerance in IN_WORDS or float(tolerance.partition(" of ")[0]) in found
