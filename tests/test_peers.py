@@ -10,11 +10,10 @@ import reference
 import torch
 from conftest import clusters
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import peers
 
-PAGE = (ROOT / "docs/peers.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).parents[1].joinpath("docs/peers.md").read_text(encoding="utf-8")
 EXACT = ("ours", "neural_collapse, float64", "nc-toolbox, float64")
 
 
