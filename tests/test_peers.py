@@ -1,4 +1,4 @@
-"""benchmarks/peers.py: other ways of computing NC1 and CDNV agree with ours where they should, and the truth is exact."""
+"""benchmarks/peers.py: other ways of computing NC1 and CDNV give what ours give where they should, and the truth is exact."""
 
 import re
 import sys

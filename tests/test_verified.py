@@ -193,7 +193,9 @@ def numbers():
         nodes = {node.name: node for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")}
         for name in [name for name in nodes if name.startswith("test_")]:
             called = {part.id for part in ast.walk(nodes[name]) if isinstance(part, ast.Name)} & nodes.keys()
-            parts = [part for each in (name, *called) for part in ast.walk(nodes[each]) if isinstance(part, ast.Constant)]
+            parts = [
+                part for each in (name, *called) for part in ast.walk(nodes[each]) if isinstance(part, ast.Constant)
+            ]
             found.setdefault(name, set()).update(part.value for part in parts if type(part.value) in (int, float))
     return found
 
