@@ -72,14 +72,12 @@ gallery: $(INSTALLED)
 $(NUMBERED): figure-%: $(INSTALLED)
 	$(UFM) --figure $*
 
+# Prints the tables of docs/costs.md and docs/peers.md; ARGS=--write puts them into the pages. About a quarter of an hour.
 benchmarks: $(INSTALLED)
-	$(BIN)/python benchmarks/moments.py
-	$(BIN)/python benchmarks/exact_pass.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/many_classes.py
-	$(BIN)/python benchmarks/scale.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --rounds 5
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/ufm.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ufm.py --repeats 3
 
 # A torch that was built locally (2.13.0+cpu, say) satisfies torchvision's demand for 2.13.0, but the two do not import
 # together. Then the torch of the same version that torchvision was built against takes its place.
