@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo language-model test test-all test-browser lint types docs figures gallery benchmarks clean $(NUMBERED)
+.PHONY: demo language-model test test-all test-browser soak lint types docs figures gallery benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -19,14 +19,18 @@ language-model: $(INSTALLED)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow and not browser" $(ARGS)
+	$(PYTEST) -m "not slow and not browser and not soak" $(ARGS)
 
 test-all: $(INSTALLED)
-	$(PYTEST) -m "not browser" $(ARGS)
+	$(PYTEST) -m "not browser and not soak" $(ARGS)
 
 # The report in headless Chromium. On Debian and Ubuntu: apt-get install chromium chromium-driver.
 test-browser: $(INSTALLED)
 	$(PYTEST) -m browser tests/test_browser.py $(ARGS)
+
+# Cases drawn at random and faults by plan: make soak ARGS="--examples 200 --minutes 20"; about ten minutes by default.
+soak: $(INSTALLED)
+	$(PYTEST) -m soak tests/soak $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
