@@ -41,6 +41,22 @@ def test_a_training_of_any_kind_is_measured_rightly_and_is_the_same_without_the_
     budget.check(check, cases())
 
 
+def test_two_processes_of_any_kind_measure_what_the_oracle_gives_and_train_the_same(budget, tmp_path_factory, ranks):
+    def check(case):
+        folder = tmp_path_factory.mktemp("run")
+        try:
+            plain = ranks.call(run, case, "plain", folder / "plain")
+        except RuntimeError as error:
+            assert "more than 1 value per channel" in str(error)
+            reject()
+        measured = ranks.call(run, case, "measured", folder / "measured")
+        witness = ranks.call(run, case, "witness", folder / "witness") if needs_witness(case) else None
+        hold(case, plain, measured, witness, budget.tally)
+        budget.tally.add("combinations in two processes", case)
+
+    budget.check(check, cases(ranks=2))
+
+
 def needs_witness(case):
     return case.mode == "online" and "train" in case.stages
 
