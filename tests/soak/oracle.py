@@ -161,7 +161,7 @@ def differences(row, expected_values):
     found = {}
     for name, (value, relative, absolute) in expected_values.items():
         own = row.get(name)
-        if own is None or (np.isnan(own) and not np.isfinite(value)):
+        if own is None or not (np.isfinite(own) or np.isfinite(value)):
             continue
         if not np.isfinite(value) or not abs(own - value) <= absolute + relative * abs(value):
             found[name] = own, float(value), absolute + relative * abs(value)

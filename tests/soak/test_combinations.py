@@ -72,7 +72,28 @@ def hold(case, plain, measured, witness, tally):
         names = check_metrics(METRICS[case.second if number else case.metrics])
         for row in history:
             check_row(case, plain, witness, history, row, names, number, tally)
+    check_pictures(case, plain, measured[0])
     tally.add("combinations", case)
+
+
+def check_pictures(case, plain, found):
+    """The chosen classes in the coordinates of pictures: as many samples, and class means as far apart, as in the features."""
+    rows = [row for row in found["histories"][0] if row["stage"] == "train"]
+    if case.geometry is None:
+        assert not any(scene.chosen for scene in found["scenes"])
+    if case.geometry is None or not rows:
+        return
+    assert [(scene.epoch, scene.step) for scene in found["scenes"]] == [(row["epoch"], row["step"]) for row in rows]
+    for scene, row in zip(found["scenes"], rows, strict=True):
+        features, target = exact_features(case, plain, row)[""]
+        chosen = [features[target == label].double() for label in scene.chosen]
+        assert list(map(len, scene.samples)) == [min(len(part), 40) for part in chosen]
+        if chosen:  # else the class means are the same but for rounding
+            own = torch.cdist(*[torch.stack([part.mean(0) for part in chosen])] * 2)
+            drawn = torch.cdist(*[torch.tensor(scene.means).double()] * 2)
+            assert torch.allclose(drawn, own, rtol=0, atol=1e-4 * float(own.max()))  # they have six digits
+    kept = target[target != case.ignore_index]
+    assert found["tables"][0]["samples"] == kept.bincount()[kept.unique()].tolist()
 
 
 def bare(found):
@@ -113,7 +134,7 @@ def check_schedule(case, plain, history, number):
 
 def check_row(case, plain, witness, history, row, names, number, tally):
     """Every value of a row is that of the independent computation."""
-    layers = case.layers if not number else ()
+    layers = () if number else case.layers
     values = {}
     loaders = {key.split("/")[1].rpartition("_")[2] for key in row if row["stage"] != "train" and key.startswith("nc/")}
     for loader in sorted(int(text) if text.isdecimal() else 0 for text in loaders) or [0]:
@@ -126,7 +147,8 @@ def check_row(case, plain, witness, history, row, names, number, tally):
         values |= expected_of(case, plain, history, row, features, layers, names, loader)
     missing = [key for key in values if key not in row and not key.endswith("_train_means")]
     assert not missing, (missing, row)
-    assert oracle.differences(row, values) == {}, (case, row)
+    found = oracle.differences(row, values)
+    assert found == {}, (found, row, case)
     tally.seen["values"] |= {(case, number, row["stage"], row["epoch"], row["step"], key) for key in values.keys() & row.keys()}
     known = sum(key.startswith("nc/") for key in row)
     tally.seen["values without a clear truth"] |= {(case, number, row["epoch"], n) for n in range(known - len(values))}
@@ -152,9 +174,9 @@ def expected_of(case, plain, history, row, features, layers, names, loader):
             entries = {name: entry for name, entry in entries.items() if name not in compared}
             entries |= around_training(case, plain, history, row, rows, target, layer, own)
             wanted = [*wanted, *(name + "_train_means" for name in wanted)]
-        frames = [name for name in ("nc2_etf_centered", "nc2_of", "nc2_seli") if not layer]
         prefix = f"{head}/{layer}/" if layer else f"{head}/"
-        found |= {prefix + name: entry for name, entry in entries.items() if name in wanted or name in frames and False}
+        # A row also holds the distances of the class means to the frames that exist.
+        found |= {prefix + name: entry for name, entry in entries.items() if name in wanted or prefix + name in row}
     return found
 
 
@@ -184,8 +206,9 @@ def fits(case):
 # ------------------------------------------------------------------------------------------------------------- features
 
 
-def state_of(plain, row, rank=0):
-    found = plain[rank]
+def state_of(plain, row):
+    """The weights of that epoch and step, and the buffers of rank 0."""
+    found = plain[0]
     states = {**found.get("earlier", {}).get("states", {}), **found["states"]}
     return states[row["epoch"], row["step"]]
 
@@ -262,7 +285,11 @@ def measured_indices(case, rank):
     """The samples of a rank, and the size of its batches."""
     batch_size = 7 if case.loader == "sevens" else case.batch_size
     everything = case.trained_on()
-    count = (case.limit or 10**9) * batch_size * case.ranks
+    drawn = case.samples if case.loader == "weighted" else len(everything)
+    share, count = -(-drawn // case.ranks), len(everything)
+    drops = case.drop_last and case.loader != "sevens"
+    if case.limit is not None and case.limit < (share // batch_size if drops else -(-share // batch_size)):
+        count = case.limit * batch_size * case.ranks  # else the epoch has all samples but those that are dropped
     if count < len(everything) and case.loader != "in order":
         # A random choice, always the same: the number is documented, and which ones only the package knows.
         loader = measurement_loader(case.train_loader(), case.limit, rank, case.ranks)[0]
@@ -289,7 +316,8 @@ def held_out_features(case, plain, row, loader):
     padded = [*range(count), *range(-count % case.ranks)]
     parts = []
     for rank in range(case.ranks):
-        state = state_of(plain, row, rank if row["stage"] == "test" else 0)
+        # The validation loop of fit gives all ranks the buffers of rank 0, and trainer.test uses what fit has left.
+        state = plain[rank]["weights"] if row["stage"] == "test" else state_of(plain, row)
         steps = collected(case, state, DataLoader(Subset(data, padded[rank :: case.ranks]), case.batch_size))
         own = len(range(rank, count, case.ranks)) * (1 if not case.places else unpacked(data[0])[1].numel())
         parts.append({layer: (rows[:own], target[:own]) for layer, (rows, target) in joined(case, steps).items()})
