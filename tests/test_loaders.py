@@ -130,6 +130,15 @@ def test_ranks_share_the_samples_without_padding():
     assert sorted(sample for shard in shards for sample in shard) == list(range(51))
 
 
+def test_a_limit_takes_the_same_random_choice_from_a_shuffled_loader_that_ranks_share():
+    alone = visited(DataLoader(DATA, 5, shuffle=True), max_batches=4)
+    loaders = [DataLoader(DATA, 5, sampler=DistributedSampler(DATA, 2, rank)) for rank in range(2)]
+    shares = [visited(loader, max_batches=2, rank=rank, world_size=2) for rank, loader in enumerate(loaders)]
+    assert shares == [alone[::2], alone[1::2]]
+    in_order = DataLoader(DATA, 5, sampler=DistributedSampler(DATA, 2, 0, shuffle=False))
+    assert visited(in_order, max_batches=2, world_size=2) == list(range(0, 20, 2))
+
+
 def test_a_limit_takes_a_fixed_random_choice():
     loader = DataLoader(DATA, 8, shuffle=True)
     chosen = visited(loader, max_batches=2)
