@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo language-model test test-all test-browser soak lint types docs figures gallery benchmarks clean $(NUMBERED)
+.PHONY: demo language-model test test-all coverage test-browser soak lint types docs figures gallery benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -16,13 +16,20 @@ language-model: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/language_model.py $(ARGS)
 
 # One thread: the models are small, and several threads, or processes with several each, only wait for each other.
+# JOBS=8 runs eight tests at a time.
+JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL = -n $(JOBS) --dist worksteal
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow and not browser and not soak" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not browser and not soak" $(ARGS)
 
 test-all: $(INSTALLED)
-	$(PYTEST) -m "not browser and not soak" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not browser and not soak" $(ARGS)
+
+# Lines and branches of the package that make test reaches, in the processes that it starts too.
+coverage: $(INSTALLED)
+	$(PYTEST) $(PARALLEL) -m "not slow and not browser and not soak" --cov --cov-report=term --cov-report=json $(ARGS)
 
 # The report in headless Chromium. On Debian and Ubuntu: apt-get install chromium chromium-driver.
 test-browser: $(INSTALLED)
