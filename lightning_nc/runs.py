@@ -232,7 +232,7 @@ def _order(key: str) -> tuple[Any, ...]:
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a tensor of several numbers; an int of 400 digits
         raise ValueError(f"{name} must be a number, got {value!r:.60}") from None
 
 
