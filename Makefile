@@ -7,7 +7,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo language-model test test-all coverage test-browser lint types docs figures gallery benchmarks clean $(NUMBERED)
+.PHONY: demo language-model test test-all coverage test-browser test-oldest test-newest package soak lint types docs figures gallery \
+	benchmarks clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -20,26 +21,40 @@ language-model: $(INSTALLED)
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL = -n $(JOBS) --dist worksteal
+QUICK = not slow and not browser and not soak
 
 test: $(INSTALLED)
-	$(PYTEST) $(PARALLEL) -m "not slow and not browser" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
 test-all: $(INSTALLED)
-	$(PYTEST) $(PARALLEL) -m "not browser" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not browser and not soak" $(ARGS)
 
 # Lines and branches of the package that make test reaches, in the processes that it starts too.
 coverage: $(INSTALLED)
-	$(PYTEST) $(PARALLEL) -m "not slow and not browser" --cov --cov-report=term --cov-report=json $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "$(QUICK)" --cov --cov-report=term --cov-report=json $(ARGS)
 
 # The report in headless Chromium. On Debian and Ubuntu: apt-get install chromium chromium-driver.
 test-browser: $(INSTALLED)
 	$(PYTEST) -m browser tests/test_browser.py $(ARGS)
+
+# In environments of their own, with Python 3.10 and the oldest releases, and with the newest of everything: see noxfile.py.
+test-oldest test-newest: test-%: $(INSTALLED)
+	$(BIN)/nox -s tests-$* -- $(PARALLEL) $(ARGS)
+
+# Wheel and sdist, in dist/, and what an installed wheel can do.
+package: $(INSTALLED)
+	.ci/package $(BIN)/python
+
+# Cases drawn at random and faults by plan: make soak ARGS="--examples 200 --minutes 20"; about ten minutes by default.
+soak: $(INSTALLED)
+	$(PYTEST) -m soak tests/soak $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check lightning_nc tests examples benchmarks
 	$(BIN)/codespell
 	$(BIN)/codespell --dictionary .ci/private.txt --regex "def fold\b|[\w-]+"  # codespell:ignore
+	VENV=$(VENV) .ci/lint-workflows
 
 types: $(INSTALLED)
 	$(BIN)/mypy
