@@ -401,7 +401,7 @@ def true_frames(rows: np.ndarray, target: np.ndarray, weight: np.ndarray) -> dic
 
 
 def costs(functions: dict[str, Callable[[Batches, int], float]], widest: int = 1024) -> str:
-    """Time of one core over that of the bare float32 product of the scatter matrix, and memory beside the features; of two runs."""
+    """Time of one core over that of the bare float32 product of the scatter matrix, and memory beside the features."""
     rows: dict[str, list[str]] = {name: [name] for name in functions}
     head = [""]
     for classes, features, samples in ((10, 512, 10_000), (100, 512, 10_000), (1000, widest, 10_000)):
