@@ -1,11 +1,12 @@
 """Mutation testing of the formulas: change the code in one place at a time and see whether a test fails.
 
-python .ci/mutation.py [--again] [FILE ...]
+python .ci/mutation.py [--again] [--budget SECONDS] [FILE ...]
 
-The mutations are those of mutmut and a few more, for code with tensors. mutmut itself leaves out what stands outside of functions,
-such as the rows of METRICS. Here a mutant inside of a function takes the place of its code in a fork of a process in which all tests
-have been collected, so a mutant that a test kills costs milliseconds. Other mutants are imported anew. A mutant is tested by
-the tests that reach its lines, the fastest first. Results go to .mutation/results.json; `--again` tests the survivors only.
+The mutations are those of mutmut and a few more, for code with tensors. mutmut itself leaves out what stands outside of
+functions, such as the rows of METRICS, and decorated functions. Here all tests are collected once. Each mutant then takes the
+place of the code in a fork of that process, so that one that a test kills costs milliseconds. It is tested by the tests that
+reach its lines, first those that killed its neighbors, then the fastest. What became of each mutant is kept in
+.mutation/results.json; `--again` tests only those that were not killed.
 
 Exit status 1 if a mutant survives that docs/mutation.md does not list.
 """
@@ -44,8 +45,18 @@ REACHED = RESULTS.with_name("reached.json")
 PACKAGE = ROOT / "lightning_nc"
 NAMES = ("theory", "moments", "metrics", "comparison", "mergeable", "regression", "regression_moments")
 FILES = [*sorted((PACKAGE / "functional").glob("[!_]*.py")), *(PACKAGE / f"{name}.py" for name in NAMES)]
-TESTS = """functional moments theory metrics conventions geometry certainty comparison projection regression variability
-simplex_etf table collapse mutation""".split()
+TESTS = (
+    "functional",
+    "moments",
+    "theory",
+    "metrics",
+    "conventions",
+    "geometry",
+    "certainty",
+    "comparison",
+    "projection",
+)
+TESTS += ("regression", "variability", "simplex_etf", "table", "collapse")
 SECONDS = 20  # that a mutant may take beyond ten times what its tests take
 QUICK = 0.1  # seconds that a test may take which is run for every mutant of what runs on import
 GIGABYTES = 4  # that a mutant may allocate beyond what there is
@@ -68,14 +79,16 @@ class Mutant:
 
     @property
     def key(self) -> str:
+        """How docs/mutation.md names it."""
         return f"{self.place}: `{self.before}` → `{self.after}`"
 
     def source(self) -> str:
+        """The text of the file with the mutation."""
         text = (ROOT / self.file).read_text()
         return text[: self.start] + self.after + text[self.end :]
 
-
     def codes(self) -> list[types.CodeType]:
+        """The code of the file without and with the mutation."""
         path = ROOT / self.file
         return [compile(text, str(path), "exec") for text in (path.read_text(), self.source())]
 
@@ -161,6 +174,8 @@ SKIPPED = (
 
 
 class Mutator(cst.CSTVisitor):
+    """Collects the mutants of a file."""
+
     METADATA_DEPENDENCIES = (PositionProvider, ParentNodeProvider)
 
     def __init__(self, path: Path) -> None:
@@ -171,6 +186,7 @@ class Mutator(cst.CSTVisitor):
             self.starts.append(self.starts[-1] + len(line))
 
     def on_visit(self, node: cst.CSTNode) -> bool:
+        """Apply the operators to the node; whether to go on with its children."""
         if m.matches(node, SKIPPED):
             return False
         for kind, operator in OPERATORS:
@@ -180,11 +196,18 @@ class Mutator(cst.CSTVisitor):
         return True
 
     def span(self, node: cst.CSTNode) -> tuple[int, int, int, int]:
+        """Where the text of the node starts and ends, as offsets and as lines."""
         position = self.get_metadata(PositionProvider, node)
         first, last = position.start, position.end
-        return self.starts[first.line - 1] + first.column, self.starts[last.line - 1] + last.column, first.line, last.line
+        return (
+            self.starts[first.line - 1] + first.column,
+            self.starts[last.line - 1] + last.column,
+            first.line,
+            last.line,
+        )
 
     def add(self, node: cst.CSTNode, mutated: cst.CSTNode) -> None:
+        """Add a mutant unless it is the same text or no Python."""
         start, end, line, _ = self.span(node)
         # The parentheses of a node lie outside of its span.
         bare = {"lpar": [], "rpar": []} if hasattr(mutated, "lpar") and getattr(node, "lpar", ()) else {}
@@ -216,13 +239,16 @@ class Mutator(cst.CSTVisitor):
                 names.append(current.name.value)
             elif not names and isinstance(current, cst.Assign | cst.AnnAssign):
                 target = current.target if isinstance(current, cst.AnnAssign) else current.targets[0].target
-                if isinstance(self.get_metadata(ParentNodeProvider, self.get_metadata(ParentNodeProvider, current)), cst.Module):
+                if isinstance(
+                    self.get_metadata(ParentNodeProvider, self.get_metadata(ParentNodeProvider, current)), cst.Module
+                ):
                     names.append(cst.Module([]).code_for_node(target))
             current = self.get_metadata(ParentNodeProvider, current)
         return ".".join([self.path.stem, *reversed(names)]), lines or (0, 0)
 
 
 def mutants_of(path: Path) -> list[Mutant]:
+    """The mutants of a file."""
     mutator = Mutator(path)
     MetadataWrapper(cst.parse_module(mutator.text), unsafe_skip_copy=True).visit(mutator)
     return mutator.mutants
@@ -249,7 +275,9 @@ def replacements(old: types.CodeType, new: types.CodeType) -> list[tuple[types.C
     codes = [[const for const in code.co_consts if isinstance(const, types.CodeType)] for code in (old, new)]
     if old.co_flags & 2:  # a function
         found = [] if old == new else [(old, new)]
-        return found + [pair for pair in zip(*codes, strict=False) if len(codes[0]) == len(codes[1]) and pair[0] != pair[1]]
+        return found + [
+            pair for pair in zip(*codes, strict=False) if len(codes[0]) == len(codes[1]) and pair[0] != pair[1]
+        ]
     at_import = [
         (code.co_code, code.co_names, [const for const in code.co_consts if not isinstance(const, types.CodeType)])
         for code in (old, new)
@@ -347,7 +375,10 @@ def in_fork(seconds: float, work: Callable[[], str | None]) -> tuple[str, str]:
     with os.fdopen(reading) as pipe:
         killer = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return "timeout" if status == -signal.SIGALRM else "survived" if status == 0 else "killed", killer or f"exit {status}"
+    return (
+        "timeout" if status == -signal.SIGALRM else "survived" if status == 0 else "killed",
+        killer or f"exit {status}",
+    )
 
 
 def failing(items: list[pytest.Item]) -> str | None:
@@ -369,6 +400,7 @@ class Run:
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run all mutants, those that act on import last."""
         items = {item.nodeid: item for item in session.items}
         reached = self.clean_run(items)
         functions, started = functions_by_code(), time.monotonic()
@@ -396,10 +428,17 @@ class Run:
                 print(mutant.status, f"{mutant.file}:{mutant.line}", mutant.key, file=sys.__stderr__, flush=True)
             if number % 50 == 49:
                 RESULTS.with_name("run.json").write_text(json.dumps([asdict(mutant) for mutant in self.mutants]))
-                print(f"{number + 1}/{len(self.mutants)} {time.monotonic() - started:.0f} s", file=sys.__stderr__, flush=True)
+                print(
+                    f"{number + 1}/{len(self.mutants)} {time.monotonic() - started:.0f} s",
+                    file=sys.__stderr__,
+                    flush=True,
+                )
         return True
 
-    def test(self, mutant: Mutant, functions: dict[Any, list[types.FunctionType]], items: list[pytest.Item]) -> str | None:
+    def test(
+        self, mutant: Mutant, functions: dict[Any, list[types.FunctionType]], items: list[pytest.Item]
+    ) -> str | None:
+        """The test that kills the mutant."""
         put_in_place(mutant, functions)
         return failing(items)
 
@@ -435,6 +474,7 @@ def sha(*paths: Path) -> str:
 
 
 def tests() -> list[str]:
+    """The arguments of pytest."""
     names = [f"tests/test_{name}.py" for name in TESTS if (ROOT / "tests" / f"test_{name}.py").exists()]
     quiet = ["-o", "addopts=", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "-s", "-W", "ignore"]
     return [*quiet, "-m", "not slow and not browser", "-k", "not real_processes", *names]
@@ -459,6 +499,7 @@ def test_all(mutants: list[Mutant], budget: float) -> None:
 
 
 def main() -> int:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--again", action="store_true", help="only the mutants that did not die in the last run")
@@ -483,6 +524,7 @@ def main() -> int:
 
 
 def report(mutants: list[Mutant], seconds: float) -> int:
+    """Print what survives and is not listed."""
     listed = (ROOT / "docs" / "mutation.md").read_text() if (ROOT / "docs" / "mutation.md").exists() else ""
     alive = [mutant for mutant in mutants if mutant.status in ("survived", "untested")]
     unknown = [mutant for mutant in alive if mutant.key not in listed]

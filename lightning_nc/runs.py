@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 
+from lightning_nc.extras import needed
 from lightning_nc.functional import METRICS
 from lightning_nc.keys import DEPTH, STAGES, base_name, natural_order, parse_key
 
@@ -273,7 +274,8 @@ def _without_prefix(key: str) -> str:
 
 
 def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    with needed(f"{file}, a file of TensorBoard,", "tensorboard"):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     try:
         events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
@@ -290,7 +292,8 @@ def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _wandb(file: Path) -> Iterator[dict[str, Any]]:
-    from wandb.proto import wandb_internal_pb2 as proto
+    with needed(f"{file}, a file of W&B,", '"lightning-neural-collapse[wandb]"'):
+        from wandb.proto import wandb_internal_pb2 as proto
 
     for payload in _records(file.read_bytes()):
         record = proto.Record()  # type: ignore[attr-defined]
