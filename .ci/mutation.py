@@ -14,6 +14,7 @@ Exit status 1 if a mutant survives that docs/mutation.md does not list.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import hashlib
 import itertools
@@ -62,6 +63,12 @@ QUICK = 0.1  # seconds that a test may take which is run for every mutant of wha
 GIGABYTES = 4  # that a mutant may allocate beyond what there is
 
 
+@functools.cache
+def compiled(file: str) -> types.CodeType:
+    """The code of a file as it is."""
+    return compile((ROOT / file).read_text(), str(ROOT / file), "exec")
+
+
 @dataclass
 class Mutant:
     """One change, and what became of it: killed, survived, timeout, or untested where no test reaches its lines."""
@@ -77,10 +84,13 @@ class Mutant:
     status: str = ""
     killer: str = ""
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
-        """How docs/mutation.md names it."""
-        return f"{self.place}: `{self.before}` → `{self.after}`"
+        """How docs/mutation.md names it: by the lines as the mutation leaves them."""
+        text = self.source()
+        first, last = (text.count("\n", 0, offset) for offset in (self.start, self.start + len(self.after)))
+        lines = " ".join(" ".join(text.split("\n")[first : last + 1]).split())
+        return f"`{self.place}`: `{lines}`" if self.after != "pass" else f"`{self.place}`: without `{self.before}`"
 
     def source(self) -> str:
         """The text of the file with the mutation."""
@@ -89,8 +99,7 @@ class Mutant:
 
     def codes(self) -> list[types.CodeType]:
         """The code of the file without and with the mutation."""
-        path = ROOT / self.file
-        return [compile(text, str(path), "exec") for text in (path.read_text(), self.source())]
+        return [compiled(self.file), compile(self.source(), str(ROOT / self.file), "exec")]
 
 
 # ---------------------------------------------------------------------------------------------------- making mutants
@@ -208,11 +217,14 @@ class Mutator(cst.CSTVisitor):
 
     def add(self, node: cst.CSTNode, mutated: cst.CSTNode) -> None:
         """Add a mutant unless it is the same text or no Python."""
+        if isinstance(node, cst.BaseNumber) and node.evaluated_value == mutated.evaluated_value:
+            return  # 1e90 and 1e90 + 1
         start, end, line, _ = self.span(node)
         # The parentheses of a node lie outside of its span.
         bare = {"lpar": [], "rpar": []} if hasattr(mutated, "lpar") and getattr(node, "lpar", ()) else {}
         after = cst.Module([]).code_for_node(mutated.with_changes(**bare)).strip()
         before = self.text[start:end]
+        after = " " * before.startswith(" ") + after
         place, lines = self.surroundings(node)
         if after.split() == before.split() or (place, before, after, start) in {
             (old.place, old.before, old.after, old.start) for old in self.mutants[-20:]
@@ -257,6 +269,9 @@ def mutants_of(path: Path) -> list[Mutant]:
 # --------------------------------------------------------------------------------------------------- putting them in place
 
 
+Changes = list[tuple[types.CodeType, types.CodeType]] | None
+
+
 def functions_by_code() -> dict[Any, list[types.FunctionType]]:
     """All functions of the package that exist."""
     found = defaultdict(list)
@@ -270,7 +285,7 @@ def _identity(code: types.CodeType) -> Any:
     return code.co_filename, code.co_qualname, code.co_firstlineno, tuple(code.co_positions())
 
 
-def replacements(old: types.CodeType, new: types.CodeType) -> list[tuple[types.CodeType, types.CodeType]] | None:
+def replacements(old: types.CodeType, new: types.CodeType) -> Changes:
     """Code of functions that changed. None if something changed that runs on import."""
     codes = [[const for const in code.co_consts if isinstance(const, types.CodeType)] for code in (old, new)]
     if old.co_flags & 2:  # a function
@@ -293,12 +308,10 @@ def replacements(old: types.CodeType, new: types.CodeType) -> list[tuple[types.C
     return found
 
 
-def put_in_place(mutant: Mutant, functions: dict[Any, list[types.FunctionType]]) -> None:
+def put_in_place(mutant: Mutant, changed: Changes, functions: dict[Any, list[types.FunctionType]]) -> None:
     """Make the package that is imported run the mutant."""
-    old, new = mutant.codes()
-    changed = replacements(old, new)
     if changed is None or not all(functions.get(_identity(code)) for code, _ in changed):
-        import_again(mutant, new)
+        import_again(mutant, mutant.codes()[1])
         return
     for code, other in changed:
         for function in functions[_identity(code)]:
@@ -394,8 +407,8 @@ def failing(items: list[pytest.Item]) -> str | None:
 class Run:
     """A pytest plugin: runs all tests once, then those that reach it for each mutant."""
 
-    def __init__(self, mutants: list[Mutant], budget: float) -> None:
-        self.mutants, self.budget = mutants, budget
+    def __init__(self, mutants: list[Mutant], budget: float, save: Callable[[], None]) -> None:
+        self.mutants, self.budget, self.save = mutants, budget, save
         self.seconds: dict[str, float] = {}
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
 
@@ -406,41 +419,36 @@ class Run:
         functions, started = functions_by_code(), time.monotonic()
         gc.freeze()
         changes = [replacements(*mutant.codes()) for mutant in self.mutants]
-        everywhere = {name for name in items if self.seconds[name] < QUICK}
         in_order = sorted(zip(self.mutants, changes, strict=True), key=lambda pair: pair[1] is None)
-        for number, (mutant, changed) in enumerate(in_order):
-            lines = range(mutant.lines[0], mutant.lines[1] + 1)
-            names = set[str]().union(*(reached[mutant.file, line] for line in lines)) & items.keys()
-            names = names or {name for name in items if "ranks" in name}  # in processes of its own
-            names = everywhere if changed is None else names  # of what runs on import, who reads it is not known
-            kills = self.kills[mutant.place]
-            ordered = sorted(names, key=lambda name: (-kills[name], self.seconds[name]))
-            total = itertools.accumulate(self.seconds[name] for name in ordered)
-            ordered = [name for name, seconds in zip(ordered, total, strict=True) if seconds < self.budget]
-            limit = SECONDS + 10 * sum(self.seconds[name] for name in ordered)
-            chosen = [items[name] for name in ordered]
-            mutant.status, mutant.killer = in_fork(limit, lambda: self.test(mutant, functions, chosen))  # noqa: B023
-            if not ordered:
-                mutant.status = "untested"
-            elif mutant.status == "killed":
-                kills[mutant.killer] += 1
+        for number, (mutant, changed) in enumerate(in_order, 1):
+            chosen = self.choose(mutant, changed, reached)
+
+            def work(mutant: Mutant = mutant, changed: Changes = changed, chosen: list[str] = chosen) -> str | None:
+                put_in_place(mutant, changed, functions)
+                return failing([items[name] for name in chosen])
+
+            limit = SECONDS + 10 * sum(self.seconds[name] for name in chosen)
+            mutant.status, mutant.killer = in_fork(limit, work) if chosen else ("untested", "")
+            self.kills[mutant.place][mutant.killer] += mutant.status == "killed"
             if mutant.status != "killed":
                 print(mutant.status, f"{mutant.file}:{mutant.line}", mutant.key, file=sys.__stderr__, flush=True)
-            if number % 50 == 49:
-                RESULTS.with_name("run.json").write_text(json.dumps([asdict(mutant) for mutant in self.mutants]))
-                print(
-                    f"{number + 1}/{len(self.mutants)} {time.monotonic() - started:.0f} s",
-                    file=sys.__stderr__,
-                    flush=True,
-                )
+            if number % 50 == 0 or number == len(in_order):
+                self.save()
+                done = f"{number}/{len(in_order)} {time.monotonic() - started:.0f} s"
+                print(done, file=sys.__stderr__, flush=True)
         return True
 
-    def test(
-        self, mutant: Mutant, functions: dict[Any, list[types.FunctionType]], items: list[pytest.Item]
-    ) -> str | None:
-        """The test that kills the mutant."""
-        put_in_place(mutant, functions)
-        return failing(items)
+    def choose(self, mutant: Mutant, changed: Changes, reached: dict[tuple[str, int], set[str]]) -> list[str]:
+        """The names of the tests that may kill a mutant, the most promising first."""
+        lines = range(mutant.lines[0], mutant.lines[1] + 1)
+        names = set[str]().union(*(reached[mutant.file, line] for line in lines)) & self.seconds.keys()
+        names = names or {name for name in self.seconds if "ranks" in name}  # in processes of its own
+        if changed is None:  # who reads what is computed on import is not known
+            names = {name for name, seconds in self.seconds.items() if seconds < QUICK}
+        kills = self.kills[mutant.place]
+        ordered = sorted(names, key=lambda name: (-kills[name], self.seconds[name]))
+        total = itertools.accumulate(self.seconds[name] for name in ordered)
+        return [name for name, seconds in zip(ordered, total, strict=True) if seconds < self.budget]
 
     def clean_run(self, items: dict[str, pytest.Item]) -> dict[tuple[str, int], set[str]]:
         """The tests that reach each line. Those of files that have not changed since the last run need not run again."""
@@ -477,49 +485,40 @@ def tests() -> list[str]:
     """The arguments of pytest."""
     names = [f"tests/test_{name}.py" for name in TESTS if (ROOT / "tests" / f"test_{name}.py").exists()]
     quiet = ["-o", "addopts=", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "-s", "-W", "ignore"]
+    quiet += ["--tb=native", "--assert=plain"]  # nobody reads why a mutant fails
     return [*quiet, "-m", "not slow and not browser", "-k", "not real_processes", *names]
-
-
-def test_all(mutants: list[Mutant], budget: float) -> None:
-    """Fill in what becomes of them, in forks of this process, which never imports the package."""
-    hypothesis.settings.register_profile(
-        "mutation", database=None, derandomize=True, phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    )
-    hypothesis.settings.load_profile("mutation")
-    scratch = RESULTS.with_name("run.json")
-    child = os.fork()
-    if not child:
-        code = pytest.main(tests(), plugins=[Run(mutants, budget)])
-        scratch.write_text(json.dumps([asdict(mutant) for mutant in mutants]))
-        os._exit(int(code))
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-        raise SystemExit("the tests do not pass without a mutant")
-    for mutant, result in zip(mutants, json.loads(scratch.read_text()), strict=True):
-        mutant.status, mutant.killer = result["status"], result["killer"]
 
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--again", action="store_true", help="only the mutants that did not die in the last run")
+    parser.add_argument("--again", action="store_true", help="only the mutants that have not been killed so far")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds that the tests of one mutant may take")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))  # before an installed copy
     RESULTS.parent.mkdir(exist_ok=True)
-    old = {tuple(row["key"]): row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    rows = {tuple(row["key"]): row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     files = [path.resolve() for path in arguments.files] or FILES
     mutants = [mutant for path in files for mutant in mutants_of(path)]
     if arguments.again:
-        mutants = [mutant for mutant in mutants if old.get((mutant.file, mutant.key), {}).get("status") != "killed"]
+        mutants = [mutant for mutant in mutants if rows.get((mutant.file, mutant.key), {}).get("status") != "killed"]
+    replaced = set() if arguments.again else {str(path.relative_to(ROOT)) for path in files}
+    rows = {key: row for key, row in rows.items() if key[0] not in replaced}
+
+    def save() -> None:
+        done = {(mutant.file, mutant.key): mutant for mutant in mutants if mutant.status}
+        found = rows | {key: {"key": key, **asdict(mutant)} for key, mutant in done.items()}
+        RESULTS.write_text(json.dumps(list(found.values()), indent=1))
+
     started = time.monotonic()
-    test_all(mutants, arguments.budget)
-    replaced = {str(path.relative_to(ROOT)) for path in files}
-    kept = [row for row in old.values() if arguments.again or row["file"] not in replaced]
-    rows = {tuple(row["key"]): row for row in kept}
-    rows |= {(mutant.file, mutant.key): {"key": (mutant.file, mutant.key), **asdict(mutant)} for mutant in mutants}
-    RESULTS.write_text(json.dumps(list(rows.values()), indent=1))
+    hypothesis.settings.register_profile(
+        "mutation", database=None, derandomize=True, phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    )
+    hypothesis.settings.load_profile("mutation")
+    if pytest.main(tests(), plugins=[Run(mutants, arguments.budget, save)]):
+        raise SystemExit("the tests do not pass without a mutant")
     return report(mutants, time.monotonic() - started)
 
 
@@ -536,9 +535,4 @@ def report(mutants: list[Mutant], seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    import lightning.pytorch  # before the forks, so that no mutant waits for it  # noqa: F401
-    import scipy.optimize  # noqa: F401
-    import torch  # noqa: F401
-    import torchmetrics  # noqa: F401
-
     sys.exit(main())
