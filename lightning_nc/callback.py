@@ -198,7 +198,7 @@ class NeuralCollapseCallback(Results, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # trainer.test may load an older checkpoint, the best one, whose history is shorter.
         if self._fitting or not self.history:
-            self.history = History.from_state(state_dict)
+            self.history, self._has_fitted = History.from_state(state_dict), True
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
