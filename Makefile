@@ -28,7 +28,7 @@ test-all: $(INSTALLED)
 test-browser: $(INSTALLED)
 	$(PYTEST) -m browser tests/test_browser.py $(ARGS)
 
-# Cases drawn at random and faults by plan: make soak ARGS="--examples 200 --minutes 20"; about ten minutes by default.
+# Drawn trainings and faults by plan, about ten minutes by default: make soak ARGS="--examples 200 --minutes 20"
 soak: $(INSTALLED)
 	$(PYTEST) -m soak tests/soak $(ARGS)
 
@@ -66,6 +66,7 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/many_classes.py
 	$(BIN)/python benchmarks/scale.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/long_run.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/ufm.py
 

@@ -180,8 +180,20 @@ def trainer_of(case, callbacks, folder):
 
 def newest(folder):
     """The last checkpoint, by its step; None if there is none."""
-    found = sorted(Path(folder).glob("*.ckpt"), key=lambda path: int(path.stem.split("step=")[1].split("-")[0]))
-    return found[-1] if found else None
+    return max(Path(folder).glob("*.ckpt"), key=step_of, default=None)
+
+
+def step_of(checkpoint):
+    """The optimizer step of a checkpoint; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.stem.split("step=")[1].split("-")[0])
+
+
+def continued(earlier, later, step):
+    """What two parts of a run kept by epoch and step, if the second went on from ``step``.
+
+    Lightning gives the number of the epoch again to one that goes on from a checkpoint of its last batch.
+    """
+    return {**earlier, **{place: kept for place, kept in later.items() if place not in earlier or place[1] > step}}
 
 
 def run(case, kind, folder):
@@ -193,7 +205,9 @@ def run(case, kind, folder):
         if found["ended"] is not None:
             earlier, last = found, newest(folder)
             found = _attempt(case, kind, folder, ("none", 0), last)
-            found["earlier"] = earlier
+            found["earlier"], found["began"] = earlier, step_of(last)
+            for name in ("states", "steps"):
+                found[name] = continued(earlier[name], found[name], found["began"])
     found["warnings"] = [str(warning.message) for warning in caught]
     return found
 
@@ -233,7 +247,7 @@ def _attempt(case, kind, folder, stop, checkpoint):
     found["log"] = trainer.logger.rows
     found["shown"] = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("nc/")}
     found["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    found["steps"] = witness[0].steps if witness else None
+    found["steps"] = witness[0].steps if witness else {}
     found["histories"] = [list(callback.history) for callback in measuring]
     found["scenes"] = measuring[0].history.scenes if measuring else []
     found["tables"] = [callback.per_class for callback in measuring]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from lightning.pytorch import seed_everything
 from soak.cases import METRICS, cases
-from soak.runs import Recorder, Task, Witness, callbacks_of, difference, newest, trainer_of
+from soak.runs import Recorder, Task, Witness, callbacks_of, continued, difference, newest, step_of, trainer_of
 from soak.test_combinations import check_row
 
 from lightning_nc import History, measure
@@ -57,9 +57,9 @@ class CallbackLife(RuleBasedStateMachine):
                 trainer.fit(model, case.train_loader(), case.held_out() or None, ckpt_path=path)
             ended.append((type(error[0]) if error else None, recorder.finished, model.seen, torch.get_rng_state()))
             if kind == "plain":
-                self.plain["states"] |= recorder.states
+                self.plain["states"] = continued(self.plain["states"], recorder.states, step_of(path))
                 self.plain["trained"] |= recorder.trained
-                self.witness |= witness.steps
+                self.witness = continued(self.witness, witness.steps, step_of(path))
         self.plain["weights"] = self.twin.state_dict()
         self.finished = None if ended[0][0] else trainer
         self.steps.append((stop, checkpoint, self.epochs))

@@ -118,7 +118,6 @@ def check_schedule(case, plain, history, number):
     last = max((epoch for epoch, _ in plain["finished"]), default=None)
     if last is None:
         return
-    resumed = plain["states"] and min(plain["states"])[0] or 0
     every = 1 if number else SCHEDULES[case.every]
     due = [epoch for epoch, _ in dict(ends).items() if is_due(every, epoch, epoch == last)]
     rows = [row["epoch"] for row in history if row["stage"] == "train"]
@@ -131,7 +130,7 @@ def check_schedule(case, plain, history, number):
     if case.stop[0] == "max_steps":  # with accumulated gradients an earlier epoch may seem to be the last one
         assert set(due) <= set(rows)
     else:
-        assert sorted(set(rows)) == sorted(set(due)), (rows, due, resumed)
+        assert sorted(set(rows)) == sorted(set(due)), (rows, due, case)
 
 
 # ------------------------------------------------------------------------------------------------- the oracle of a row
@@ -213,9 +212,7 @@ def fits(case):
 
 def state_of(plain, row):
     """The weights of that epoch and step, and the buffers of rank 0."""
-    found = plain[0]
-    states = {**found.get("earlier", {}).get("states", {}), **found["states"]}
-    return states[row["epoch"], row["step"]]
+    return plain[0]["states"][row["epoch"], row["step"]]
 
 
 def parts_of(case, state):
@@ -307,11 +304,7 @@ def measured_indices(case, rank):
 
 def online_features(case, witness, row):
     """What the training steps of the epoch computed, on all ranks."""
-    parts = []
-    for found in witness:
-        steps = {**(found.get("earlier", {}).get("steps") or {}), **found["steps"]}
-        parts.append(joined(case, steps[row["epoch"], row["step"]]))
-    return merged(parts)
+    return merged([joined(case, found["steps"][row["epoch"], row["step"]]) for found in witness])
 
 
 def held_out_features(case, plain, row, loader):
