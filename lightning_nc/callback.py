@@ -167,7 +167,7 @@ class NeuralCollapseCallback(Results, Callback):
             known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
             trainer.callback_metrics.update(tensors_of(known, pl_module.device))
             steps = ((row["epoch"], row["step"]) for row in reversed(self.history) if row["stage"] == "train")
-            self._measured = next(steps, None)
+            self._measured, self._weights = next(steps, None), fingerprint(pl_module)
         elif self._has_fitted and self.history:  # another training, of cross-validation for example
             self.previous_histories.append(self.history)
             self.history = History()
@@ -198,7 +198,8 @@ class NeuralCollapseCallback(Results, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # trainer.test may load an older checkpoint, the best one, whose history is shorter.
         if self._fitting or not self.history:
-            self.history, self._has_fitted = History.from_state(state_dict), True
+            self.restore(state_dict)
+            self._has_fitted = True
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_nc.extras import needed
 from lightning_nc.keys import natural_order
 from lightning_nc.runs import finite_number
+from lightning_nc.versions import safe_globals
 
 __all__ = ["Checkpoint", "Place", "check_sums", "find_checkpoints", "in_training_order", "read_checkpoint"]
 
@@ -30,8 +32,8 @@ SUFFIXES = (".ckpt", ".pt", ".pth", ".tar", ".bin", ".safetensors")
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 _PRETRAINED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Beyond what weights_only allows: what command lines leave in checkpoints. Making one runs nothing else.
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
+_HARMLESS = [
+    (argparse.Namespace, "argparse.Namespace"),
     (pathlib.PosixPath, "pathlib.PosixPath"),
     (pathlib.PosixPath, "pathlib._local.PosixPath"),
 ]
@@ -173,7 +175,7 @@ def _unpickled(path: Path, unsafe: bool) -> Any:
     """The contents of a file of ``torch.save``."""
     zipped = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipped)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # not for a jump beyond the end of a cut file
@@ -193,7 +195,9 @@ def check_sums(path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as file:
                 damaged = file.testzip()
-        except zipfile.BadZipFile as error:
+        except Exception as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
             raise ValueError(f"is damaged: {error}") from error
         if damaged is not None:
             raise ValueError(f"is damaged: {damaged} does not fit its checksum")
@@ -201,8 +205,9 @@ def check_sums(path: Path) -> None:
 
 def _safetensors(path: Path) -> Checkpoint:
     """A safetensors file. Its metadata may have an epoch and a step."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
+    with needed(str(path), "safetensors"):
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
 
     try:
         with safe_open(path, framework="pt") as file:
@@ -238,7 +243,9 @@ def _with_place(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the epoch and step among its contents."""
     contents = checkpoint.contents
     epoch = _first_number(contents, "epoch")
-    with suppress(KeyError, TypeError):  # after fit Lightning's "epoch" is one more, but none has begun since
+    with suppress(
+        LookupError, TypeError, ValueError
+    ):  # after fit Lightning's "epoch" is one more, but none has begun since
         epoch = max(contents["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - 1, 0)
     return replace(checkpoint, epoch=epoch, step=_first_number(contents, "global_step", "step", "iteration"))
 

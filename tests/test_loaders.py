@@ -20,7 +20,8 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
-from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from versions import since
 
 from lightning_nc import measure
 from lightning_nc.measuring.loaders import (
@@ -34,6 +35,23 @@ from lightning_nc.measuring.loaders import (
 )
 
 DATA = TensorDataset(torch.arange(51.0).unsqueeze(1), torch.arange(51) % 3)
+
+
+class EndsEarly(Dataset):
+    def __len__(self):
+        return 51
+
+    def __getitem__(self, index):
+        if index == 20:
+            raise StopIteration
+        return DATA[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_ends_before_its_length_is_refused_instead_of_measured_in_part(workers):
+    loader = DataLoader(EndsEarly(), 8, num_workers=workers)
+    with pytest.raises(RuntimeError, match="the data ended after 2 of 7 batches: the data set EndsEarly"):
+        measure(nn.Linear(1, 3), loader, progress=False)
 
 
 def visited(loader, **kwargs):
@@ -253,9 +271,10 @@ def test_a_prepared_loader_gives_the_same_batches_whether_it_is_measured_or_not(
 def test_the_balanced_batches_of_transformers_are_shared_out_without_those_that_fill_the_last_step():
     lengths = [n % 7 + 1 for n in range(49)]  # one sample is left over for the last step, and each rank gets it
     data = Subset(DATA, range(49))
+    balanced = since("transformers 5", "transformers.trainer_pt_utils", "BatchRebalanceSampler")
     shards = []
     for rank in range(2):
-        sampler = BatchRebalanceSampler(lengths, 8, 2, 1, rank=rank, drop_last=False)
+        sampler = balanced(lengths, 8, 2, 1, rank=rank, drop_last=False)
         loader = prepare_data_loader(DataLoader(data, batch_sampler=sampler), num_processes=1)
         assert rank_of(loader) == (rank, 2)
         shards.append(visited(loader, rank=rank, world_size=2))

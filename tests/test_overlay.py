@@ -109,6 +109,23 @@ def test_stages_differ_by_dashes_and_losses_have_panels_of_their_own():
     assert len(plot_overlay(runs, metrics="nc1").axes) == 1
 
 
+def test_a_loss_that_only_one_of_several_runs_has_is_left_out():
+    runs = [("a", run(1.0, loss=2.0, acc=0.5)), ("b", run(2.0, loss=3.0))]
+    assert [axis.get_title() for axis in plot_overlay(runs).axes] == ["loss", "NC1, within-class variability"]
+    assert len(plot_overlay(runs[:1]).axes) == 3
+
+
+def test_up_to_eight_panels_stand_in_two_columns():
+    every = [name for name, spec in METRICS.items() if not spec.opt_in][:8]
+    figure = plot_overlay([(name, run(1.0, keys=every)) for name in "ab"], metrics=every)
+    assert {axis.get_subplotspec().get_gridspec().ncols for axis in figure.axes} == {2}
+    assert figure.get_figheight() < 14
+
+
+def test_zeros_are_explained_in_the_legend():
+    assert legend(plot_overlay([("a", run(0.0)), ("b", run(1.0))])) == ["a", "b", "exactly 0"]
+
+
 def test_runs_over_iterations_and_over_epochs_are_refused_together():
     over = [{**row, "iteration": row["epoch"]} for row in run(1.0)]
     assert plot_overlay([("a", over)]).axes[0].get_xlabel() == "iteration"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nc import History, measure
 from lightning_nc.functional import METRICS
-from lightning_nc.plotting import plot_gram, plot_history, plot_runs
+from lightning_nc.plotting import plot_gram, plot_history, plot_overlay, plot_runs
 
 PREFIXES = {"train": "nc/", "validate": "nc/val/", "test": "nc/test/"}
 
@@ -236,6 +236,8 @@ def test_zeros_and_holes_are_visible_on_a_log_axis():
     assert edge == pytest.approx(figure.axes[0].transData.transform((1, figure.axes[0].get_ylim()[0]))[1])
     assert np.isnan(line.get_ydata()[[1, 2]]).all()
     assert line.get_markevery() == [0, 3]  # without a neighbor, no line would show them
+    assert texts_beside(plot_history(rows))[0] == ["exactly 0"]
+    assert not plot_history([rows[0]]).legends
     nothing = plot_history([{"stage": "train", "epoch": e, "nc/nc1": math.nan} for e in range(3)])
     assert [text.get_text() for text in nothing.axes[0].texts] == ["nc1 · smaller is closer", "no finite value"]
 
@@ -319,8 +321,9 @@ def labels(axis):
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
-        (0.15, 1.0, ["0.2", "0.5", "1"]),
-        (0.62, 0.98, ["0.6", "0.7", "0.8", "0.9", "1"]),
+        (0.13, 0.58, ["0.15", "0.2", "0.3", "0.5"]),
+        (0.15, 1.0, ["0.15", "0.2", "0.3", "0.5", "0.7", "1"]),
+        (0.62, 0.98, ["0.6", "0.8", "1"]),
         (0.02, 2.0, ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]),
         (200, 300, ["200", "220", "240", "250", "260", "280", "300"]),
     ],
@@ -331,6 +334,30 @@ def test_log_axes_of_few_decades_have_several_plain_labels(low, high, expected):
     assert set(found) <= set(expected)
 
 
+def test_the_lowest_label_of_a_log_axis_below_a_decade_is_near_its_lower_end():
+    for high in np.geomspace(0.3, 2, 12):
+        axis = plot_history([{"epoch": 0, "nc1": high}, {"epoch": 1, "nc1": 0.21}]).axes[0]
+        assert float(labels(axis)[0]) < 1.6 * 0.21
+
+
+def test_a_change_of_a_few_percent_does_not_fill_a_log_axis_whatever_is_drawn_after_it():
+    rows = [{"epoch": epoch, "nc1": 1 + 0.01 * epoch, "nc1_permuted": 1.02} for epoch in range(5)]
+    for axis in (plot_history(rows).axes[0], plot_overlay([("a", rows), ("b", rows)]).axes[0]):
+        low, high = axis.get_ylim()
+        assert high / low == pytest.approx(2)
+        assert low < 1 < 1.04 < high
+    low, high = plot_history([{"epoch": epoch, "nc1": 10.0**epoch} for epoch in range(2)]).axes[0].get_ylim()
+    assert (low, high) == pytest.approx((10**-0.05, 10**1.05))  # margins of 5%, as ever
+
+
+def test_numbers_of_layers_have_whole_ticks():
+    rows = [
+        {"epoch": e, "a/ncc_error": 0.1, "ncc_error": 0.1, "effective_depth": d} for e, d in enumerate([1.0, 3.0, 2.0])
+    ]
+    axis = next(axis for axis in plot_history(rows).axes if axis.get_title() == "effective depth")
+    assert all(tick == round(tick) for tick in axis.get_yticks())
+
+
 def test_log_axes_of_many_decades_have_powers_of_ten_at_their_places():
     axis = plot_history([{"epoch": 0, "nc1": 1e-8}, {"epoch": 1, "nc1": 10.0}]).axes[0]
     found = labels(axis)
@@ -338,7 +365,7 @@ def test_log_axes_of_many_decades_have_powers_of_ten_at_their_places():
     for text, at in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True):
         assert text.get_text() == rf"$\mathdefault{{10^{{{round(math.log10(at))}}}}}$"
     small = labels(plot_history([{"epoch": 0, "nc1": 2e-7}, {"epoch": 1, "nc1": 8e-7}]).axes[0])
-    assert r"$\mathdefault{4\times10^{-7}}$" in small
+    assert r"$\mathdefault{3\times10^{-7}}$" in small
 
 
 def test_layers_with_the_same_numbers_are_one_curve_with_both_names():

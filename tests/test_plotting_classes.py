@@ -113,8 +113,14 @@ def test_heat_maps_show_the_cosines_of_the_first_middle_and_last_epoch_on_one_sc
     assert [axis.get_title() for axis in axes] == ["epoch 0", "epoch 3", "epoch 5"]
     for axis, expected in zip(axes, (scenes[0], scenes[3], scenes[5]), strict=True):
         np.testing.assert_allclose(axis.images[0].get_array(), expected.cosines)
-        assert axis.images[0].get_clim() == (-1, 1)
+        largest = max(
+            abs(scene.cosines[i][j]) for scene in (scenes[0], scenes[3], scenes[5]) for i in range(6) for j in range(i)
+        )
+        assert axis.images[0].get_clim() == pytest.approx((-largest, largest))
+        diagonal = axis.images[0].to_rgba(np.eye(6), norm=True)[0, 0]
+        assert diagonal.tolist() == [0, 0, 0, 1]
         assert [text.get_text() for text in axis.get_xticklabels()] == list("012345")
+    assert figure.get_suptitle() == "cosines of the centered class means, 1 on the diagonal (black)"
     figure.savefig(tmp_path / "frames.png")
     assert is_picture(tmp_path / "frames.png")
 
@@ -125,6 +131,11 @@ def test_the_color_bar_marks_the_value_of_a_simplex():
     assert bar.lines[-1].get_ydata()[0] == pytest.approx(-1 / 5)
     (mark,) = bar.child_axes
     assert [text.get_text() for text in mark.get_yticklabels()] == ["ideal\n−0.2"]
+
+
+def test_pictures_of_one_epoch_each_have_the_same_scale_and_so_can_be_compared():
+    for one in collapsing(2):
+        assert plot_frames([one]).axes[0].images[0].get_clim() == (-1, 1)
 
 
 def test_of_many_classes_the_title_says_how_many_are_drawn():

@@ -96,10 +96,27 @@ def test_the_effective_depth_of_the_last_epoch_is_marked_and_explained():
     assert not plot_depth(history()).legends
 
 
+def test_layers_with_the_same_numbers_stand_at_one_place_and_the_mark_of_the_depth_moves_with_it():
+    rows = history(layers=("a/", "b/", "c/", ""), metrics=("ncc_error",))
+    for row in rows:
+        row["nc/b/ncc_error"] = row["nc/a/ncc_error"]
+        row["nc/ncc_error"] = row["nc/c/ncc_error"]
+        row["nc/effective_depth"] = 3.0
+    figure = plot_depth(rows)
+    (axis,) = panels(figure)
+    assert names(axis) == ["a =\nb", "c =\nclassifier input"]
+    np.testing.assert_allclose(curves(axis)[0], [(0, 1), (1, 0.01)])
+    (line,) = (line for line in axis.lines if line.get_linestyle() == "--")
+    assert set(line.get_xdata()) == {1}
+    assert figure.legends[0].get_texts()[0].get_text() == "effective depth in epoch 10: c"
+    rows[1]["nc/b/ncc_error"] *= 1.01  # in one epoch only
+    assert names(panels(plot_depth(rows))[0]) == ["a", "b", "c =\nclassifier input"]
+
+
 def test_an_effective_depth_that_does_not_fit_the_order_of_the_layers_is_not_marked():
     rows = history(1, layers=("layer2/", "layer10/", "stem/", ""), metrics=("ncc_error",))
     rows[0] |= {"nc/stem/ncc_error": 0.9, "nc/layer2/ncc_error": 0.0, "nc/effective_depth": 2.0}
-    assert not plot_depth(rows).legends
+    assert [text.get_text() for text in plot_depth(rows).legends[0].get_texts()] == ["exactly 0"]
 
 
 def test_training_data_are_drawn_or_else_the_first_dataloader_of_the_first_stage():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import is_picture
 from matplotlib.colors import to_rgb
+from mpl_toolkits.mplot3d.proj3d import proj_transform
 from PIL import Image
 from scene_cases import collapsing
 
@@ -62,6 +63,20 @@ def test_two_to_four_classes_are_drawn_by_their_names(chosen, dimensions, tmp_pa
         assert len(drawn(axis, dimensions)) == 2 * len(chosen)
     figure.savefig(tmp_path / "geometry.png")
     assert is_picture(tmp_path / "geometry.png")
+
+
+def test_space_fills_its_panels_and_nothing_is_cut_off():
+    figure = plot_geometry(collapsing(3, chosen=(5, 2, 0, 1)))
+    figure.draw_without_rendering()
+    widest = []
+    for axis in figure.axes:
+        labels = [text.get_position_3d() for text in axis.texts]
+        points = np.concatenate([*drawn(axis, 3), labels])
+        seen = axis.transData.transform(np.stack(proj_transform(*points.T, axis.get_proj())[:2], axis=1))
+        assert (seen > axis.bbox.min).all()
+        assert (seen < axis.bbox.max).all()
+        widest.append((np.ptp(seen, axis=0) / axis.bbox.size).max())
+    assert max(widest) > 0.8
 
 
 def test_the_samples_of_two_classes_are_spread_across_the_line_and_keep_their_place_along_it():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -72,8 +73,10 @@ def plot_classes(table: Mapping[str, Sequence[Any]], scenes: Sequence[Scene]) ->
 def plot_frames(scenes: Sequence[Scene]) -> Figure:
     """Draw the cosines of the centered class means in the first, middle and last measured epoch as heat maps on one scale.
 
-    The color bar marks -1 / (K - 1), the value of all pairs of classes at a simplex ETF. Of more than 32 classes, the first 32
-    are drawn. The middle is that of the measurements.
+    The scale goes as far as the largest absolute cosine between two classes, on both sides of zero, or from -1 to 1 for one
+    measurement. The diagonal, which is 1, is black where it is beyond the scale. The color bar marks -1 / (K - 1), the value of
+    all pairs of classes at a simplex ETF. Of more than 32 classes, the first 32 are drawn. The middle is that of the
+    measurements.
 
     Args:
         scenes: ``callback.history.scenes``.
@@ -86,18 +89,22 @@ def plot_frames(scenes: Sequence[Scene]) -> Figure:
         raise ValueError("no classes were measured; train with the callback, or append what measure() returns")
     figure = Figure(figsize=(2.5 * len(shown) + 1.1, 3.1), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    largest = _largest(shown) if len(shown) > 1 else 1.0  # of one epoch: pictures of several are compared
     for axis, scene in zip(axes, shown, strict=True):
-        image = _heat_map(axis, scene.cosines, scene.labels)
+        image = _heat_map(axis, scene.cosines, scene.labels, largest)
         axis.set_title(f"epoch {scene.epoch:g}", fontsize=10)
     axes[0].set_ylabel("class")
-    bar = figure.colorbar(image, ax=axes.tolist(), aspect=25, shrink=0.8, ticks=[-1, -0.5, 0, 0.5, 1])
+    bar = figure.colorbar(image, ax=axes.tolist(), aspect=25, shrink=0.8, extend="max" if largest < 1 else "neither")
+    ticks = [-largest, -largest / 2, 0, largest / 2, largest]
+    bar.set_ticks(ticks, labels=[_minus(tick) for tick in ticks])
     bar.ax.tick_params(labelsize=8)
     last = shown[-1]
     if last.classes > 1:
         bar.ax.axhline(_ideal(last), color="black", linewidth=1.5)
         mark = bar.ax.secondary_yaxis("left")
         mark.set_yticks([_ideal(last)], [f"ideal\n{_minus(_ideal(last))}"], fontsize=8)
-    figure.suptitle("\n".join(["cosines of the centered class means", *_first_of(last)]), fontsize=10)
+    beyond = ", 1 on the diagonal (black)" if largest < 1 else ""
+    figure.suptitle("\n".join([f"cosines of the centered class means{beyond}", *_first_of(last)]), fontsize=10)
     return figure
 
 
@@ -117,8 +124,9 @@ def plot_gram(gram: Any, classes: Sequence[int] | None = None) -> Figure:
     return figure
 
 
-def _heat_map(axis: Axes, cosines: Any, labels: Sequence[int]) -> Any:
-    image = axis.imshow(numpy.asarray(cosines), cmap="RdBu_r", vmin=-1, vmax=1)
+def _heat_map(axis: Axes, cosines: Any, labels: Sequence[int], largest: float = 1.0) -> Any:
+    colors = matplotlib.colormaps["RdBu_r"].with_extremes(over="black")
+    image = axis.imshow(numpy.asarray(cosines), cmap=colors, vmin=-largest, vmax=largest)
     axis.set_facecolor("0.5")  # of what is not a number
     axis.set_xlabel("class")
     axis.tick_params(labelsize=8)
@@ -129,6 +137,13 @@ def _heat_map(axis: Axes, cosines: Any, labels: Sequence[int]) -> Any:
             ticks.set_major_locator(MaxNLocator(nbins=6, integer=True))
             ticks.set_major_formatter(lambda at, _: str(labels[int(at)]) if 0 <= at < len(labels) else "")
     return image
+
+
+def _largest(scenes: Sequence[Scene]) -> float:
+    """The largest absolute cosine between two classes, of those measured and the ideal one; 1 if there is none."""
+    found = [numpy.asarray(scene.cosines, dtype=float)[~numpy.eye(len(scene.labels), dtype=bool)] for scene in scenes]
+    values = numpy.abs([*numpy.concatenate(found), _ideal(scenes[-1])])
+    return float(min(1.0, values[numpy.isfinite(values)].max(initial=0.0))) or 1.0
 
 
 def _ideal(scene: Scene) -> float:

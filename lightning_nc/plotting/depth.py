@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.samples import effective_depth
 from lightning_nc.keys import CHANCE, DEPTH, ERROR, TRAIN_MEANS, base_name, parse_key
-from lightning_nc.plotting.style import COLORS, draw, name_of, wrapped
+from lightning_nc.plotting.style import COLORS, draw, legend_under, name_of, wrapped
 from lightning_nc.runs import epoch_of, metrics_of
 
 __all__ = ["has_depth", "plot_depth"]
@@ -64,7 +64,7 @@ def plot_depth(history: Iterable[Mapping[str, Any]]) -> Figure:
     for axis, metric in zip(axes, metrics, strict=True):
         _panel(axis, metric, epochs, places, colors)
     _color_bar(figure, axes, [epoch for epoch, _ in epochs], colors)
-    _mark_depth(figure, axes, epochs, layers, list(places))
+    legend_under(figure, _mark_depth(axes, epochs, layers, list(places)), 3.2 * columns)
     return figure
 
 
@@ -156,19 +156,18 @@ def _color_bar(figure: Figure, axes: list[Axes], epochs: Sequence[float], colors
 
 
 def _mark_depth(
-    figure: Figure, axes: Sequence[Axes], epochs: Epochs, layers: Sequence[str], drawn: Sequence[str]
-) -> None:
-    """The effective depth in the last epoch that has it: a number of the layers, from 1."""
+    axes: Sequence[Axes], epochs: Epochs, layers: Sequence[str], drawn: Sequence[str]
+) -> list[tuple[Any, str]]:
+    """Mark the effective depth in the last epoch that has it, a number of the layers from 1; its entry of the legend."""
     known = [(epoch, values) for epoch, values in epochs if values.get((DEPTH, ""), 0) >= 1]
     if not known:
-        return
+        return []
     epoch, values = known[-1]
     errors = [values.get(("ncc_error", layer), math.nan) for layer in layers]
     depth = int(values[DEPTH, ""])
     if effective_depth(errors) != depth:  # a log that sorts the layers by name does not have the order of the network
-        return
+        return []
     place = sum(layers.index(layer) < depth - 1 for layer in drawn)  # a layer that is not drawn stands at the next one
     for axis in axes:
         line = axis.axvline(place, color=COLORS[1], linestyle="--", linewidth=1.2)
-    name = f"effective depth in epoch {epoch:g}: {name_of(layers[depth - 1])}"
-    figure.legend([line], [name], loc="outside lower center", fontsize=8, frameon=False)
+    return [(line, f"effective depth in epoch {epoch:g}: {name_of(layers[depth - 1])}")]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lightning_nc.functional.projection import simplex
 from lightning_nc.plotting.style import COLORS
+from lightning_nc.runs import in_one_step
 from lightning_nc.scenes import Scene, first_middle_last, posed
 
 __all__ = ["animate", "plot_geometry"]
@@ -30,6 +31,8 @@ __all__ = ["animate", "plot_geometry"]
 _SPACES = {2: "on the line", 3: "in the plane", 4: "in the space"}
 _RATE = 20  # frames a second
 _MOST_STEPS = 180
+_HEIGHT, _TURN = 20, 130  # degrees, from where space is seen
+_LABELS = 1.55  # distance of the labels from the center; the corners are at 1
 _FARTHEST = 3.0  # of a sample from the center; the class means are at 1 on average
 _SHADES = 14  # of each color in a GIF
 
@@ -94,12 +97,8 @@ def animate(scenes: Sequence[Scene], path: str | Path) -> Path:
         raise ValueError(f"path must end in {' or '.join(_WRITERS)}, got {str(path)!r}")
     shown = _with_points(scenes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
+    with in_one_step(path) as scratch:
         _WRITERS[path.suffix.lower()](_frames(shown), scratch)
-        scratch.replace(path)  # in one step: a run that is killed leaves the old file or the new one
-    finally:
-        scratch.unlink(missing_ok=True)
     return path
 
 
@@ -125,14 +124,22 @@ def _ideal(like: Scene) -> Scene:
 
 
 def _window(scenes: Sequence[Scene]) -> Any:
-    """The smallest cube that shows all scenes and the labels at the corners: from and to by coordinate, (3, 2)."""
-    labels = 1.55 * simplex(len(scenes[-1].chosen)).numpy()
+    """The smallest cube that shows all scenes and the labels at the corners, as it is seen: from and to by coordinate, (3, 2)."""
+    labels = 1.1 * _LABELS * simplex(len(scenes[-1].chosen)).numpy()
     groups = (rows for scene in scenes for rows in (*scene.samples, scene.means, scene.weight) if rows)
     points = numpy.concatenate([labels, *groups])
     points = points[numpy.linalg.norm(points, axis=1) <= _FARTHEST]
-    low, high = points.min(axis=0), points.max(axis=0)
-    half = 0.52 * (high - low).max()
-    return numpy.stack([(low + high) / 2 - half, (low + high) / 2 + half], axis=1)
+    axes = _seen_axes() if len(scenes[-1].chosen) == 4 else numpy.eye(3)
+    low, high = (points @ axes.T).min(axis=0), (points @ axes.T).max(axis=0)
+    center, half = (low + high) / 2 @ axes, 0.52 * (high - low).max()
+    return numpy.stack([center - half, center + half], axis=1)
+
+
+def _seen_axes() -> Any:
+    """The directions in space that point to the right and upward in the figure, (2, 3)."""
+    height, turn = math.radians(_HEIGHT), math.radians(_TURN)
+    upward = [-math.sin(height) * math.cos(turn), -math.sin(height) * math.sin(turn), math.cos(height)]
+    return numpy.array([[-math.sin(turn), math.cos(turn), 0], upward])
 
 
 class _Picture:
@@ -144,8 +151,8 @@ class _Picture:
         self.drawn = max(2, self.dimensions)  # a line is drawn in a plane, so that samples do not hide each other
         if self.drawn == 3:
             axis.set(**dict(zip(("xlim", "ylim", "zlim"), window, strict=True)), proj_type="ortho")
-            axis.set_box_aspect((1, 1, 1), zoom=1.4)
-            axis.view_init(elev=20, azim=130)  # no corner hides another one or the center
+            axis.set_box_aspect((1, 1, 1), zoom=1.62)  # a side of the cube is as wide as the axis
+            axis.view_init(elev=_HEIGHT, azim=_TURN)  # no corner hides another one or the center
             axis.set_axis_off()
         else:
             axis.set(xlim=window[0], ylim=window[1] * (1 if self.dimensions == 2 else 0.4), aspect="equal")
@@ -156,8 +163,8 @@ class _Picture:
             axis.plot(*zip(*pair, strict=True), color="0.6", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
         self.colors = COLORS[: len(corners)]
         for corner, label, color in zip(corners, scene.chosen, self.colors, strict=True):
-            text = axis.text(*(1.35 * corner), str(label), color=color, fontsize=13, weight="bold", zorder=5)
-            text.set(ha="center", va="center", path_effects=[withStroke(linewidth=3, foreground="white")])
+            text = axis.text(*(_LABELS * corner), str(label), color=color, fontsize=13, weight="bold", zorder=10)
+            text.set(ha="center", va="center", path_effects=[withStroke(linewidth=4, foreground="white")])
         self.samples = [self._points(color, markersize=3.5, alpha=0.5, zorder=2) for color in self.colors]
         self.means = [self._points(color, markersize=11, markeredgecolor="white", zorder=3) for color in self.colors]
 
@@ -216,7 +223,8 @@ def _frames(scenes: Sequence[Scene]) -> Iterator[Image.Image]:
     figure = Figure(figsize=(4.8, 2.4 if len(scenes[-1].chosen) == 2 else 4.8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0.02, 0.02, 0.96, 0.86), projection="3d" if len(scenes[-1].chosen) == 4 else None)
-    picture, note = _Picture(axis, scenes[-1], _window(scenes)), figure.text(0.03, 0.03, "", fontsize=10)
+    picture = _Picture(axis, scenes[-1], _window(scenes))
+    note = figure.text(0.02, 0.02, "", fontsize=10, transform=axis.transAxes)
     for place in tqdm(_places(len(scenes)), "Animation", leave=False, delay=1):
         before, after = scenes[math.floor(place)], scenes[math.ceil(place)]
         share = place % 1

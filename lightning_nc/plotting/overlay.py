@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ __all__ = ["plot_overlay"]
 
 _SEED = r"[\W_]*seed[\W_]*\d+"
 _BAND = 0.2  # opacity
+_MOST_IN_TWO = 8  # panels in two columns
 
 
 def plot_overlay(
@@ -60,7 +62,8 @@ def plot_overlay(
     """Plot several runs in one set of panels, one color per run or group of runs.
 
     A group is drawn as the median of its runs, with a band from the smallest to the largest value, over the epochs that all
-    of them have. Losses and accuracies have panels of their own. Stages differ by dashes, as in :func:`plot_history`.
+    of them have. Losses and accuracies have panels of their own, unless only one of several runs or groups has them. Stages
+    differ by dashes, as in :func:`plot_history`.
 
     Args:
         runs: label and rows of each run.
@@ -90,7 +93,8 @@ def plot_overlay(
 
 
 def _layer(runs: Sequence[RunCurves], layer: str | None) -> str:
-    layers = sorted({key.layer for run in runs for key in run.metrics}, key=natural_order)
+    measured = {key.layer for run in runs for key in run.metrics if not is_chance(key.metric)}
+    layers = sorted(measured, key=natural_order)
     wanted = ("" if "" in layers else layers[-1]) if layer is None else "" if layer == INPUT_NAME else layer
     if wanted not in layers:
         raise ValueError(
@@ -137,11 +141,13 @@ def _groups(runs: Sequence[tuple[str, Curves]], pattern: str | None) -> dict[str
 def _draw(groups: Mapping[str, list[Curves]], names: Sequence[str], over: str, num_classes: int | None) -> Figure:
     runs = [curves for members in groups.values() for curves in members]
     keys = list(dict.fromkeys(key for curves in runs for key in curves))
-    scores = sorted({key.metric for key in keys} - set(names), key=lambda name: (is_accuracy(name), name))
+    owners = Counter(name for members in groups.values() for name in {key.metric for run in members for key in run})
+    shared = {name for name, count in owners.items() if count > 1 or len(groups) == 1}
+    scores = sorted(shared - set(names), key=lambda name: (is_accuracy(name), name))
     panels = [*scores, *names]
     levels = {name: other_frames([name], runs, num_classes) for name in panels}
     entries = _entries(groups, keys, levels.values())
-    columns = columns_of(len(panels))
+    columns = min(2, len(panels)) if len(panels) <= _MOST_IN_TWO else columns_of(len(panels))
     lines, width = -(-len(panels) // columns), min(PANEL, WIDTH / columns)
     figure = sized_figure(columns, lines, 1, width, 0.0, entries)
     axes = list(figure.subplots(lines, columns, squeeze=False).ravel())

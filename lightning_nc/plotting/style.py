@@ -38,6 +38,11 @@ __all__ = [
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A", "#7F7F7F")
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "0.35"}
 LEVEL_STYLE: dict[str, Any] = {"color": "0.4", "linestyle": "-.", "linewidth": 1}
+_DIGITS = {
+    0.7: (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+    1.2: (1, 1.5, 2, 3, 5, 7),
+    2.5: (1, 2, 5),
+}  # by decades of an axis
 _LEAST_RANGE = 2  # of a log axis, from end to end
 PANEL, WIDTH = 3.1, 12.0  # inches; no panel and no figure is wider
 _DASHES = {"train": (), "validate": (5, 2), "test": (1, 1.5)}
@@ -62,7 +67,11 @@ def draw(
     for index, (label, (xs, ys)) in enumerate(curves.items()):
         x, y = numpy.asarray(xs), numpy.asarray(ys, dtype=float)
         _draw_curve(axis, label, x, y, colors[index % len(colors)], style, linear)
-    if not linear:
+    if linear:
+        values = numpy.concatenate([[0.0], *(numpy.asarray(line.get_ydata(), dtype=float) for line in axis.lines)])
+        whole = not (values[numpy.isfinite(values)] % 1).any()
+        axis.yaxis.set_major_locator(MaxNLocator("auto", integer=whole, steps=[1, 2, 2.5, 5, 10]))
+    else:
         plain_log_ticks(axis)
     title, _, subtitle = title.partition("\n\n")
     lines = subtitle.count("\n") + bool(subtitle)
@@ -83,7 +92,7 @@ def draw(
 
 
 def _draw_curve(axis: Axes, label: str, x: Any, y: Any, color: Any, style: Any, linear: bool) -> None:
-    seen = numpy.isfinite(y) & ((y > 0) | linear)
+    seen = (abs(y) < 1e300) & ((y > 0) | linear)  # margins of larger numbers overflow
     alone = seen & ~numpy.append(seen[1:], False) & ~numpy.append(False, seen[:-1])
     known = {line.get_label() for line in axis.lines}
     axis.plot(
@@ -113,29 +122,32 @@ def legend_below(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> N
 
 
 def plain_log_ticks(axis: Axes) -> None:
-    """A log y axis that has several labels even below a decade, such as 0.2, 0.5, 1."""
+    """A log y axis over a factor of two or more, with several labels even below a decade, such as 0.2, 0.3, 0.5."""
     axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    if 0 < low < high < _LEAST_RANGE * low:  # or a change of a few percent would look like a collapse
-        middle = math.sqrt(low * high)
-        half = math.sqrt(_LEAST_RANGE)
-        axis.set_ylim(middle / half, middle * half, auto=True)  # further curves are still taken in
     axis.yaxis.set_major_locator(_LogTicks())
+    axis.autoscale_view(scalex=False)
     axis.yaxis.set_major_formatter(_PlainNumbers())
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 class _LogTicks(LogLocator):
-    """Powers of ten; with 2 and 5 between them below two and a half decades; evenly spaced below a factor of five."""
+    """Powers of ten, with more between them below 2.5 decades; evenly spaced below a factor of 2.2."""
+
+    def view_limits(self, vmin: float, vmax: float) -> tuple[float, float]:
+        """At least ``_LEAST_RANGE``, or a change of a few percent would look like a collapse."""
+        vmin, vmax = super().view_limits(vmin, vmax)
+        wider = max(1.0, math.sqrt(_LEAST_RANGE * vmin / vmax))
+        return vmin / wider, vmax * wider
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         if not 0 < vmin < vmax or (decades := math.log10(vmax / vmin)) >= 2.5:
             return super().tick_values(vmin, vmax)
-        if decades < 0.7:
+        if decades < 0.35:
             ticks = numpy.asarray(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(vmin, vmax))
             return ticks[ticks > 0]
         exponents = numpy.arange(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
-        return numpy.outer(10.0**exponents, (1, 2, 5)).ravel()
+        between = next(digits for most, digits in _DIGITS.items() if decades < most)
+        return numpy.outer(10.0**exponents, between).ravel()
 
 
 class _PlainNumbers(Formatter):
@@ -184,7 +196,9 @@ def sized_figure(
 
 
 def legend_under(part: Figure | SubFigure, entries: Sequence[tuple[Any, str]], inches: float) -> None:
-    """A legend under all panels of a figure, which are so many inches wide."""
+    """A legend under all panels of a figure, which are so many inches wide; it explains triangles if there are any."""
+    if any(line.get_marker() == "v" for axis in part.axes for line in axis.lines):
+        entries = [*entries, (Line2D([], [], color="0.3", marker="v", linestyle=""), "exactly 0")]
     if entries:
         handles, texts = zip(*entries, strict=True)
         columns = _legend_columns(texts, inches)

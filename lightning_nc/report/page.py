@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from lightning_nc.extras import needed
 from lightning_nc.history import History
 from lightning_nc.plotting.curves import RunCurves, read_curves
 from lightning_nc.report.figures import HEAT, color_at, curves, depth, heat_map, places_of, run_color
@@ -42,6 +43,7 @@ from lightning_nc.report.series import (
     stage_name,
     without_twins,
 )
+from lightning_nc.runs import in_one_step
 from lightning_nc.scenes import first_middle_last, pictured
 
 __all__ = ["report", "write_report"]
@@ -61,7 +63,8 @@ def write_report(runs: Mapping[str, History], path: str | Path) -> Path:
     path = Path(path)
     text = report(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with in_one_step(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
     return path
 
 
@@ -78,10 +81,8 @@ def report(runs: Mapping[str, History]) -> str:
         ValueError: if there is no run, or a run has no metric.
         ImportError: without plotly.
     """
-    try:
+    with needed("a report", '"lightning-neural-collapse[report]"'):
         from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        raise ImportError('a report needs plotly: pip install "lightning-neural-collapse[report]"') from error
     if not runs:
         raise ValueError("runs is empty; pass at least one run as {name: history}")
     page = _Page(runs)
