@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
-from soak.cases import METRICS, SCHEDULES, unpacked
 from torch import nn
 
 from lightning_nc import NeuralCollapseCallback
+from soak.cases import METRICS, SCHEDULES, unpacked
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -158,7 +158,9 @@ def callbacks_of(case):
 def trainer_of(case, callbacks, folder):
     saving = {"every_n_train_steps": case.checkpoint} if case.checkpoint else {"every_n_epochs": 1}
     saved = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **saving)
-    ranks = {"devices": 2, "strategy": DDPStrategy(timeout=timedelta(seconds=60))} if case.ranks == 2 else {"devices": 1}
+    ranks = (
+        {"devices": 2, "strategy": DDPStrategy(timeout=timedelta(seconds=60))} if case.ranks == 2 else {"devices": 1}
+    )
     return Trainer(
         max_epochs=case.epochs,
         max_steps=case.stop[1] if case.stop[0] == "max_steps" else -1,
@@ -284,8 +286,9 @@ def difference(first, second, where=""):
 
 
 def _same(first, second):
-    if isinstance(first, torch.Tensor) or isinstance(first, np.ndarray):
-        return np.array_equal(*(np.asarray(torch.as_tensor(part).float().cpu()) for part in (first, second)), equal_nan=True) and (
-            torch.as_tensor(first).dtype == torch.as_tensor(second).dtype
-        )
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        one, other = (part.detach().contiguous().reshape(-1).view(torch.uint8) for part in (first, second))
+        return first.dtype == second.dtype and first.shape == second.shape and torch.equal(one, other)
+    if isinstance(first, np.ndarray):
+        return np.array_equal(first, second)
     return first == second or (first != first and second != second)
