@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_nc.history import History
 
+from lightning_nc import __version__
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plot finished runs or report on them, or measure checkpoints; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
+    parser = argparse.ArgumentParser(
+        prog="lightning-nc",
+        description="Measure neural collapse.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    versions = "versions of this package, of those it works with, and of Python"
+    parser.add_argument("--version", action="version", version=_versions(), help=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plot(commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper"))
     _add_measure(commands.add_parser("measure", help="measure the checkpoints of a training"))
@@ -28,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = "; install it with pip" if isinstance(error, ModuleNotFoundError) else ""
         print("lightning-nc:", " ".join(f"{error}{remedy}".split()), file=sys.stderr)
         return 1
+
+
+def _versions() -> str:
+    """A line for each package that is installed; none of them is imported."""
+    found = {"lightning-neural-collapse": __version__}
+    for name in ("torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy", "transformers", "accelerate"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    found |= {"Python": platform.python_version(), "platform": platform.platform()}
+    return "\n".join(f"{name} {number}" for name, number in found.items())
 
 
 def _add_measure(measure: argparse.ArgumentParser) -> None:

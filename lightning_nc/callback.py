@@ -161,7 +161,7 @@ class NeuralCollapseCallback(Results, Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         use_epoch_as_axis(trainer)
-        self._measured, self._validation_due = None, False
+        self._measured, self._epoch_began, self._validation_due = None, None, False
         if trainer.global_step or trainer.current_epoch:
             # Resumed: monitors look for the last values, and the last epoch may be measured already.
             known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_nc.extras import needed
 from lightning_nc.keys import natural_order
 from lightning_nc.runs import finite_number
+from lightning_nc.versions import safe_globals
 
 __all__ = ["Checkpoint", "Place", "check_sums", "find_checkpoints", "in_training_order", "read_checkpoint"]
 
@@ -30,8 +32,8 @@ SUFFIXES = (".ckpt", ".pt", ".pth", ".tar", ".bin", ".safetensors")
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 _PRETRAINED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Beyond what weights_only allows: what command lines leave in checkpoints. Making one runs nothing else.
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
+_HARMLESS = [
+    (argparse.Namespace, "argparse.Namespace"),
     (pathlib.PosixPath, "pathlib.PosixPath"),
     (pathlib.PosixPath, "pathlib._local.PosixPath"),
 ]
@@ -174,7 +176,7 @@ def _unpickled(path: Path, unsafe: bool) -> Any:
     zipped = zipfile.is_zipfile(path)
     check_sums(path, "data.pkl")  # that of the weights when they are read
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipped)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # not for a jump beyond the end of a cut file
@@ -219,8 +221,9 @@ def _fits(file: zipfile.ZipFile, name: str) -> bool:
 
 def _safetensors(path: Path) -> Checkpoint:
     """A safetensors file. Its metadata may have an epoch and a step."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
+    with needed(str(path), "safetensors"):
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
 
     try:
         with safe_open(path, framework="pt") as file:

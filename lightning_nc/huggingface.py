@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_nc.extras import needed
 from lightning_nc.functional.projection import check_few
 from lightning_nc.history import History
 from lightning_nc.measuring.batches import Pool
@@ -24,12 +25,8 @@ from lightning_nc.results import Results
 from lightning_nc.saved import state_of
 from lightning_nc.schedule import check_schedule, is_due
 
-try:
+with needed("lightning_nc.huggingface", '"lightning-neural-collapse[huggingface]"'):
     from transformers.trainer_callback import CallbackHandler, TrainerCallback
-except ImportError as error:
-    raise ImportError(
-        f"lightning_nc.huggingface needs transformers and accelerate ({error}); pip install transformers accelerate"
-    ) from error
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -16,6 +16,7 @@ from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 
+from lightning_nc.extras import needed
 from lightning_nc.functional import METRICS
 from lightning_nc.keys import DEPTH, STAGES, base_name, natural_order, parse_key
 
@@ -305,7 +306,8 @@ def _without_prefix(key: str) -> str:
 
 
 def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    with needed(f"{file}, a file of TensorBoard,", "tensorboard"):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for part in file.parent.glob("events.out.tfevents*"):
         _check_events(part)
@@ -354,7 +356,8 @@ def _only_zeros(data: bytes, position: int) -> bool:
 
 
 def _wandb(file: Path) -> Iterator[dict[str, Any]]:
-    from wandb.proto import wandb_internal_pb2 as proto
+    with needed(f"{file}, a file of W&B,", '"lightning-neural-collapse[wandb]"'):
+        from wandb.proto import wandb_internal_pb2 as proto
 
     for payload in _records(file.read_bytes()):
         record = proto.Record()  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.data import AttributeDict
 from torch import Tensor, nn
 
 from lightning_nc.checkpoints import Checkpoint, check_sums
+from lightning_nc.extras import needed
 from lightning_nc.measuring.batches import listed
 from lightning_nc.measuring.evaluation import MappedBatches, every_sample_once
 from lightning_nc.measuring.loaders import check_loader
@@ -266,12 +267,14 @@ def _factory(library: str, name: str) -> Callable[..., nn.Module]:
     """The function of a library that builds the model of a name, without pretrained weights."""
     if library == "transformers":
         return partial(_from_config, name)
-    package = importlib.import_module("torchvision.models" if library == "torchvision" else library)
+    with needed(f"--model {library}:{name}", library):
+        package = importlib.import_module("torchvision.models" if library == "torchvision" else library)
     return partial(package.get_model if library == "torchvision" else package.create_model, name)
 
 
 def _from_config(name: str, **given: Any) -> nn.Module:
-    from transformers import AutoConfig
+    with needed(f"--model transformers:{name}", '"lightning-neural-collapse[huggingface]"'):
+        from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **given)
     model: nn.Module = _architecture(config)(config)
@@ -280,7 +283,8 @@ def _from_config(name: str, **given: Any) -> nn.Module:
 
 def _pretrained(path: Path, unsafe: bool, given: Mapping[str, Any]) -> nn.Module:
     """The model in a folder of transformers, of the architecture that its config names."""
-    from transformers import AutoConfig
+    with needed(f"{path}, a folder of transformers,", '"lightning-neural-collapse[huggingface]"'):
+        from transformers import AutoConfig
 
     for file in path.glob("pytorch_model*.bin"):
         check_sums(file)

@@ -13,10 +13,11 @@ from conftest import ClassifierInputs, clusters
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from versions import fully_shard
 
 from lightning_nc import NeuralCollapseCallback, NeuralRegressionCollapse, SimplexETF, extract_features, measure
 from lightning_nc.measuring import collector, distributed

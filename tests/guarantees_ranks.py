@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from conftest import clusters
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from versions import MixedPrecisionPolicy, fully_shard
 
 from lightning_nc import measure
 

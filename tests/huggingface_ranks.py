@@ -18,10 +18,10 @@ from tiny_transformers import (
     train,
     vit,
 )
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
+from versions import fully_shard
 
 from lightning_nc import measure
 from lightning_nc.huggingface import NeuralCollapseCallback

@@ -110,7 +110,8 @@ def vci(within, centered, samples):
     """By its definition, with the rank of the class means known; nan where it is 0 for any features."""
     k, between = len(centered), centered.T @ centered / len(centered)
     rank = min(k - 1, np.linalg.matrix_rank(centered))
-    varied = np.linalg.matrix_rank(within + between, rtol=1e-12, hermitian=True)
+    lengths = np.abs(np.linalg.eigvalsh(within + between))
+    varied = (lengths > 1e-12 * lengths.max()).sum()
     if samples - k <= varied - rank:
         return np.nan
     return 1 - np.trace(np.linalg.pinv(within + between, rcond=1e-12) @ between) / rank

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import ROWS, TARGET, Classifier, fit, is_picture
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from versions import EMAWeightAveraging
 
 from lightning_nc import History, NeuralCollapseCallback, measure
 from lightning_nc.__main__ import main

@@ -18,10 +18,11 @@ import reference
 import torch
 from conftest import Permute, clusters, free_port
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from versions import EMAWeightAveraging
 
 from lightning_nc import NeuralCollapseCallback, measure
 

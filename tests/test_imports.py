@@ -1,8 +1,6 @@
 """Imports run downward only, and optional packages are loaded where they are needed."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning_nc
@@ -11,7 +9,7 @@ PACKAGE = Path(lightning_nc.__file__).parent
 
 # A module imports only from floors that stand before its own. CONTRIBUTING.md shows the same house as a picture.
 FLOORS = [
-    {"moments", "keys", "theory", "simplex_etf"},
+    {"moments", "keys", "theory", "simplex_etf", "versions", "extras"},
     {"comparison", "schedule", "mergeable", "regression_moments"},
     {"functional.pairs", "functional.projection", "functional.regression"},
     {"functional.table"},
@@ -136,36 +134,16 @@ def test_measuring_and_the_metrics_know_no_trainer():
 
 
 def test_no_optional_package_is_imported_together_with_the_package_or_the_reader_of_runs():
-    for module in ("__init__", "__main__", "runs", "history", "loggers", "theory"):
+    for module in (
+        "callback",
+        "measuring.extraction",
+        "regression",
+        "__main__",
+        "runs",
+        "history",
+        "loggers",
+        "theory",
+    ):
         assert {name.split(".")[0] for name in loaded_with(module)}.isdisjoint(OPTIONAL), module
     assert "matplotlib" in {name.split(".")[0] for name in loaded_with("plotting.panels")}
     assert {name.split(".")[0] for name in loaded_with("huggingface")} & OPTIONAL == {"transformers"}
-
-
-WITHOUT = """
-import sys
-import lightning.pytorch, torchmetrics  # which load what they find
-for name in sys.argv[2].split():
-    sys.modules[name] = None  # from now on an import of it raises
-import lightning_nc
-import lightning_nc.__main__
-from lightning_nc import runs
-print(sorted(runs.read_run(sys.argv[1])[0].items()))
-assert "lightning_nc.plotting" not in sys.modules
-try:
-    import lightning_nc.huggingface
-except ImportError as error:
-    print(error)
-"""
-
-
-def test_the_package_and_reading_a_csv_work_without_the_optional_packages(tmp_path):
-    file = tmp_path / "a.csv"
-    file.write_text("epoch,nc/nc1\n0,0.5\n")
-    command = [sys.executable, "-c", WITHOUT, file, " ".join(OPTIONAL)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    rows, missing = finished.stdout.splitlines()
-    assert rows == "[('epoch', 0), ('nc/nc1', 0.5)]"
-    assert missing.startswith("lightning_nc.huggingface needs transformers and accelerate")
-    assert missing.endswith("pip install transformers accelerate")

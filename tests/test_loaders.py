@@ -20,7 +20,8 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
-from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from versions import since
 
 from lightning_nc import measure
 from lightning_nc.measuring.loaders import (
@@ -146,6 +147,15 @@ def test_ranks_share_the_samples_without_padding():
     assert sorted(sample for shard in shards for sample in shard) == list(range(51))
 
 
+def test_a_limit_takes_the_same_random_choice_from_a_shuffled_loader_that_ranks_share():
+    alone = visited(DataLoader(DATA, 5, shuffle=True), max_batches=4)
+    loaders = [DataLoader(DATA, 5, sampler=DistributedSampler(DATA, 2, rank)) for rank in range(2)]
+    shares = [visited(loader, max_batches=2, rank=rank, world_size=2) for rank, loader in enumerate(loaders)]
+    assert shares == [alone[::2], alone[1::2]]
+    in_order = DataLoader(DATA, 5, sampler=DistributedSampler(DATA, 2, 0, shuffle=False))
+    assert visited(in_order, max_batches=2, world_size=2) == list(range(0, 20, 2))
+
+
 def test_a_limit_takes_a_fixed_random_choice():
     loader = DataLoader(DATA, 8, shuffle=True)
     chosen = visited(loader, max_batches=2)
@@ -261,9 +271,10 @@ def test_a_prepared_loader_gives_the_same_batches_whether_it_is_measured_or_not(
 def test_the_balanced_batches_of_transformers_are_shared_out_without_those_that_fill_the_last_step():
     lengths = [n % 7 + 1 for n in range(49)]  # one sample is left over for the last step, and each rank gets it
     data = Subset(DATA, range(49))
+    balanced = since("transformers 5", "transformers.trainer_pt_utils", "BatchRebalanceSampler")
     shards = []
     for rank in range(2):
-        sampler = BatchRebalanceSampler(lengths, 8, 2, 1, rank=rank, drop_last=False)
+        sampler = balanced(lengths, 8, 2, 1, rank=rank, drop_last=False)
         loader = prepare_data_loader(DataLoader(data, batch_sampler=sampler), num_processes=1)
         assert rank_of(loader) == (rank, 2)
         shards.append(visited(loader, rank=rank, world_size=2))

@@ -1,13 +1,16 @@
 """The command ``lightning-nc``: what it draws, and one clear line for everything that goes wrong."""
 
+import platform
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import full_disk, is_picture
 
+import lightning_nc
 from lightning_nc import History
 from lightning_nc.__main__ import main
 
@@ -225,12 +228,23 @@ def test_a_file_that_may_not_be_read_is_one_line(run, refused, monkeypatch):
 
 
 def test_a_package_that_is_missing_is_named_with_the_remedy(run, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning_nc.plotting", None)
+    monkeypatch.delitem(sys.modules, "lightning_nc.plotting", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "install it with pip" in refused(run("a"))
+    assert "a figure needs matplotlib: pip install matplotlib" in refused(run("a"))
 
 
 def test_a_number_of_classes_below_two_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         main(["plot", str(run("a")), "-k", "1"])
     assert "--num-classes: must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_the_version_lists_what_a_report_of_a_defect_needs(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    said = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert said["lightning-neural-collapse"] == lightning_nc.__version__
+    assert said["torch"] == version("torch")
+    assert said["Python"] == platform.python_version()
+    assert {"lightning", "torchmetrics", "numpy", "platform"} <= said.keys()

@@ -137,7 +137,14 @@ def test_nc1_agrees_with_the_reference_with_classes_missing_and_more_classes_tha
     assert value == pytest.approx(reference.nc1_by_axes(features.numpy(), target.numpy()), rel=1e-6, abs=1e-12)
 
 
-FLAGS = (torch.backends, torch.backends.mkldnn, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+def fp32_flags():
+    """The settings of reduced precision: since torch 2.9 by backend, before that two switches and a word."""
+    try:
+        backends = (torch.backends, torch.backends.mkldnn, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+        return [backend.fp32_precision for backend in backends]
+    except AttributeError:
+        switches = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        return [*switches, torch.get_float32_matmul_precision()]
 
 
 def test_an_update_is_exact_in_autocast_inference_mode_and_reduced_precision_and_leaves_the_flags_alone():
@@ -146,11 +153,11 @@ def test_an_update_is_exact_in_autocast_inference_mode_and_reduced_precision_and
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        flags = [flag.fp32_precision for flag in FLAGS]
+        flags = fp32_flags()
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
             moments = gather(features, target, 5)
             assert values_of(moments) == pytest.approx(expected, rel=1e-12)
-        assert [flag.fp32_precision for flag in FLAGS] == flags
+        assert fp32_flags() == flags
     finally:
         torch.set_float32_matmul_precision(before)
     moments.update(features, target)  # outside of inference mode again
@@ -158,6 +165,7 @@ def test_an_update_is_exact_in_autocast_inference_mode_and_reduced_precision_and
     assert values_of(moments) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs torch 2.9")
 def test_a_flag_that_inherits_goes_on_inheriting_after_an_update():
     child = torch.backends.mkldnn.matmul
     before = child.fp32_precision, torch.backends.mkldnn.fp32_precision, torch.backends.fp32_precision
@@ -174,7 +182,7 @@ def test_a_flag_that_inherits_goes_on_inheriting_after_an_update():
 def test_updates_in_several_threads_agree_and_leave_the_flags_alone():
     features, target = clusters(5, 200, 64, 0.3)
     expected = values_of(gather(features, target, 5))
-    flags = [flag.fp32_precision for flag in FLAGS]
+    flags = fp32_flags()
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(values_of(gather(features, target, 5)))) for _ in range(3)
@@ -184,7 +192,7 @@ def test_updates_in_several_threads_agree_and_leave_the_flags_alone():
     for thread in threads:
         thread.join()
     assert results == [expected] * 3
-    assert [flag.fp32_precision for flag in FLAGS] == flags
+    assert fp32_flags() == flags
 
 
 def test_features_that_require_gradients_leave_none_in_the_moments():

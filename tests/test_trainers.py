@@ -11,7 +11,6 @@ from conftest import DATA, MODES, Classifier, StopAfter, fit, hooks_of, last, lo
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     ProgressBar,
@@ -25,6 +24,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from versions import EMAWeightAveraging
 
 from lightning_nc import NeuralCollapseCallback
 from lightning_nc.measuring.collector import Collector

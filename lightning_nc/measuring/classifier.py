@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_nc.measuring.batches import listed
 from lightning_nc.measuring.hooks import Call, named_modules, tensors_in
 from lightning_nc.simplex_etf import SimplexETF
+from lightning_nc.versions import force_eager
 
 __all__ = ["Classifier", "find_classifier", "outputs_of"]
 
@@ -97,7 +98,7 @@ class Classifier:
     def _apply(self, rows: Tensor) -> Tensor | None:
         """What the layer returns for ``rows`` in eval mode, (n, K); None if it cannot be called on them alone."""
         try:
-            with _eval(self.module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with _eval(self.module), torch.no_grad(), force_eager():
                 weight: Any = getattr(self.module, "weight", None)
                 floating = isinstance(weight, Tensor) and weight.is_floating_point()
                 output: Tensor = self.module(rows.to(weight.dtype if floating else rows.dtype, copy=True))

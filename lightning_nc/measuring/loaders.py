@@ -214,7 +214,8 @@ def _sampler(loader: DataLoader[Any]) -> Any:
         sampler = batches.sampler
     if isinstance(sampler, DistributedSampler):  # Lightning wraps a sampler that is not the default as the "dataset"
         inner = getattr(sampler.dataset, "_sampler", None)
-        sampler = inner if inner is not None else SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+        plain = RandomSampler if sampler.shuffle else SequentialSampler
+        sampler = inner if inner is not None else plain(loader.dataset)  # type: ignore[arg-type]
     return sampler
 
 

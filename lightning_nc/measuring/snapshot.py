@@ -18,6 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torchmetrics import Metric
 
 from lightning_nc.measuring.distributed import is_sharded
+from lightning_nc.versions import force_eager
 
 __all__ = ["evaluation_mode", "fingerprint"]
 
@@ -43,8 +44,7 @@ def evaluation_mode(
     python, numpys = random.getstate(), numpy.random.get_state()
     devices = [device] if device.type == "cuda" else []
     try:
-        # A compiled model ignores hooks that were registered after its first call, so it runs uncompiled.
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(devices), torch.no_grad(), force_eager():
             for module in loggers:
                 vars(module).update(log=_drop, log_dict=_drop)
             try:

@@ -1,5 +1,10 @@
 """Figures, in Matplotlib."""
 
+from lightning_nc.extras import needed
+
+with needed("a figure", "matplotlib"):
+    import matplotlib  # noqa: F401
+
 from lightning_nc.plotting.classes import plot_classes, plot_frames, plot_gram
 from lightning_nc.plotting.depth import has_depth, plot_depth
 from lightning_nc.plotting.geometry import animate, plot_geometry

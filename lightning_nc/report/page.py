@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from lightning_nc.extras import needed
 from lightning_nc.history import History
 from lightning_nc.plotting.curves import RunCurves, read_curves
 from lightning_nc.report.figures import HEAT, color_at, curves, depth, heat_map, places_of, run_color
@@ -80,10 +81,8 @@ def report(runs: Mapping[str, History]) -> str:
         ValueError: if there is no run, or a run has no metric.
         ImportError: without plotly.
     """
-    try:
+    with needed("a report", '"lightning-neural-collapse[report]"'):
         from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        raise ImportError('a report needs plotly: pip install "lightning-neural-collapse[report]"') from error
     if not runs:
         raise ValueError("runs is empty; pass at least one run as {name: history}")
     page = _Page(runs)

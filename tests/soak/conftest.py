@@ -8,8 +8,9 @@ import time
 from collections import defaultdict
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.stateful import run_state_machine_as_test
+from soak.ranks import Ranks
 
 CHUNK = 20  # cases that hypothesis draws before it is asked again whether time is left
 
@@ -18,6 +19,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("soak")
     group.addoption("--examples", type=int, default=60, help="the most cases that a test draws (default: 60)")
     group.addoption("--minutes", type=float, default=10, help="when tests stop drawing cases, in all (default: 10)")
+    group.addoption("--shrink", action="store_true", help="look for a smaller case that fails, up to five minutes more")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -40,8 +42,9 @@ class Tally:
 class Budget:
     """The count and the time that a test may draw cases for."""
 
-    def __init__(self, tally, examples, seconds):
+    def __init__(self, tally, examples, seconds, shrink=False):
         self.tally, self.examples, self.end = tally, examples, time.monotonic() + seconds
+        self.phases = [Phase.reuse, Phase.generate, *[Phase.shrink] * shrink]
 
     def check(self, function, case):
         """Call ``function`` on what the strategy ``case`` draws."""
@@ -61,6 +64,7 @@ class Budget:
                     max_examples=count,
                     stateful_step_count=steps,
                     deadline=None,
+                    phases=self.phases,
                     print_blob=True,
                     suppress_health_check=list(HealthCheck),
                 )
@@ -84,7 +88,15 @@ def budget(request, tally, _end):
     drawing = [item for item in request.session.items if "budget" in item.fixturenames]
     left = drawing[drawing.index(request.node) :]
     seconds = max(0.0, _end - time.monotonic()) / len(left)
-    return Budget(tally, request.config.getoption("--examples", 60), seconds)
+    return Budget(tally, request.config.getoption("--examples", 60), seconds, request.config.getoption("--shrink", False))
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Two processes in a process group, which start with the first call."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.hookimpl(wrapper=True)

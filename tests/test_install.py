@@ -1,0 +1,125 @@
+"""What an installation brings: versions, what an import loads, and each extra alone."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+import lightning_nc
+
+ROOT = Path(__file__).parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+# The packages of each extra. None of them comes with the plain install.
+EXTRAS = {
+    "plain": (),
+    "examples": ("torchvision", "sklearn", "matplotlib", "jsonargparse", "PIL", "scipy"),
+    "wandb": ("wandb", "matplotlib", "PIL"),
+    "report": ("plotly", "matplotlib", "PIL", "imageio_ffmpeg"),
+    "huggingface": ("transformers", "accelerate", "safetensors"),
+    "zoo": ("timm", "peft", "torchvision", "PIL", "transformers", "accelerate", "safetensors"),
+}
+
+
+def run(code, *arguments, **options):
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- versions
+
+
+def test_the_lower_bounds_are_the_oldest_releases_that_are_tested():
+    bounds = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)', PROJECT.partition("[project.scripts]")[0]))
+    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / ".ci/oldest.txt").read_text(), re.MULTILINE))
+    assert {"torch", "lightning", "torchmetrics", "transformers"} <= bounds.keys()
+    for name, bound in bounds.items():
+        assert Version(oldest[name]).release[:2] == Version(bound + ".0").release[:2], name
+    assert oldest["pytorch-lightning"] == oldest["lightning"]
+
+
+def test_every_python_that_the_package_names_is_tested():
+    named = re.findall(r"Python :: (3\.\d+)", PROJECT)
+    assert named[0] == re.search(r'requires-python = ">=(.+)"', PROJECT)[1]
+    assert {*named} <= {*re.findall(r'"(3\.\d+)"', (ROOT / "noxfile.py").read_text())}
+
+
+# ------------------------------------------------------------------------------------------------------ what is imported
+
+IMPORTS = """
+import sys
+import lightning.pytorch, torchmetrics  # which load what they find
+before = {*sys.modules}
+from lightning_nc import *
+import lightning_nc.loggers, lightning_nc.regression, lightning_nc.runs, lightning_nc.sweep, lightning_nc.theory
+loaded = {name.partition(".")[0] for name in {*sys.modules} - before} - {*sys.stdlib_module_names}
+print(*loaded)
+"""
+
+
+def test_the_package_loads_nothing_beside_torch_lightning_and_torchmetrics():
+    assert run(IMPORTS).stdout.split() == ["lightning_nc"]
+
+
+HELP = """
+import sys
+from lightning_nc.__main__ import main
+try:
+    main(["--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+import lightning_nc.functional
+assert {"torchmetrics", "lightning"}.isdisjoint(sys.modules)
+"""
+
+
+def test_help_loads_no_torch_and_the_formulas_no_lightning():
+    found = run(HELP)
+    assert found.returncode == 0, found.stderr
+    assert "report" in found.stdout
+
+
+def test_a_name_of_the_package_is_there_when_it_is_first_used_and_others_are_not():
+    for name in lightning_nc.__all__:
+        assert getattr(lightning_nc, name).__name__ == name
+        assert name in dir(lightning_nc)
+    assert lightning_nc.functional.nc1 is sys.modules["lightning_nc.functional"].nc1
+    with pytest.raises(AttributeError, match="module 'lightning_nc' has no attribute 'NC9'"):
+        getattr(lightning_nc, "NC9")  # noqa: B009
+
+
+# ---------------------------------------------------------------------------------------------------- each extra alone
+
+ALONE = """
+import os, sys, traceback
+sys.path.insert(0, "tests")
+import lightning.pytorch, torchmetrics  # which load what they find
+import uses
+for argument in sys.argv[1:]:
+    extra, *blocked = argument.split()
+    if os.fork() == 0:
+        sys.modules.update(dict.fromkeys(blocked))  # from now on an import of them raises
+        try:
+            uses.main(extra)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if os.wait()[1]:
+        print("failed:", extra)
+"""
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [("plain", "report", "huggingface", "zoo"), pytest.param(("examples", "wandb"), marks=pytest.mark.slow)],
+    ids=", ".join,
+)
+def test_the_plain_install_and_each_extra_work_without_the_packages_of_the_others(extras):
+    optional = {name for names in EXTRAS.values() for name in names}
+    found = run(ALONE, *(" ".join((extra, *(optional - {*EXTRAS[extra]}))) for extra in extras))
+    assert found.returncode == 0, found.stderr
+    assert "failed:" not in found.stdout, found.stderr

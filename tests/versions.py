@@ -1,0 +1,25 @@
+"""What new releases of other packages have and the oldest supported ones lack: a test that uses it is skipped there."""
+
+import importlib
+
+import pytest
+
+try:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+except ImportError:  # before torch 2.6
+    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
+
+__all__ = ["EMAWeightAveraging", "MixedPrecisionPolicy", "fully_shard", "since"]
+
+
+def since(release, module, name):
+    """A class of another package; where it is missing, one that skips the test when it is called or subclassed."""
+
+    def skip(*_, **__):
+        pytest.skip(f"{name} needs {release}")
+
+    missing = type(name, (), {"__init__": skip, "__init_subclass__": skip})
+    return getattr(importlib.import_module(module), name, missing)
+
+
+EMAWeightAveraging = since("lightning 2.6", "lightning.pytorch.callbacks", "EMAWeightAveraging")
