@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
 .PHONY: demo language-model test test-all coverage test-browser test-oldest test-newest package soak lint types docs figures gallery \
-	benchmarks clean $(NUMBERED)
+	benchmarks mutation clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -79,6 +79,10 @@ $(NUMBERED): figure-%: $(INSTALLED)
 	$(UFM) --figure $*
 
 # Prints the tables of docs/costs.md and docs/peers.md; ARGS=--write puts them into the pages. About a quarter of an hour.
+# Changes the formulas in one place at a time and lists the changes that no test notices. It takes an hour or more on one core.
+mutation: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutation.py $(ARGS)
+
 benchmarks: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --rounds 5

@@ -33,11 +33,13 @@ def test_the_two_frames_have_the_published_distance(classes, distance):
     assert nc2(orthogonal, labels, frame="of").item() < 1e-12
     assert nc2(orthogonal, labels, center=True).item() < 1e-12
     assert nc2(etf, labels).item() < 1e-12
+    fewest = torch.linalg.qr(etf).R[: classes - 1].T  # turned into as few dimensions as hold it
+    assert nc2(fewest, labels).item() < 1e-12
     assert nc2(orthogonal, labels).item() == pytest.approx(distance, rel=1e-5)
     assert nc2(etf, labels, frame="of").item() == pytest.approx(distance, rel=1e-5)
 
 
-@pytest.mark.parametrize(("classes", "features"), [(3, 5), (7, 4), (2, 6), (5, 1), (10, 64)])
+@pytest.mark.parametrize(("classes", "features"), [(3, 5), (7, 4), (2, 6), (5, 1), (4, 3), (10, 64)])
 def test_every_metric_agrees_with_an_independent_computation(classes, features):
     rows, target = clusters(classes, 12, features, 0.3, dtype=torch.float64)
     weight, bias = torch.randn(classes, features).double(), torch.randn(classes).double()
@@ -106,6 +108,15 @@ def test_the_angles_of_the_weight_are_those_of_class_means_with_the_same_rows(na
     assert getattr(functional, f"nc2_weight_{name}")(rows, pairs=pairs).item() == pytest.approx(
         expected.item(), rel=1e-12
     )
+
+
+@pytest.mark.parametrize("name", OF_WEIGHT_ALONE)
+def test_a_weight_in_float32_is_computed_with_in_float64(name):
+    weight = torch.randn(4, 6)
+    truth = getattr(functional, name)(weight.double()).item()
+    value = getattr(functional, name)(weight)
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(truth, rel=1e-13)
 
 
 def test_random_pairs_are_the_same_every_time_and_move_no_random_stream():

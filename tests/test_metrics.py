@@ -2,7 +2,9 @@ import copy
 import functools
 import io
 import pickle
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -12,8 +14,9 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MetricTracker
 
-from lightning_nc import NC1, NC2, NC3, NC4, NeuralCollapse
+from lightning_nc import NC1, NC2, NC3, NC4, NeuralCollapse, NeuralRegressionCollapse
 from lightning_nc import functional as F
+from lightning_nc.moments import ClassMoments
 
 CLASSES, FEATURES = 5, 12
 
@@ -497,6 +500,66 @@ def _one_rank(rank, world_size, port, queue):
     values["low rank"] = narrow.compute().item()
     queue.put((rank, values))
     torch.distributed.destroy_process_group()
+
+
+def _problem():
+    """Features, labels, a weight, a bias and other data. Sorted, so that a rank has no sample of some classes."""
+    features, target = clusters(6, 20, FEATURES, 0.7, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    weight, bias, ood = (torch.randn(*size, generator=generator).double() for size in ((6, FEATURES), (6,), (9, FEATURES)))
+    order = target.argsort()
+    return features[order], target[order], weight, bias, ood
+
+
+def _half(rank, port, folder):
+    """What two ranks find that share the samples, one 50 of 120 and the other the rest."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    features, target, weight, bias, ood = _problem()
+    own = [slice(0, 50), slice(50, None)][rank]
+    metric = NeuralCollapse(6, FEATURES, weight, bias, list(F.METRICS), sync_on_compute=False)
+    fill(metric, features[own], target[own])
+    metric.update_ood(ood[rank::2])
+    metric.merge_over_ranks()
+    centers = torch.stack([features[target == k].mean(dim=0) for k in range(6)])
+    held = NeuralCollapse(6, FEATURES, weight, bias, ["ncc_error", "nc4", "nc1_cdnv_directional"], centers=centers)
+    held.keeps_samples = False
+    fill(held, features[own], target[own])
+    regression = NeuralRegressionCollapse(3, FEATURES, weight[:3])
+    regression.update(features[own], features[own, :3] ** 2)
+    many, labels = clusters(300, 2, 250, 0.3)  # several blocks of classes and of the scatter matrix
+    moments = ClassMoments.zeros(300, 250)
+    moments.update(many[rank::2], labels[rank::2])
+    moments.merge_over_ranks()
+    values = metric.compute() | {f"held {name}": value for name, value in held.compute().items()} | regression.compute()
+    parts = {field.name: getattr(moments, field.name) for field in fields(moments)} | {"pooled": moments.pooled()}
+    torch.save([values, parts], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_give_every_value_of_all_samples(tmp_path):
+    ranks = mp.start_processes(_half, (free_port(), tmp_path), 2, join=False, start_method="fork")
+    finished = ranks.join(timeout=60) or ranks.join(timeout=60)  # returns after the first process that ends
+    for process in ranks.processes:
+        process.kill()
+    assert finished
+    features, target, weight, bias, ood = _problem()
+    expected = reference.all_metrics(*(part.numpy() for part in (features, target, weight, bias, ood)))
+    expected |= {f"held {name}": expected[name] for name in ("ncc_error", "nc4", "nc1_cdnv_directional")}
+    squares = features[:, :3] ** 2
+    expected["nrc1"] = F.nrc1(features, squares).item()
+    expected |= {name: getattr(F, name)(features, squares, weight[:3]).item() for name in ("nrc2", "nrc3")}
+    many, labels = clusters(300, 2, 250, 0.3)
+    means, _, deviations, within, _ = reference.moments(many, labels)
+    squares = np.bincount(labels, (deviations**2).sum(axis=1))
+    for rank in (0, 1):
+        values, parts = torch.load(tmp_path / f"{rank}.pt")
+        assert {name: value.item() for name, value in values.items()} == pytest.approx(expected, rel=1e-8, nan_ok=True)
+        found = {"counts": np.full(300, 2), "means": means, "spread": squares, "columns": (deviations**2).sum(axis=0)}
+        for name, truth in (found | {"pooled": within * len(many)}).items():
+            np.testing.assert_allclose(parts[name], truth, rtol=1e-9, atol=1e-10, err_msg=name)
+        coarse = [(many != many.to(dtype)).sum().item() for dtype in (torch.bfloat16, torch.float16)]
+        assert parts["inexact"].tolist() == [*coarse, 0]
 
 
 @pytest.mark.filterwarnings("ignore:nc1 leaves out")

@@ -14,7 +14,9 @@ SIZE = 10  # of a batch; the last one has 6 samples
 
 
 def _some(rows, value):
-    return torch.where(torch.arange(rows.numel()).reshape(rows.shape) % 7 == 0, torch.tensor(value, dtype=rows.dtype), rows)
+    return torch.where(
+        torch.arange(rows.numel()).reshape(rows.shape) % 7 == 0, torch.tensor(value, dtype=rows.dtype), rows
+    )
 
 
 INPUTS = {
