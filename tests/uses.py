@@ -113,7 +113,7 @@ def plain():
     Path("run.wandb").touch()
     torch.save(model.state_dict(), "model.pt")
     assert "needs matplotlib: pip install matplotlib" in refused("plot", "own.csv")
-    assert 'needs plotly: pip install "lightning-neural-collapse[report]"' in refused("report", "own.csv")
+    assert 'a report needs matplotlib: pip install "lightning-neural-collapse[report]"' in refused("report", "own.csv")
     assert 'needs wandb: pip install "lightning-neural-collapse[wandb]"' in refused("plot", "run.wandb")
     for library, install in (("timm", "timm"), ("transformers", '"lightning-neural-collapse[huggingface]"')):
         said = refused("measure", "model.pt", "--model", f"{library}:resnet18", *images())
