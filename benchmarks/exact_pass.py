@@ -3,7 +3,6 @@
 Times are those of one core, on one thread: what else the machine does counts less.
 """
 
-import resource
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 import torchvision
 import transformers
 from pages import table
+from scale import memory
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -153,7 +153,7 @@ class Generated:
 def stream(batches: int, metrics: str, budget: float) -> None:
     """Measure over generated batches and print the peak memory."""
     measure(nn.Linear(512, 10), Generated(batches), progress=False, metrics=metrics, feature_budget=budget)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(memory("VmHWM") // 2**20)
 
 
 def memory_table() -> str:

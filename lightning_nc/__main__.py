@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_nc.history import History
 
 from lightning_nc import __version__
 
@@ -119,9 +123,8 @@ def _at_least_two(text: str) -> int:
 
 
 def _plot(given: argparse.Namespace) -> int:
-    from lightning_nc.history import History
     from lightning_nc.plotting import plot_overlay, plot_runs
-    from lightning_nc.runs import find_log, split_seeds
+    from lightning_nc.runs import find_log, in_one_step, split_seeds
 
     if given.labels and len(given.labels) != len(given.runs):
         raise ValueError(f"--labels must name each of the {len(given.runs)} runs, got {len(given.labels)} labels")
@@ -136,7 +139,7 @@ def _plot(given: argparse.Namespace) -> int:
             if log.resolve() == known.resolve():
                 raise ValueError(f"{other} and {path} are the same run; pass each run once")
         logs[path] = log
-    histories = [History.read(log) for log in logs.values()]
+    histories = [_read(log) for log in logs.values()]
     labels = given.labels or [str(path) for path in logs]
     runs = [run for label, rows in zip(labels, histories, strict=True) for run in split_seeds(label, rows)]
     metrics = given.metrics[0] if given.metrics in (["all"], ["paper"]) else given.metrics
@@ -151,11 +154,25 @@ def _plot(given: argparse.Namespace) -> int:
         out = out / "neural_collapse.png"
     elif not out.suffix:
         out = out.with_suffix(".png")
-    figure.savefig(out, dpi=150)
+    with in_one_step(out) as scratch:
+        figure.savefig(scratch, dpi=150)
     for log, rows in zip(logs.values(), histories, strict=True):
         print(f"{log}: {len(rows)} measurements")
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
     return 0
+
+
+def _read(path: Path) -> History:
+    """A run, of which curves can be drawn."""
+    from lightning_nc.history import History
+    from lightning_nc.plotting.curves import read_curves
+
+    history = History.read(path)
+    try:
+        read_curves(history)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return history
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:
@@ -166,7 +183,6 @@ def _add_report(report: argparse.ArgumentParser) -> None:
 
 
 def _report(given: argparse.Namespace) -> int:
-    from lightning_nc.history import History
     from lightning_nc.report import write_report
 
     paths, out = given.runs, given.out
@@ -174,7 +190,7 @@ def _report(given: argparse.Namespace) -> int:
     for place, path in zip(places, paths, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"{path} is given twice; pass each run once")
-    runs = {str(path): History.read(path) for path in paths}
+    runs = {str(path): _read(path) for path in paths}
     if out.is_dir():
         out = out / "report.html"
     write_report(runs, out)

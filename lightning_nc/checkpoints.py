@@ -195,7 +195,9 @@ def check_sums(path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as file:
                 damaged = file.testzip()
-        except zipfile.BadZipFile as error:
+        except Exception as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
             raise ValueError(f"is damaged: {error}") from error
         if damaged is not None:
             raise ValueError(f"is damaged: {damaged} does not fit its checksum")
@@ -241,7 +243,9 @@ def _with_place(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the epoch and step among its contents."""
     contents = checkpoint.contents
     epoch = _first_number(contents, "epoch")
-    with suppress(KeyError, TypeError):  # after fit Lightning's "epoch" is one more, but none has begun since
+    with suppress(
+        LookupError, TypeError, ValueError
+    ):  # after fit Lightning's "epoch" is one more, but none has begun since
         epoch = max(contents["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - 1, 0)
     return replace(checkpoint, epoch=epoch, step=_first_number(contents, "global_step", "step", "iteration"))
 

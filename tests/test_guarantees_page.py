@@ -20,7 +20,7 @@ def test_every_row_of_the_guarantees_is_a_promise_with_its_tests():
 
 def test_the_tests_that_keep_the_promises_exist():
     found = {
-        name for file in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
     }
     for promise, tests in PROMISES.items():
         assert set(re.findall(r"`(\w+)`", tests)) <= found, promise

@@ -37,6 +37,23 @@ from lightning_nc.measuring.loaders import (
 DATA = TensorDataset(torch.arange(51.0).unsqueeze(1), torch.arange(51) % 3)
 
 
+class EndsEarly(Dataset):
+    def __len__(self):
+        return 51
+
+    def __getitem__(self, index):
+        if index == 20:
+            raise StopIteration
+        return DATA[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_ends_before_its_length_is_refused_instead_of_measured_in_part(workers):
+    loader = DataLoader(EndsEarly(), 8, num_workers=workers)
+    with pytest.raises(RuntimeError, match="the data ended after 2 of 7 batches: the data set EndsEarly"):
+        measure(nn.Linear(1, 3), loader, progress=False)
+
+
 def visited(loader, **kwargs):
     batches, _ = measurement_loader(loader, **kwargs)
     return [int(value) for rows, _ in batches for value in rows]

@@ -13,7 +13,7 @@ from conftest import clusters
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import peers
 
-PAGE = Path(__file__).parents[1].joinpath("docs/peers.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
 EXACT = ("ours", "neural_collapse, float64", "nc-toolbox, float64")
 
 
@@ -22,7 +22,7 @@ def data(dtype=torch.float32):
     return rows, target, peers.batches_of(rows, target)
 
 
-@pytest.mark.parametrize("name", peers.NC1.keys() - {"nc-toolbox"})  # which needs float64 features, see the page
+@pytest.mark.parametrize("name", sorted(peers.NC1.keys() - {"nc-toolbox"}))  # which needs float64 features, see the page
 def test_every_way_of_computing_nc1_gives_ours_on_plain_features(name):
     rows, target, batches = data()
     expected = reference.nc1(rows.numpy(), target.numpy())
@@ -64,11 +64,27 @@ def test_the_truth_of_the_comparison_agrees_with_50_digits(noise, strength):
     assert reference.nc1_by_axes(rows.numpy(), target.numpy()) == pytest.approx(exact_nc1(rows, target), rel=1e-9)
 
 
-def test_the_page_has_the_tables_of_the_benchmark():
-    for name in peers.TABLES:
-        text = re.search(f"<!-- {name} -->\n(.*?)<!-- end of {name} -->", PAGE, re.DOTALL)[1]
-        if name.startswith("errors of NC1"):
-            head, _, *rows = text.strip().splitlines()
-            assert [cell.strip() for cell in head.strip("|").split("|")][2:] == [*peers.NC1]
-            assert len(rows) == 12
-        assert text.strip(), f"run python benchmarks/peers.py --write to fill {name}"
+def tables(page):
+    """The text of each table that ``python benchmarks/costs.py --write`` puts into a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return {
+        name: body.strip() for name, body in re.findall(r"<!-- (.+?) -->\n(.*?)<!-- end of \1 -->", text, re.DOTALL)
+    }
+
+
+def test_the_pages_have_the_tables_of_the_benchmarks():
+    source = (ROOT / "benchmarks/costs.py").read_text(encoding="utf-8")
+    assert tables("costs.md").keys() == {*re.findall(r'"(\w+)": \w', source)}
+    assert tables("peers.md").keys() == peers.TABLES.keys()
+    for page in ("costs.md", "peers.md"):
+        for name, body in tables(page).items():
+            assert body.startswith("One thread of" if name == "machine" else "| "), (page, name)
+
+
+def test_the_table_of_errors_has_every_implementation_and_kind_of_features():
+    head, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in tables("peers.md")["errors of NC1"].splitlines()
+    )
+    assert head[2:] == [*peers.NC1]
+    assert [row[0] for row in rows] == [*peers.kinds()]

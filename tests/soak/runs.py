@@ -101,10 +101,10 @@ class Recorder(Callback):
 
 
 class Witness(Callback):
-    """What layers receive and return in training steps, and the labels beside it, from plain hooks."""
+    """What layers receive and return in the training steps of an epoch, or of its rest after a resume, from plain hooks."""
 
     def __init__(self, case):
-        self.case, self.steps, self.calls = case, {}, None
+        self.case, self.steps, self.calls, self.epoch = case, {}, None, []
 
     def on_fit_start(self, trainer, pl_module):
         kind = self.case.kind
@@ -118,14 +118,14 @@ class Witness(Callback):
         self.calls = {}
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.steps[trainer.current_epoch] = []
+        self.epoch = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.calls.clear()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        # An epoch that is resumed in its middle has no start.
-        self.steps.setdefault(trainer.current_epoch, []).append((dict(self.calls), unpacked(batch)[1].clone()))
+        self.epoch.append((dict(self.calls), unpacked(batch)[1].clone()))
+        self.steps[trainer.current_epoch, trainer.global_step] = list(self.epoch)
 
     def teardown(self, trainer, pl_module, stage):
         for handle in self.handles:

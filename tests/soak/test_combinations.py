@@ -64,7 +64,8 @@ def needs_witness(case):
 def hold(case, plain, measured, witness, tally):
     """Compare what the ranks of a plain and of a measured run left behind, and the measured values with the oracle."""
     for one, other in zip(plain, measured, strict=True):
-        assert difference(*({name: found.get(name) for name in COMPARED} for found in (bare(one), bare(other)))) is None
+        found = difference(bare(case, one), bare(case, other))
+        assert found is None, (found, case)
     for other in measured[1:]:
         assert difference(measured[0]["histories"], other["histories"]) is None
     for number, history in enumerate(measured[0]["histories"]):
@@ -96,11 +97,15 @@ def check_pictures(case, plain, found):
     assert found["tables"][0]["samples"] == kept.bincount()[kept.unique()].tolist()
 
 
-def bare(found):
-    """Without what a run with the callback alone has."""
-    kept = {name: value for name, value in found.items() if name in COMPARED}
-    if "earlier" in kept:
-        kept["earlier"] = bare(kept["earlier"])
+def bare(case, found):
+    """What both runs must have in common: all but what a run with the callback alone has."""
+    kept = {name: found.get(name) for name in COMPARED}
+    # torch's own encoder layer takes a path of other rounding in evaluation mode if a module in it has a hook; see the limits.
+    if "net.encoder" in case.layers and (case.mode == "online" or case.stages != ("train",)):
+        kept["log"] = [(step, {k: v for k, v in row.items() if not k.startswith(("val", "test"))}) for step, row in kept["log"]]
+        kept["shown"] = {name: value for name, value in kept["shown"].items() if name.startswith("train")}
+    if kept["earlier"] is not None:
+        kept["earlier"] = bare(case, kept["earlier"])
     return kept
 
 
@@ -305,7 +310,7 @@ def online_features(case, witness, row):
     parts = []
     for found in witness:
         steps = {**(found.get("earlier", {}).get("steps") or {}), **found["steps"]}
-        parts.append(joined(case, steps[row["epoch"]]))
+        parts.append(joined(case, steps[row["epoch"], row["step"]]))
     return merged(parts)
 
 
