@@ -88,7 +88,9 @@ def budget(request, tally, _end):
     drawing = [item for item in request.session.items if "budget" in item.fixturenames]
     left = drawing[drawing.index(request.node) :]
     seconds = max(0.0, _end - time.monotonic()) / len(left)
-    return Budget(tally, request.config.getoption("--examples", 60), seconds, request.config.getoption("--shrink", False))
+    return Budget(
+        tally, request.config.getoption("--examples", 60), seconds, request.config.getoption("--shrink", False)
+    )
 
 
 @pytest.fixture(scope="session")

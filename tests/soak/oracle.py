@@ -67,7 +67,9 @@ def ties(features, means, weight=None, bias=None):
     close = _is_close(np.sort(square, axis=1)[:, :2], (features**2).sum(1) + (means**2).sum(1).max())
     if weight is not None:
         logits = features @ weight.T + bias
-        close |= _is_close(np.sort(-logits, axis=1)[:, :2], np.abs(features) @ np.abs(weight).max(0) + np.abs(bias).max())
+        close |= _is_close(
+            np.sort(-logits, axis=1)[:, :2], np.abs(features) @ np.abs(weight).max(0) + np.abs(bias).max()
+        )
     return close.mean()
 
 

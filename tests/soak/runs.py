@@ -158,7 +158,9 @@ def callbacks_of(case):
 def trainer_of(case, callbacks, folder):
     saving = {"every_n_train_steps": case.checkpoint} if case.checkpoint else {"every_n_epochs": 1}
     saved = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **saving)
-    ranks = {"devices": 2, "strategy": DDPStrategy(timeout=timedelta(seconds=60))} if case.ranks == 2 else {"devices": 1}
+    ranks = (
+        {"devices": 2, "strategy": DDPStrategy(timeout=timedelta(seconds=60))} if case.ranks == 2 else {"devices": 1}
+    )
     return Trainer(
         max_epochs=case.epochs,
         max_steps=case.stop[1] if case.stop[0] == "max_steps" else -1,
@@ -271,7 +273,7 @@ def difference(first, second, where=""):
 
 def _same(first, second):
     if isinstance(first, torch.Tensor) or isinstance(first, np.ndarray):
-        return np.array_equal(*(np.asarray(torch.as_tensor(part).float().cpu()) for part in (first, second)), equal_nan=True) and (
-            torch.as_tensor(first).dtype == torch.as_tensor(second).dtype
-        )
+        return np.array_equal(
+            *(np.asarray(torch.as_tensor(part).float().cpu()) for part in (first, second)), equal_nan=True
+        ) and (torch.as_tensor(first).dtype == torch.as_tensor(second).dtype)
     return first == second or (first != first and second != second)

@@ -65,7 +65,11 @@ class CallbackLife(RuleBasedStateMachine):
         self.steps.append((stop, checkpoint, self.epochs))
         assert difference(ended[0], ended[1]) is None
 
-    @rule(epochs=st.integers(1, 3), stop=st.sampled_from(["none", "none", "stop", "error", "keyboard"]), at=st.integers(1, 9))
+    @rule(
+        epochs=st.integers(1, 3),
+        stop=st.sampled_from(["none", "none", "stop", "error", "keyboard"]),
+        at=st.integers(1, 9),
+    )
     def train(self, epochs, stop, at):
         before = len(self.callback.previous_histories) + bool(self.callback.history)
         self.trainings += 1

@@ -102,7 +102,9 @@ def bare(case, found):
     kept = {name: found.get(name) for name in COMPARED}
     # torch's own encoder layer takes a path of other rounding in evaluation mode if a module in it has a hook; see the limits.
     if "net.encoder" in case.layers and (case.mode == "online" or case.stages != ("train",)):
-        kept["log"] = [(step, {k: v for k, v in row.items() if not k.startswith(("val", "test"))}) for step, row in kept["log"]]
+        kept["log"] = [
+            (step, {k: v for k, v in row.items() if not k.startswith(("val", "test"))}) for step, row in kept["log"]
+        ]
         kept["shown"] = {name: value for name, value in kept["shown"].items() if name.startswith("train")}
     if kept["earlier"] is not None:
         kept["earlier"] = bare(case, kept["earlier"])
@@ -154,7 +156,9 @@ def check_row(case, plain, witness, history, row, names, number, tally):
     assert not missing, (missing, row)
     found = oracle.differences(row, values)
     assert found == {}, (found, row, case)
-    tally.seen["values"] |= {(case, number, row["stage"], row["epoch"], row["step"], key) for key in values.keys() & row.keys()}
+    tally.seen["values"] |= {
+        (case, number, row["stage"], row["epoch"], row["step"], key) for key in values.keys() & row.keys()
+    }
     known = sum(key.startswith("nc/") for key in row)
     tally.seen["values without a clear truth"] |= {(case, number, row["epoch"], n) for n in range(known - len(values))}
 

@@ -36,7 +36,11 @@ class MetricLife(RuleBasedStateMachine):
     seen = None  # what is counted
 
     @initialize(
-        target=lives, classes=st.integers(2, 6), features=st.integers(1, 9), names=st.sampled_from(CHOICES), seed=st.integers(0, 99)
+        target=lives,
+        classes=st.integers(2, 6),
+        features=st.integers(1, 9),
+        names=st.sampled_from(CHOICES),
+        seed=st.integers(0, 99),
     )
     def begin(self, classes, features, names, seed):
         torch.manual_seed(seed)
@@ -59,7 +63,9 @@ class MetricLife(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(seed)
         target = torch.randint(-1, self.classes, (size,), generator=generator)
         target[target < 0] = -100
-        rows = self.centers[target.clamp(min=0)] + offset + noise * torch.randn(size, self.features, generator=generator)
+        rows = (
+            self.centers[target.clamp(min=0)] + offset + noise * torch.randn(size, self.features, generator=generator)
+        )
         rows = rows.to(dtype)
         rows[target == -100] = torch.nan  # which must count nowhere
         return rows, target
