@@ -506,7 +506,9 @@ def _problem():
     """Features, labels, a weight, a bias and other data. Sorted, so that a rank has no sample of some classes."""
     features, target = clusters(6, 20, FEATURES, 0.7, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
-    weight, bias, ood = (torch.randn(*size, generator=generator).double() for size in ((6, FEATURES), (6,), (9, FEATURES)))
+    weight, bias, ood = (
+        torch.randn(*size, generator=generator).double() for size in ((6, FEATURES), (6,), (9, FEATURES))
+    )
     order = target.argsort()
     return features[order], target[order], weight, bias, ood
 

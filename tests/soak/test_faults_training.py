@@ -221,7 +221,7 @@ ARGUMENTS = [{}, {"stages": ("train", "validate")}, {"mode": "online"}]
 
 
 def resumed(folder, options):
-    """Resume from the last checkpoint; the rows, the log and the file of the user's own agree and have every epoch once."""
+    """Resume from the last checkpoint; its history has every epoch once, with a value."""
     callback = NeuralCollapseCallback(strict=True, **options)
     left_behind(folder, [callback], ckpt_path=folder / "last.ckpt", val=loader())
     stages = callback.stages

@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile checkpoints: one line that names the file; nothing in them runs, and no damage passes a checksum."""
+"""Damaged, foreign and hostile checkpoints: one line with their name; nothing in them runs, and checksums hold."""
 
 import io
 import json
