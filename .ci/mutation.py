@@ -407,8 +407,8 @@ def failing(items: list[pytest.Item]) -> str | None:
 class Run:
     """A pytest plugin: runs all tests once, then those that reach it for each mutant."""
 
-    def __init__(self, mutants: list[Mutant], budget: float, save: Callable[[], None]) -> None:
-        self.mutants, self.budget, self.save = mutants, budget, save
+    def __init__(self, mutants: list[Mutant], budget: float, killers: list[str], save: Callable[[], None]) -> None:
+        self.mutants, self.budget, self.all_kills, self.save = mutants, budget, Counter(killers), save
         self.seconds: dict[str, float] = {}
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
 
@@ -429,7 +429,8 @@ class Run:
 
             limit = SECONDS + 10 * sum(self.seconds[name] for name in chosen)
             mutant.status, mutant.killer = in_fork(limit, work) if chosen else ("untested", "")
-            self.kills[mutant.place][mutant.killer] += mutant.status == "killed"
+            for kills in (self.kills[mutant.place], self.all_kills):
+                kills[mutant.killer] += mutant.status == "killed"
             if mutant.status != "killed":
                 print(mutant.status, f"{mutant.file}:{mutant.line}", mutant.key, file=sys.__stderr__, flush=True)
             if number % 50 == 0 or number == len(in_order):
@@ -446,7 +447,7 @@ class Run:
         if changed is None:  # who reads what is computed on import is not known
             names = {name for name, seconds in self.seconds.items() if seconds < QUICK}
         kills = self.kills[mutant.place]
-        ordered = sorted(names, key=lambda name: (-kills[name], self.seconds[name]))
+        ordered = sorted(names, key=lambda name: (-kills[name], self.seconds[name] / (1 + self.all_kills[name])))
         total = itertools.accumulate(self.seconds[name] for name in ordered)
         return [name for name, seconds in zip(ordered, total, strict=True) if seconds < self.budget]
 
@@ -493,7 +494,9 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--again", action="store_true", help="only the mutants that have not been killed so far")
+    parser.add_argument(
+        "--again", action="store_true", help="only mutants that have not been killed yet and are not listed"
+    )
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds that the tests of one mutant may take")
     arguments = parser.parse_args()
     os.chdir(ROOT)
@@ -503,7 +506,8 @@ def main() -> int:
     files = [path.resolve() for path in arguments.files] or FILES
     mutants = [mutant for path in files for mutant in mutants_of(path)]
     if arguments.again:
-        mutants = [mutant for mutant in mutants if rows.get((mutant.file, mutant.key), {}).get("status") != "killed"]
+        dead = {key for key, row in rows.items() if row["status"] == "killed"}
+        mutants = [mutant for mutant in mutants if (mutant.file, mutant.key) not in dead and not is_listed(mutant)]
     replaced = set() if arguments.again else {str(path.relative_to(ROOT)) for path in files}
     rows = {key: row for key, row in rows.items() if key[0] not in replaced}
 
@@ -512,21 +516,35 @@ def main() -> int:
         found = rows | {key: {"key": key, **asdict(mutant)} for key, mutant in done.items()}
         RESULTS.write_text(json.dumps(list(found.values()), indent=1))
 
+    killers = [row["killer"] for row in rows.values() if row["status"] == "killed"]
     started = time.monotonic()
     hypothesis.settings.register_profile(
         "mutation", database=None, derandomize=True, phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
     )
     hypothesis.settings.load_profile("mutation")
-    if pytest.main(tests(), plugins=[Run(mutants, arguments.budget, save)]):
+    if pytest.main(tests(), plugins=[Run(mutants, arguments.budget, killers, save)]):
         raise SystemExit("the tests do not pass without a mutant")
     return report(mutants, time.monotonic() - started)
 
 
+@functools.cache
+def listed() -> list[str]:
+    """The mutants that docs/mutation.md lists, each one a line that may end in ``…``."""
+    page = ROOT / "docs" / "mutation.md"
+    lines = page.read_text().splitlines() if page.exists() else []
+    return [line.removeprefix("- ").removesuffix("`") for line in lines if line.startswith("- `")]
+
+
+def is_listed(mutant: Mutant) -> bool:
+    """Whether docs/mutation.md gives the reason why the mutant survives."""
+    key = mutant.key.removesuffix("`")
+    return any(key.startswith(line[:-1]) if line.endswith("…") else key == line for line in listed())
+
+
 def report(mutants: list[Mutant], seconds: float) -> int:
     """Print what survives and is not listed."""
-    listed = (ROOT / "docs" / "mutation.md").read_text() if (ROOT / "docs" / "mutation.md").exists() else ""
     alive = [mutant for mutant in mutants if mutant.status in ("survived", "untested")]
-    unknown = [mutant for mutant in alive if mutant.key not in listed]
+    unknown = [mutant for mutant in alive if not is_listed(mutant)]
     for mutant in unknown:
         print(f"{mutant.status} {mutant.file}:{mutant.line} {mutant.key}")
     counts = Counter(mutant.status for mutant in mutants)

@@ -2,9 +2,9 @@
 
     python benchmarks/long_run.py [--epochs 1000]
 
-The run measures every epoch, with two layers, pictures of three classes, a CSVLogger, and a checkpoint after every epoch. The baseline
-is the same run without the callback, in the same process. Times are medians over a tenth of the epochs, so that what else the machine
-does falls out.
+The run measures every epoch, with two layers, pictures of three classes, a CSVLogger, and a checkpoint after every epoch. The
+baseline is the same run without the callback, in the same process. Times are medians over a tenth of the epochs, because other
+processes disturb single ones.
 """
 
 import argparse
@@ -125,7 +125,8 @@ def main() -> None:
         print(f"{epoch:8} {memory / 1e6:10.1f} {tensors:8} {hooks:6} {files:6} {size / 1e3:14.1f}")
     first, last = measured.rows[0], measured.rows[-1]
     span = last[0] - first[0]
-    print(f"an epoch adds {(last[5] - first[5]) / span:.0f} bytes to the checkpoint, {(last[1] - first[1]) / span:.0f} to the memory")
+    print(f"an epoch adds {(last[5] - first[5]) / span:.0f} bytes to the checkpoint")
+    print(f"and {(last[1] - first[1]) / span:.0f} bytes to the memory")
     print(f"(without the callback {(plain.rows[-1][1] - plain.rows[0][1]) / span:.0f} bytes to the memory)")
 
 

@@ -323,6 +323,19 @@ def test_moments_without_the_scatter_matrix_merge_too_and_know_all_but_nc1():
     assert {n: v.item() for n, v in values.items()} == pytest.approx({n: v.item() for n, v in expected.items()})
 
 
+def test_the_moments_of_no_samples_lie_where_they_are_asked_to_and_count_in_integers():
+    with torch.device("meta"):
+        assert ClassMoments.zeros(2, 3).means.is_meta
+        moments = ClassMoments.zeros(2, 3, "cpu", scatter=False)
+    assert {value.device.type for value in states_of(moments).values()} == {"cpu"}
+    assert moments.scatter.shape == (0, 0)
+    assert ClassMoments.zeros(2, 3).scatter.shape == (3, 3)
+    for name in ("nonfinite", "inexact", "mislabeled"):  # a float32 would stop at 16,777,216
+        assert getattr(moments, name).dtype == torch.int64
+    moments.update(torch.randn(3, 3), torch.tensor([0, 1, 2]))  # a label out of range
+    assert (moments.mislabeled, moments.nonfinite, moments.inexact[2], moments.counts.sum()) == (1, 0, 0, 2)
+
+
 def test_the_state_is_float64_but_on_a_device_without_it():
     assert state_dtype("cpu") == torch.float64
     assert state_dtype("mps") == torch.float32

@@ -8,10 +8,10 @@ import torch
 from conftest import fit, hooks_of
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
-from soak import strange
 from torch import nn
 
 from lightning_nc import NeuralCollapse, NeuralCollapseCallback, measure
+from soak import strange
 
 RELATIVE = {"float16": 2e-2}  # eps of float16 is 1e-3, and differences of features of size 1 to 4 are squared
 METRICS = ("nc1", "nc4", "ncc_error")
