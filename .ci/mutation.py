@@ -453,7 +453,7 @@ class Run:
 
     def clean_run(self, items: dict[str, pytest.Item]) -> dict[tuple[str, int], set[str]]:
         """The tests that reach each line. Those of files that have not changed since the last run need not run again."""
-        package = sha(*sorted(PACKAGE.rglob("*.py")))
+        package = sha(*FILES)
         kept = json.loads(REACHED.read_text()) if REACHED.exists() else {}
         known = {key: found for key, found in kept.items() if key.startswith(package)}
         watch = coverage.Coverage(data_file=None, include=[str(PACKAGE / "*")], config_file=False)
