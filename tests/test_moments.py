@@ -345,12 +345,19 @@ def test_every_statistic_of_batches_is_that_of_a_computation_from_all_samples(of
         "inexact": [(np.frexp(kept)[0] * 2.0 ** (digits + 1) % 1 != 0).sum() for digits in (7, 10, 23)],
         "nonfinite": 0,
     }
-    for name, value in truth.items():
-        np.testing.assert_allclose(getattr(moments, name), value, rtol=1e-9, atol=1e-12, err_msg=name)
-    np.testing.assert_allclose(moments.pooled(), within * len(kept), rtol=1e-9, atol=1e-9)
+    whole = ClassDeviations.of(rows[used], target[used], 6)
+    for found in (moments, whole):
+        for name, value in truth.items():
+            if hasattr(found, name):
+                np.testing.assert_allclose(getattr(found, name), value, rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(found.pooled(), within * len(kept), rtol=1e-9, atol=1e-9)
+        axes = np.linalg.qr(np.arange(14.0).reshape(7, 2) ** 2)[0]
+        along = found.within(torch.tensor(axes))
+        np.testing.assert_allclose(along, ((deviations @ axes) ** 2).sum(axis=0), rtol=1e-9)
     rows[used.nonzero().flatten()[[0, 60, 61]], 2:4] = torch.inf
     rows[~used] = torch.nan
     assert gather_ignoring(rows, target).nonfinite == 3  # samples, whatever those hold that are of no class
+    assert ClassDeviations.of(rows[used], target[used], 6).nonfinite == 3
 
 
 def gather_ignoring(rows, target):
