@@ -5,7 +5,7 @@ python .ci/mutation.py [--again] [--budget SECONDS] [FILE ...]
 The mutations are those of mutmut and a few more, for code with tensors. mutmut itself leaves out what stands outside of
 functions, such as the rows of METRICS, and decorated functions. Here all tests are collected once. Each mutant then takes the
 place of the code in a fork of that process, so that one that a test kills costs milliseconds. It is tested by the tests that
-reach its lines, first those that killed its neighbors, then the fastest. What became of each mutant is kept in
+reach its lines, first those that killed its neighbors, then fast ones and those that reach little else. What became of each mutant is kept in
 .mutation/results.json; `--again` tests only those that were not killed.
 
 Exit status 1 if a mutant survives that docs/mutation.md does not list.
@@ -410,6 +410,7 @@ class Run:
     def __init__(self, mutants: list[Mutant], budget: float, killers: list[str], save: Callable[[], None]) -> None:
         self.mutants, self.budget, self.all_kills, self.save = mutants, budget, Counter(killers), save
         self.seconds: dict[str, float] = {}
+        self.lines: dict[str, int] = {}
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -447,13 +448,15 @@ class Run:
         if changed is None:  # who reads what is computed on import is not known
             names = {name for name, seconds in self.seconds.items() if seconds < QUICK}
         kills = self.kills[mutant.place]
-        ordered = sorted(names, key=lambda name: (-kills[name], self.seconds[name] / (1 + self.all_kills[name])))
+        proven = sorted(names, key=lambda name: (-kills[name], self.seconds[name] / (1 + self.all_kills[name])))
+        special = sorted(names, key=lambda name: self.lines[name])  # what reaches little tests that
+        ordered = list(dict.fromkeys(itertools.chain.from_iterable(zip(proven, special, strict=True))))
         total = itertools.accumulate(self.seconds[name] for name in ordered)
         return [name for name, seconds in zip(ordered, total, strict=True) if seconds < self.budget]
 
     def clean_run(self, items: dict[str, pytest.Item]) -> dict[tuple[str, int], set[str]]:
         """The tests that reach each line. Those of files that have not changed since the last run need not run again."""
-        package = sha(*sorted(PACKAGE.rglob("*.py")))
+        package = sha(*FILES)
         kept = json.loads(REACHED.read_text()) if REACHED.exists() else {}
         known = {key: found for key, found in kept.items() if key.startswith(package)}
         watch = coverage.Coverage(data_file=None, include=[str(PACKAGE / "*")], config_file=False)
@@ -469,7 +472,7 @@ class Run:
                 data = watch.get_data()
                 lines = {str(Path(file).relative_to(ROOT)): data.lines(file) for file in data.measured_files()}
                 known[key] = time.perf_counter() - started, lines
-            self.seconds[name] = known[key][0]
+            self.seconds[name], self.lines[name] = known[key][0], sum(map(len, known[key][1].values()))
             for file, numbers in known[key][1].items():
                 for line in numbers:
                     reached[file, line].add(name)

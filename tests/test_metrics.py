@@ -513,6 +513,14 @@ def _problem():
     return features[order], target[order], weight, bias, ood
 
 
+def _many():
+    """Several blocks of classes and of the scatter matrix; a class has no sample, and another one."""
+    features, target = clusters(300, 2, 250, 0.3)
+    kept = target != 7
+    kept[(target == 9).nonzero()[0]] = False
+    return features[kept], target[kept]
+
+
 def _half(rank, port, folder):
     """What two ranks find that share the samples, one 50 of 120 and the other the rest."""
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -528,7 +536,12 @@ def _half(rank, port, folder):
     fill(held, features[own], target[own])
     regression = NeuralRegressionCollapse(3, FEATURES, weight[:3])
     regression.update(features[own], features[own, :3] ** 2)
-    many, labels = clusters(300, 2, 250, 0.3)  # several blocks of classes and of the scatter matrix
+    alone = [torch.distributed.new_group([other]) for other in (0, 1)][rank]
+    apart = NeuralCollapse(6, FEATURES, weight, bias, ["nc1", "nc4"], sync_on_compute=False)
+    apart.update(features[own], target[own])
+    apart.merge_over_ranks(alone)
+    assert apart.counts.sum() == apart.compared.sum() == len(target[own])
+    many, labels = _many()
     moments = ClassMoments.zeros(300, 250)
     moments.update(many[rank::2], labels[rank::2])
     moments.merge_over_ranks()
@@ -551,13 +564,14 @@ def test_two_ranks_give_every_value_of_all_samples(tmp_path):
     squares = features[:, :3] ** 2
     expected["nrc1"] = F.nrc1(features, squares).item()
     expected |= {name: getattr(F, name)(features, squares, weight[:3]).item() for name in ("nrc2", "nrc3")}
-    many, labels = clusters(300, 2, 250, 0.3)
+    many, labels = _many()
     means, _, deviations, within, _ = reference.moments(many, labels)
+    means = np.insert(means, 7, 0, axis=0)
     squares = np.bincount(labels, (deviations**2).sum(axis=1))
     for rank in (0, 1):
         values, parts = torch.load(tmp_path / f"{rank}.pt")
         assert {name: value.item() for name, value in values.items()} == pytest.approx(expected, rel=1e-8, nan_ok=True)
-        found = {"counts": np.full(300, 2), "means": means, "spread": squares, "columns": (deviations**2).sum(axis=0)}
+        found = {"counts": np.bincount(labels), "means": means, "spread": squares, "columns": (deviations**2).sum(axis=0)}
         for name, truth in (found | {"pooled": within * len(many)}).items():
             np.testing.assert_allclose(parts[name], truth, rtol=1e-9, atol=1e-10, err_msg=name)
         coarse = [(many != many.to(dtype)).sum().item() for dtype in (torch.bfloat16, torch.float16)]
