@@ -5,7 +5,8 @@ python .ci/mutation.py [--again] [--budget SECONDS] [FILE ...]
 The mutations are those of mutmut and a few more, for code with tensors. mutmut itself leaves out what stands outside of
 functions, such as the rows of METRICS, and decorated functions. Here all tests are collected once. Each mutant then takes the
 place of the code in a fork of that process, so that one that a test kills costs milliseconds. It is tested by the tests that
-reach its lines, first those that killed its neighbors, then fast ones and those that reach little else. What became of each mutant is kept in
+reach its lines, first those that killed its neighbors, then fast ones and those that reach little else. What became
+of each mutant is kept in
 .mutation/results.json; `--again` tests only those that were not killed.
 
 Exit status 1 if a mutant survives that docs/mutation.md does not list.

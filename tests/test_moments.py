@@ -327,7 +327,10 @@ def test_moments_without_the_scatter_matrix_merge_too_and_know_all_but_nc1():
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 def test_every_statistic_of_batches_is_that_of_a_computation_from_all_samples(offset):
     rows, target = clusters(6, 20, 7, 0.5, dtype=torch.float64)
-    rows, order = rows + offset, (target == 5).long().argsort(stable=True)  # the last class comes in the last batch alone
+    rows, order = (
+        rows + offset,
+        (target == 5).long().argsort(stable=True),
+    )  # the last class comes in the last batch alone
     rows, target = rows[order], target[order]
     rows[::3] = rows[::3].to(torch.bfloat16)
     target = torch.where(target == 0, -100, target)  # the class to which labels below 0 are nearest has no sample
