@@ -37,9 +37,6 @@ coverage: $(INSTALLED)
 test-browser: $(INSTALLED)
 	$(PYTEST) -m browser tests/test_browser.py $(ARGS)
 
-<<<<<<< HEAD
-# Drawn trainings and faults by plan, about ten minutes by default: make soak ARGS="--examples 200 --minutes 20"
-=======
 # In environments of their own, with Python 3.10 and the oldest releases, and with the newest of everything: see noxfile.py.
 test-oldest test-newest: test-%: $(INSTALLED)
 	$(BIN)/nox -s tests-$* -- $(PARALLEL) $(ARGS)
@@ -48,8 +45,7 @@ test-oldest test-newest: test-%: $(INSTALLED)
 package: $(INSTALLED)
 	.ci/package $(BIN)/python
 
-# Cases drawn at random and faults by plan: make soak ARGS="--examples 200 --minutes 20"; about ten minutes by default.
->>>>>>> core
+# Drawn trainings and faults by plan, about ten minutes by default: make soak ARGS="--examples 200 --minutes 20"
 soak: $(INSTALLED)
 	$(PYTEST) -m soak tests/soak $(ARGS)
 
