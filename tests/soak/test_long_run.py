@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_nc import NeuralCollapseCallback
 
-LOOKS = (200, 400, 600)
+LOOKS = (100, 200, 300)
 
 
 class Counts(Callback):
@@ -36,7 +36,7 @@ class Counts(Callback):
 
 
 def counts_of(folder, **options):
-    callback = NeuralCollapseCallback(layers=["net.*"], strict=True, **options)
+    callback = NeuralCollapseCallback(layers=["net.2"], strict=True, **options)
     counts = Counts(callback)
     trainer = Trainer(
         max_epochs=LOOKS[-1] + 1,
@@ -62,7 +62,7 @@ def hold(found):
 
 
 def test_hundreds_of_measured_epochs_leave_nothing_behind_but_their_rows(tally, tmp_path):
-    hold(counts_of(tmp_path, geometry=(0, 1, 2), stages=("train", "validate"), metrics="all"))
+    hold(counts_of(tmp_path, geometry=(0, 1, 2), stages=("train", "validate")))
     tally.add("measured epochs", range(LOOKS[-1] + 1))
 
 
