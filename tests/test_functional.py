@@ -332,10 +332,14 @@ def test_nc5_needs_means_that_have_a_direction_and_keeps_their_digits():
     broken[3, 2] = torch.inf
     with pytest.warns(UserWarning, match="nc5: nan, because the mean of the data of no class is not finite"):
         assert functional.nc5(rows, target, broken).isnan()
-    with pytest.warns(UserWarning, match="nc5: nan, because the mean of a class, or that of the data of no class, is zero"):
+    with pytest.warns(
+        UserWarning, match="nc5: nan, because the mean of a class, or that of the data of no class, is zero"
+    ):
         assert functional.nc5(rows, target, torch.zeros(4, 5)).isnan()
     rows[target == 1] = 0
-    with pytest.warns(UserWarning, match="nc5: nan, because the mean of a class, or that of the data of no class, is zero"):
+    with pytest.warns(
+        UserWarning, match="nc5: nan, because the mean of a class, or that of the data of no class, is zero"
+    ):
         assert functional.nc5(rows, target, other).isnan()
 
 
@@ -399,7 +403,9 @@ def test_a_weight_that_does_not_fit_is_refused():
     features, target = torch.randn(6, 3), torch.arange(3).repeat(2)
     with pytest.raises(ValueError, match=r"two rows or more, got \(1, 3\)"):
         functional.gnc2_margin(torch.ones(1, 3))
-    assert functional.gnc2_margin(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).isnan()  # a row without a direction
+    assert functional.gnc2_margin(
+        torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    ).isnan()  # a row without a direction
     with pytest.raises(ValueError, match=r"weight must have shape \(3, 3\), got \(4, 3\)"):
         nc3(features, target, torch.randn(4, 3), num_classes=3)
     with pytest.raises(ValueError, match=r"weight must have shape \(3, 3\), got \(3, 4\)"):

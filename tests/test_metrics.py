@@ -506,7 +506,9 @@ def _problem():
     """Features, labels, a weight, a bias and other data. Sorted, so that a rank has no sample of some classes."""
     features, target = clusters(6, 20, FEATURES, 0.7, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
-    weight, bias, ood = (torch.randn(*size, generator=generator).double() for size in ((6, FEATURES), (6,), (9, FEATURES)))
+    weight, bias, ood = (
+        torch.randn(*size, generator=generator).double() for size in ((6, FEATURES), (6,), (9, FEATURES))
+    )
     order = target.argsort()
     return features[order], target[order], weight, bias, ood
 
@@ -569,7 +571,12 @@ def test_two_ranks_give_every_value_of_all_samples(tmp_path):
     for rank in (0, 1):
         values, parts = torch.load(tmp_path / f"{rank}.pt")
         assert {name: value.item() for name, value in values.items()} == pytest.approx(expected, rel=1e-8, nan_ok=True)
-        found = {"counts": np.bincount(labels), "means": means, "spread": squares, "columns": (deviations**2).sum(axis=0)}
+        found = {
+            "counts": np.bincount(labels),
+            "means": means,
+            "spread": squares,
+            "columns": (deviations**2).sum(axis=0),
+        }
         for name, truth in (found | {"pooled": within * len(many)}).items():
             np.testing.assert_allclose(parts[name], truth, rtol=1e-9, atol=1e-10, err_msg=name)
         coarse = [(many != many.to(dtype)).sum().item() for dtype in (torch.bfloat16, torch.float16)]
