@@ -78,23 +78,15 @@ gallery: $(INSTALLED)
 $(NUMBERED): figure-%: $(INSTALLED)
 	$(UFM) --figure $*
 
-# Prints the tables of docs/costs.md and docs/peers.md; ARGS=--write puts them into the pages. About a quarter of an hour.
 # Changes the formulas in one place at a time and lists the changes that no test notices. It takes an hour or more on one core.
 mutation: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutation.py $(ARGS)
 
+# Prints the tables of docs/costs.md and docs/peers.md; ARGS=--write puts them into the pages. About half an hour.
 benchmarks: $(INSTALLED)
-<<<<<<< HEAD
-	$(BIN)/python benchmarks/moments.py
-	$(BIN)/python benchmarks/exact_pass.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/many_classes.py
-	$(BIN)/python benchmarks/scale.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/long_run.py
-=======
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --rounds 5
->>>>>>> core
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/long_run.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ufm.py --repeats 3
 

@@ -5,9 +5,8 @@ python .ci/mutation.py [--again] [--budget SECONDS] [FILE ...]
 The mutations are those of mutmut and a few more, for code with tensors. mutmut itself leaves out what stands outside of
 functions, such as the rows of METRICS, and decorated functions. Here all tests are collected once. Each mutant then takes the
 place of the code in a fork of that process, so that one that a test kills costs milliseconds. It is tested by the tests that
-reach its lines, first those that killed its neighbors, then fast ones and those that reach little else. What became
-of each mutant is kept in
-.mutation/results.json; `--again` tests only those that were not killed.
+reach its lines, first those that killed its neighbors, then fast ones and those that reach little else. What became of each
+mutant is kept in .mutation/results.json; `--again` tests only those that were not killed and are not listed.
 
 Exit status 1 if a mutant survives that docs/mutation.md does not list.
 """
@@ -450,7 +449,9 @@ class Run:
             names = {name for name, seconds in self.seconds.items() if seconds < QUICK}
         kills = self.kills[mutant.place]
         proven = sorted(names, key=lambda name: (-kills[name], self.seconds[name] / (1 + self.all_kills[name])))
-        special = sorted(names, key=lambda name: self.lines[name])  # what reaches little tests that
+        # Tests mirror the files of the package, and what reaches little else tests that.
+        own = f"test_{Path(mutant.file).stem}.py"
+        special = sorted(names, key=lambda name: (own not in name, self.lines[name]))
         ordered = list(dict.fromkeys(itertools.chain.from_iterable(zip(proven, special, strict=True))))
         total = itertools.accumulate(self.seconds[name] for name in ordered)
         return [name for name, seconds in zip(ordered, total, strict=True) if seconds < self.budget]

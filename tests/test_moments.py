@@ -2,7 +2,7 @@ import contextlib
 import copy
 import math
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -386,6 +386,25 @@ def test_moments_around_other_class_means_and_merged_ones_are_those_of_a_computa
         np.testing.assert_allclose(found.spread, np.bincount(target, (deviations**2).sum(axis=1), 5), atol=1e-11)
         np.testing.assert_allclose(found.columns, (deviations**2).sum(axis=0), rtol=1e-11)
         np.testing.assert_allclose(found.pooled(), deviations.T @ deviations, atol=1e-11)
+
+
+@pytest.mark.parametrize("of_spread", [False, True])
+def test_squares_leave_the_range_where_a_share_of_eps_of_them_does(of_spread):
+    info, empty = np.finfo(np.float64), ClassMoments.zeros(2, 3)
+    low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max) * info.eps
+    for size, problem in [
+        (0, None),
+        (1.01 * low, None),
+        (1.0, None),
+        (0.99 * high, None),
+        (0.99 * low, "underflow"),
+        (1.01 * high, "overflow"),
+    ]:
+        if of_spread:
+            moments = replace(empty, spread=torch.tensor([0, size**2], dtype=torch.float64))
+        else:
+            moments = replace(empty, means=torch.tensor([[0, 0, 0], [0, -size, 0]], dtype=torch.float64))
+        assert problem in moments.fault() if problem else moments.fault() is None, size
 
 
 def test_what_reads_the_scatter_matrix_says_that_it_was_not_kept():
