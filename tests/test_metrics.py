@@ -345,7 +345,10 @@ def test_plot_draws_one_value_and_many():
         ({"num_classes": 2, "num_features": 3, "bias": torch.ones(1)}, r"torch.cat\(\[-bias, bias\]\)"),
         ({"num_classes": 3, "num_features": 3, "weight": torch.ones(1, 3)}, r"got \(1, 3\)$"),
         ({"num_classes": 3, "num_features": 3, "bias": torch.ones(1)}, r"got \(1,\)$"),
-        ({"num_classes": 3, "num_features": 2, "ignore_index": 0.5}, "ignore_index must be an integer or None, got 0.5"),
+        (
+            {"num_classes": 3, "num_features": 2, "ignore_index": 0.5},
+            "ignore_index must be an integer or None, got 0.5",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):
