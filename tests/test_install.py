@@ -19,7 +19,7 @@ EXTRAS = {
     "examples": ("torchvision", "sklearn", "matplotlib", "jsonargparse", "PIL", "scipy"),
     "wandb": ("wandb", "matplotlib", "PIL"),
     "report": ("plotly", "matplotlib", "PIL", "imageio_ffmpeg"),
-    "huggingface": ("transformers", "accelerate", "safetensors", "PIL"),
+    "huggingface": ("transformers", "accelerate", "safetensors", "PIL", "torchvision"),
     "zoo": ("timm", "peft", "torchvision", "PIL", "transformers", "accelerate", "safetensors"),
 }
 
