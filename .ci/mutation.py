@@ -5,8 +5,8 @@ python .ci/mutation.py [--again] [--budget SECONDS] [FILE ...]
 The mutations are those of mutmut and a few more, for code with tensors. mutmut itself leaves out what stands outside of
 functions, such as the rows of METRICS, and decorated functions. Here all tests are collected once. Each mutant then takes the
 place of the code in a fork of that process, so that one that a test kills costs milliseconds. It is tested by the tests that
-reach its lines, first those that killed its neighbors, then the fastest. What became of each mutant is kept in
-.mutation/results.json; `--again` tests only those that were not killed.
+reach its lines, first those that killed its neighbors, then fast ones and those that reach little else. What became of each
+mutant is kept in .mutation/results.json; `--again` tests only those that were not killed and are not listed.
 
 Exit status 1 if a mutant survives that docs/mutation.md does not list.
 """
@@ -407,9 +407,10 @@ def failing(items: list[pytest.Item]) -> str | None:
 class Run:
     """A pytest plugin: runs all tests once, then those that reach it for each mutant."""
 
-    def __init__(self, mutants: list[Mutant], budget: float, save: Callable[[], None]) -> None:
-        self.mutants, self.budget, self.save = mutants, budget, save
+    def __init__(self, mutants: list[Mutant], budget: float, killers: list[str], save: Callable[[], None]) -> None:
+        self.mutants, self.budget, self.all_kills, self.save = mutants, budget, Counter(killers), save
         self.seconds: dict[str, float] = {}
+        self.lines: dict[str, int] = {}
         self.kills: dict[str, Counter[str]] = defaultdict(Counter)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -429,7 +430,8 @@ class Run:
 
             limit = SECONDS + 10 * sum(self.seconds[name] for name in chosen)
             mutant.status, mutant.killer = in_fork(limit, work) if chosen else ("untested", "")
-            self.kills[mutant.place][mutant.killer] += mutant.status == "killed"
+            for kills in (self.kills[mutant.place], self.all_kills):
+                kills[mutant.killer] += mutant.status == "killed"
             if mutant.status != "killed":
                 print(mutant.status, f"{mutant.file}:{mutant.line}", mutant.key, file=sys.__stderr__, flush=True)
             if number % 50 == 0 or number == len(in_order):
@@ -446,13 +448,17 @@ class Run:
         if changed is None:  # who reads what is computed on import is not known
             names = {name for name, seconds in self.seconds.items() if seconds < QUICK}
         kills = self.kills[mutant.place]
-        ordered = sorted(names, key=lambda name: (-kills[name], self.seconds[name]))
+        proven = sorted(names, key=lambda name: (-kills[name], self.seconds[name] / (1 + self.all_kills[name])))
+        # Tests mirror the files of the package, and what reaches little else tests that.
+        own = f"test_{Path(mutant.file).stem}.py"
+        special = sorted(names, key=lambda name: (own not in name, self.lines[name]))
+        ordered = list(dict.fromkeys(itertools.chain.from_iterable(zip(proven, special, strict=True))))
         total = itertools.accumulate(self.seconds[name] for name in ordered)
         return [name for name, seconds in zip(ordered, total, strict=True) if seconds < self.budget]
 
     def clean_run(self, items: dict[str, pytest.Item]) -> dict[tuple[str, int], set[str]]:
         """The tests that reach each line. Those of files that have not changed since the last run need not run again."""
-        package = sha(*sorted(PACKAGE.rglob("*.py")))
+        package = sha(*FILES)
         kept = json.loads(REACHED.read_text()) if REACHED.exists() else {}
         known = {key: found for key, found in kept.items() if key.startswith(package)}
         watch = coverage.Coverage(data_file=None, include=[str(PACKAGE / "*")], config_file=False)
@@ -468,7 +474,7 @@ class Run:
                 data = watch.get_data()
                 lines = {str(Path(file).relative_to(ROOT)): data.lines(file) for file in data.measured_files()}
                 known[key] = time.perf_counter() - started, lines
-            self.seconds[name] = known[key][0]
+            self.seconds[name], self.lines[name] = known[key][0], sum(map(len, known[key][1].values()))
             for file, numbers in known[key][1].items():
                 for line in numbers:
                     reached[file, line].add(name)
@@ -493,7 +499,9 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--again", action="store_true", help="only the mutants that have not been killed so far")
+    parser.add_argument(
+        "--again", action="store_true", help="only mutants that have not been killed yet and are not listed"
+    )
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds that the tests of one mutant may take")
     arguments = parser.parse_args()
     os.chdir(ROOT)
@@ -503,7 +511,8 @@ def main() -> int:
     files = [path.resolve() for path in arguments.files] or FILES
     mutants = [mutant for path in files for mutant in mutants_of(path)]
     if arguments.again:
-        mutants = [mutant for mutant in mutants if rows.get((mutant.file, mutant.key), {}).get("status") != "killed"]
+        dead = {key for key, row in rows.items() if row["status"] == "killed"}
+        mutants = [mutant for mutant in mutants if (mutant.file, mutant.key) not in dead and not is_listed(mutant)]
     replaced = set() if arguments.again else {str(path.relative_to(ROOT)) for path in files}
     rows = {key: row for key, row in rows.items() if key[0] not in replaced}
 
@@ -512,21 +521,35 @@ def main() -> int:
         found = rows | {key: {"key": key, **asdict(mutant)} for key, mutant in done.items()}
         RESULTS.write_text(json.dumps(list(found.values()), indent=1))
 
+    killers = [row["killer"] for row in rows.values() if row["status"] == "killed"]
     started = time.monotonic()
     hypothesis.settings.register_profile(
         "mutation", database=None, derandomize=True, phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
     )
     hypothesis.settings.load_profile("mutation")
-    if pytest.main(tests(), plugins=[Run(mutants, arguments.budget, save)]):
+    if pytest.main(tests(), plugins=[Run(mutants, arguments.budget, killers, save)]):
         raise SystemExit("the tests do not pass without a mutant")
     return report(mutants, time.monotonic() - started)
 
 
+@functools.cache
+def listed() -> list[str]:
+    """The mutants that docs/mutation.md lists, each one a line that may end in ``…``."""
+    page = ROOT / "docs" / "mutation.md"
+    lines = page.read_text().splitlines() if page.exists() else []
+    return [line.removeprefix("- ").removesuffix("`") for line in lines if line.startswith("- `")]
+
+
+def is_listed(mutant: Mutant) -> bool:
+    """Whether docs/mutation.md gives the reason why the mutant survives."""
+    key = mutant.key.removesuffix("`")
+    return any(key.startswith(line[:-1]) if line.endswith("…") else key == line for line in listed())
+
+
 def report(mutants: list[Mutant], seconds: float) -> int:
     """Print what survives and is not listed."""
-    listed = (ROOT / "docs" / "mutation.md").read_text() if (ROOT / "docs" / "mutation.md").exists() else ""
     alive = [mutant for mutant in mutants if mutant.status in ("survived", "untested")]
-    unknown = [mutant for mutant in alive if mutant.key not in listed]
+    unknown = [mutant for mutant in alive if not is_listed(mutant)]
     for mutant in unknown:
         print(f"{mutant.status} {mutant.file}:{mutant.line} {mutant.key}")
     counts = Counter(mutant.status for mutant in mutants)

@@ -301,7 +301,9 @@ def test_the_class_means_are_compared_with_every_frame_that_exists_and_with_chan
         for name in frames:
             drawn[name].append(formulas[name](lengths[name == "nc2_of"][:, None] * rows))
     for name, values in drawn.items():  # five standard errors of the mean of 100 draws and of 200
-        assert found.chance[name] == pytest.approx(np.mean(values), abs=5 * np.std(values) * math.sqrt(1 / 100 + 1 / 200))
+        assert found.chance[name] == pytest.approx(
+            np.mean(values), abs=5 * np.std(values) * math.sqrt(1 / 100 + 1 / 200)
+        )
 
 
 def test_a_frame_is_near_if_it_is_nearer_than_chance_by_five_percent():
@@ -312,7 +314,9 @@ def test_a_frame_is_near_if_it_is_nearer_than_chance_by_five_percent():
         ratio = found.distances["nc2_etf_centered"] / found.chance["nc2_etf_centered"]
         assert found.nearest == ("nc2_etf_centered" if ratio < 0.95 else None), ratio
         named.add((found.nearest, ratio > 0.9))
-    assert len(named) == 3  # among them one that is nearer by less than a tenth, and one that is nearer by less than five percent
+    assert (
+        len(named) == 3
+    )  # among them one that is nearer by less than a tenth, and one that is nearer by less than five percent
 
 
 def test_seli_is_the_nearest_if_it_is_nearer_than_the_simplex_etf_by_a_tenth():

@@ -112,7 +112,7 @@ def test_saved_states_of_parts_of_the_data_merge_to_the_whole_whatever_the_split
         torch.save(metric.state_dict(), tmp_path / f"{number}.pt")
     total = NeuralCollapse(CLASSES, FEATURES, metrics=names)
     for number in range(parts):
-        total.merge_state(torch.load(tmp_path / f"{number}.pt"))
+        total.merge_state(torch.load(tmp_path / f"{number}.pt", weights_only=True))
     whole = fill(NeuralCollapse(CLASSES, FEATURES, metrics=names), features, target, len(target)).compute()
     assert {name: value.item() for name, value in total.compute().items()} == pytest.approx(
         {name: value.item() for name, value in whole.items()}, rel=1e-12
@@ -341,6 +341,14 @@ def test_plot_draws_one_value_and_many():
         ({"num_classes": 3, "num_features": 2, "weight": nn.ReLU()}, "a layer with a weight.*got ReLU"),
         ({"num_classes": 3, "num_features": 2, "weight": 1.0}, "weight must be .* got float"),
         ({"num_classes": 3, "num_features": 2, "bias": torch.ones(2)}, r"bias must have shape \(3,\)"),
+        ({"num_classes": 2, "num_features": 3, "weight": torch.ones(1, 3)}, r"torch.cat\(\[-weight, weight\]\)"),
+        ({"num_classes": 2, "num_features": 3, "bias": torch.ones(1)}, r"torch.cat\(\[-bias, bias\]\)"),
+        ({"num_classes": 3, "num_features": 3, "weight": torch.ones(1, 3)}, r"got \(1, 3\)$"),
+        ({"num_classes": 3, "num_features": 3, "bias": torch.ones(1)}, r"got \(1,\)$"),
+        (
+            {"num_classes": 3, "num_features": 2, "ignore_index": 0.5},
+            "ignore_index must be an integer or None, got 0.5",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):
@@ -506,9 +514,19 @@ def _problem():
     """Features, labels, a weight, a bias and other data. Sorted, so that a rank has no sample of some classes."""
     features, target = clusters(6, 20, FEATURES, 0.7, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
-    weight, bias, ood = (torch.randn(*size, generator=generator).double() for size in ((6, FEATURES), (6,), (9, FEATURES)))
+    weight, bias, ood = (
+        torch.randn(*size, generator=generator).double() for size in ((6, FEATURES), (6,), (9, FEATURES))
+    )
     order = target.argsort()
     return features[order], target[order], weight, bias, ood
+
+
+def _many():
+    """Several blocks of classes and of the scatter matrix; a class has no sample, and another one."""
+    features, target = clusters(300, 2, 250, 0.3)
+    kept = target != 7
+    kept[(target == 9).nonzero()[0]] = False
+    return features[kept], target[kept]
 
 
 def _half(rank, port, folder):
@@ -526,7 +544,12 @@ def _half(rank, port, folder):
     fill(held, features[own], target[own])
     regression = NeuralRegressionCollapse(3, FEATURES, weight[:3])
     regression.update(features[own], features[own, :3] ** 2)
-    many, labels = clusters(300, 2, 250, 0.3)  # several blocks of classes and of the scatter matrix
+    alone = [torch.distributed.new_group([other]) for other in (0, 1)][rank]
+    apart = NeuralCollapse(6, FEATURES, weight, bias, ["nc1", "nc4"], sync_on_compute=False)
+    apart.update(features[own], target[own])
+    apart.merge_over_ranks(alone)
+    assert apart.counts.sum() == apart.compared.sum() == len(target[own])
+    many, labels = _many()
     moments = ClassMoments.zeros(300, 250)
     moments.update(many[rank::2], labels[rank::2])
     moments.merge_over_ranks()
@@ -549,13 +572,19 @@ def test_two_ranks_give_every_value_of_all_samples(tmp_path):
     squares = features[:, :3] ** 2
     expected["nrc1"] = F.nrc1(features, squares).item()
     expected |= {name: getattr(F, name)(features, squares, weight[:3]).item() for name in ("nrc2", "nrc3")}
-    many, labels = clusters(300, 2, 250, 0.3)
+    many, labels = _many()
     means, _, deviations, within, _ = reference.moments(many, labels)
+    means = np.insert(means, 7, 0, axis=0)
     squares = np.bincount(labels, (deviations**2).sum(axis=1))
     for rank in (0, 1):
         values, parts = torch.load(tmp_path / f"{rank}.pt")
         assert {name: value.item() for name, value in values.items()} == pytest.approx(expected, rel=1e-8, nan_ok=True)
-        found = {"counts": np.full(300, 2), "means": means, "spread": squares, "columns": (deviations**2).sum(axis=0)}
+        found = {
+            "counts": np.bincount(labels),
+            "means": means,
+            "spread": squares,
+            "columns": (deviations**2).sum(axis=0),
+        }
         for name, truth in (found | {"pooled": within * len(many)}).items():
             np.testing.assert_allclose(parts[name], truth, rtol=1e-9, atol=1e-10, err_msg=name)
         coarse = [(many != many.to(dtype)).sum().item() for dtype in (torch.bfloat16, torch.float16)]
