@@ -54,7 +54,9 @@ def counts_of(folder, **options):
 
 def hold(found):
     (first, objects, size), (second, more_objects, more_size), (third, most_objects, most_size) = found
-    assert first == second == third
+    for name in first:
+        spare = 5 if name == "tensors" else 0  # one or two are in use for a moment; a leak adds hundreds
+        assert max(second[name], third[name]) <= first[name] + spare, (name, first, second, third)
     growth = more_objects - objects, most_objects - more_objects
     assert abs(growth[1] - growth[0]) <= 2 + growth[0] // 50, growth  # a row is a row, early and late
     sizes = more_size - size, most_size - more_size
