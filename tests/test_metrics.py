@@ -345,7 +345,10 @@ def test_plot_draws_one_value_and_many():
         ({"num_classes": 2, "num_features": 3, "bias": torch.ones(1)}, r"torch.cat\(\[-bias, bias\]\)"),
         ({"num_classes": 3, "num_features": 3, "weight": torch.ones(1, 3)}, r"got \(1, 3\)$"),
         ({"num_classes": 3, "num_features": 3, "bias": torch.ones(1)}, r"got \(1,\)$"),
-        ({"num_classes": 3, "num_features": 2, "ignore_index": 0.5}, "ignore_index must be an integer or None, got 0.5"),
+        (
+            {"num_classes": 3, "num_features": 2, "ignore_index": 0.5},
+            "ignore_index must be an integer or None, got 0.5",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):
@@ -649,6 +652,102 @@ def test_samples_that_were_compared_already_are_not_merged_with_samples_that_are
     for one, other in ((compared, kept), (kept, compared)):
         with pytest.raises(ValueError, match="compared with class means already"):
             one.merge_state(other)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_held_out_samples_are_compared_with_the_class_means_of_other_data(kept):
+    train, labels = clusters(5, 9, 4, 0.5, dtype=torch.float64)
+    rows, target = clusters(5, 30, 4, 2.5, dtype=torch.float64)
+    rows, target = rows[target != 4], target[target != 4]  # a class of the centers has no sample
+    centers = torch.stack([train[labels == k].mean(dim=0) for k in range(5)])
+    weight, bias = torch.randn(5, 4).double(), torch.randn(5).double()
+    names = ["nc1", "nc1_trace", "nc2_etf", "ncc_error", "nc4"]
+    metric = NeuralCollapse(5, 4, weight, bias, names, centers=centers.clone().requires_grad_())
+    metric.keeps_samples = kept
+    assert "centers" not in metric.state_dict()
+    fill(metric, rows, target)
+    with pytest.warns(UserWarning, match="no sample of 1 class"):
+        values = {name: value.item() for name, value in metric.compute().items()}
+    own, used = reference.moments(rows, target)[0], centers[:4].numpy()
+    deviations, centered = rows.numpy() - used[target], used - used.mean(axis=0)
+    nearest = np.array([((row - centers.numpy()) ** 2).sum(axis=1).argmin() for row in rows.numpy()])
+    decision = (rows @ weight.T + bias).argmax(dim=1).numpy()
+    within, between = deviations.T @ deviations / len(rows), centered.T @ centered / 4
+    truth = {
+        "nc1": reference.nc1_by_axes(rows, target),
+        "nc1_trace": reference.all_metrics(rows, target, weight[:4].numpy(), bias[:4].numpy())["nc1_trace"],
+        "nc2_etf": reference.frame(own, "etf"),
+        "ncc_error": np.mean(nearest != target.numpy()),
+        "nc4": np.mean(nearest != decision),
+        "nc1_train_means": np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / 4,
+        "nc1_trace_train_means": np.trace(within) / np.trace(between),
+    }
+    assert values == pytest.approx(truth, rel=1e-9)
+
+
+def test_samples_of_a_class_without_a_center_are_not_compared():
+    rows, target = clusters(4, 20, 6, 2.0, dtype=torch.float64)
+    centers = torch.stack([rows[target == k].mean(dim=0) for k in range(4)]) + 0.3
+    centers[2, 1] = torch.nan
+    metric = fill(NeuralCollapse(4, 6, metrics=["ncc_error", "nc1_trace"], centers=centers), rows, target)
+    with pytest.warns(UserWarning, match="1 classes of the samples have no mean among the centers"):
+        values = metric.compute()
+    assert list(values) == ["nc1_trace", "ncc_error"]  # without NC1 around the centers
+    known = [k for k in range(4) if k != 2]
+    nearest = [min(known, key=lambda k: ((row - centers[k]) ** 2).sum()) for row in rows]
+    wrong = [near != label for near, label in zip(nearest, target.tolist(), strict=True) if label != 2]
+    assert values["ncc_error"].item() == pytest.approx(np.mean(wrong), abs=1e-12)
+    assert 0 < np.mean(wrong) < 1
+    with pytest.raises(ValueError, match=r"centers must have shape \(4, 6\), got \(6, 4\)"):
+        NeuralCollapse(4, 6, centers=centers.T)
+
+
+def test_other_data_come_in_batches_of_any_precision():
+    features, target = data()
+    other = torch.randn(50, FEATURES).bfloat16()
+    metric = fill(NeuralCollapse(CLASSES, FEATURES, metrics="nc5"), features, target)
+    for part in other.split(16):
+        metric.update_ood(part)
+    weight = np.eye(CLASSES, FEATURES)
+    truth = reference.all_metrics(features, target, weight, np.zeros(CLASSES), other.double().numpy())["nc5"]
+    assert metric.compute()["nc5"].item() == pytest.approx(truth, rel=1e-9)
+    twin = fill(NeuralCollapse(CLASSES, FEATURES, metrics="nc5"), features, target)
+    twin.merge_state(metric)
+    assert twin.compute()["nc5"].item() == pytest.approx(truth, rel=1e-9)
+    metric.reset()
+    assert metric.ood_sum.shape == (FEATURES,)
+    with pytest.raises(ValueError, match=f"num_features={FEATURES}"):
+        metric.update_ood(other[:, :3])
+
+
+def test_a_buffer_of_features_that_is_filled_again_changes_no_sample_that_is_kept():
+    features, target = clusters(CLASSES, 40, FEATURES, 2.0)
+    metric, rows = NeuralCollapse(CLASSES, FEATURES, metrics="ncc_error"), torch.empty(40, FEATURES)
+    for part, labels in zip(features.split(40), target.split(40), strict=True):
+        metric.update(rows.copy_(part), labels)
+    assert metric.compute()["ncc_error"] == F.ncc_error(features, target)
+
+
+def test_after_a_merge_over_ranks_nothing_is_added():
+    features, target = data()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        metric = fill(
+            NeuralCollapse(CLASSES, FEATURES, metrics=["nc1", "ncc_error"], sync_on_compute=False), features, target
+        )
+        metric.merge_over_ranks()
+        for add, what in (
+            (lambda: metric.update(features, target), "update"),
+            (lambda: metric.merge_state(metric), "merge"),
+        ):
+            with pytest.raises(RuntimeError, match=f"before the next {what}"):
+                add()
+        with pytest.raises(RuntimeError, match="all ranks already"):
+            metric.merge_over_ranks()
+        assert metric.compute()["ncc_error"] == F.ncc_error(features, target)
+        assert metric.counts.sum() == len(target)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_nc5_without_other_data_says_so():
