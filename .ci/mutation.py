@@ -444,7 +444,8 @@ class Run:
         """The names of the tests that may kill a mutant, the most promising first."""
         lines = range(mutant.lines[0], mutant.lines[1] + 1)
         names = set[str]().union(*(reached[mutant.file, line] for line in lines)) & self.seconds.keys()
-        names = names or {name for name in self.seconds if "ranks" in name}  # in processes of its own
+        if not names or "rank" in mutant.place or "merge" in mutant.place:  # reached in processes of their own
+            names = names | {name for name in self.seconds if "ranks" in name}
         if changed is None:  # who reads what is computed on import is not known
             names = {name for name, seconds in self.seconds.items() if seconds < QUICK}
         kills = self.kills[mutant.place]
