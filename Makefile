@@ -7,7 +7,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo language-model test test-all coverage test-browser test-oldest test-newest package lint types docs figures gallery benchmarks clean $(NUMBERED)
+.PHONY: demo language-model test test-all coverage test-browser test-oldest test-newest package soak lint types docs figures gallery \
+	benchmarks mutation clean $(NUMBERED)
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -20,16 +21,17 @@ language-model: $(INSTALLED)
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL = -n $(JOBS) --dist worksteal
+QUICK = not slow and not browser and not soak
 
 test: $(INSTALLED)
-	$(PYTEST) $(PARALLEL) -m "not slow and not browser" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
 test-all: $(INSTALLED)
-	$(PYTEST) $(PARALLEL) -m "not browser" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not browser and not soak" $(ARGS)
 
 # Lines and branches of the package that make test reaches, in the processes that it starts too.
 coverage: $(INSTALLED)
-	$(PYTEST) $(PARALLEL) -m "not slow and not browser" --cov --cov-report=term --cov-report=json $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "$(QUICK)" --cov --cov-report=term --cov-report=json $(ARGS)
 
 # The report in headless Chromium. On Debian and Ubuntu: apt-get install chromium chromium-driver.
 test-browser: $(INSTALLED)
@@ -37,17 +39,22 @@ test-browser: $(INSTALLED)
 
 # In environments of their own, with Python 3.10 and the oldest releases, and with the newest of everything: see noxfile.py.
 test-oldest test-newest: test-%: $(INSTALLED)
-	$(BIN)/nox -s tests-$* -- $(PARALLEL) $(ARGS)
+	$(BIN)/nox --error-on-missing-interpreters -s tests-$* -- $(PARALLEL) $(ARGS)
 
 # Wheel and sdist, in dist/, and what an installed wheel can do.
 package: $(INSTALLED)
 	.ci/package $(BIN)/python
+
+# Drawn trainings and faults by plan, about ten minutes by default: make soak ARGS="--examples 200 --minutes 20"
+soak: $(INSTALLED)
+	$(PYTEST) -m soak tests/soak $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check lightning_nc tests examples benchmarks
 	$(BIN)/codespell
 	$(BIN)/codespell --dictionary .ci/private.txt --regex "def fold\b|[\w-]+"  # codespell:ignore
+	VENV=$(VENV) .ci/lint-workflows
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -71,14 +78,17 @@ gallery: $(INSTALLED)
 $(NUMBERED): figure-%: $(INSTALLED)
 	$(UFM) --figure $*
 
+# Changes the formulas in one place at a time and lists the changes that no test notices. It takes an hour or more on one core.
+mutation: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutation.py $(ARGS)
+
+# Prints the tables of docs/costs.md and docs/peers.md; ARGS=--write puts them into the pages. About half an hour.
 benchmarks: $(INSTALLED)
-	$(BIN)/python benchmarks/moments.py
-	$(BIN)/python benchmarks/exact_pass.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/many_classes.py
-	$(BIN)/python benchmarks/scale.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --rounds 5
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/long_run.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/ufm.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ufm.py --repeats 3
 
 # A torch that was built locally (2.13.0+cpu, say) satisfies torchvision's demand for 2.13.0, but the two do not import
 # together. Then the torch of the same version that torchvision was built against takes its place.

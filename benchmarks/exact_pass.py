@@ -1,9 +1,8 @@
-"""Cost of the exact pass over a data set, as a ratio to the bare forward pass over the same data; and its peak memory.
+"""Cost of the exact pass over a data set, as a ratio to the bare forward pass over the same data; and its memory. See costs.py.
 
-python benchmarks/exact_pass.py
+Times are those of one core, on one thread: what else the machine does counts less.
 """
 
-import resource
 import subprocess
 import sys
 import time
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 import torchvision
 import transformers
+from pages import table
+from scale import memory
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 from lightning_nc import measure
 from lightning_nc.functional import METRICS
@@ -39,47 +39,48 @@ def one_pass() -> list[str]:
     return [name for name, spec in METRICS.items() if not (spec.samples or spec.opt_in)]
 
 
-def cost(title: str, layers: list[str] | None = None, count: int = 1024, repeats: int = 5, **arguments: Any) -> None:
-    """Time of ``measure`` with these arguments, and of the bare forward pass, taking turns."""
-    model, loader = resnet18(), images(count)
+LAYERS = ["layer1", "layer2", "layer3", "layer4"]
+PASSES: dict[str, dict[str, Any]] = {
+    "the paper's six": {},
+    "the same and 4 layers": {"layers": LAYERS},
+    "all metrics that one pass gives": {"metrics": one_pass()},
+    "all metrics, with samples compared at 5 layers": {"layers": LAYERS, "metrics": "all"},
+    "the same in two passes": {"layers": LAYERS, "metrics": "all", "feature_budget": 0},
+}
+
+
+def passes_table(count: int = 384, repeats: int = 3) -> str:
+    """Time of ``measure`` over the bare forward pass of ResNet18, which take turns."""
+    model, loader, rows = resnet18(), images(count), []
 
     def bare() -> None:
         with torch.no_grad():
-            for rows, _ in loader:
-                model(rows)
+            for batch, _ in loader:
+                model(batch)
 
-    def ours() -> None:
-        measure(model, loader, progress=False, classifier="fc", layers=layers, **arguments)
-
-    ratios, times = [], []
     bare()
-    for _ in range(repeats):
-        start = time.perf_counter()
-        bare()
-        middle = time.perf_counter()
-        ours()
-        end = time.perf_counter()
-        ratios.append((end - middle) / (middle - start))
-        times.append(middle - start)
-    middle = sorted(ratios)[repeats // 2]
-    print(
-        f"exact pass of ResNet18, {title}, over {count} images of 32x32: {middle:.3f} times the bare "
-        f"forward pass ({sorted(times)[repeats // 2]:.2f} s); between {min(ratios):.3f} and {max(ratios):.3f}"
-    )
+    for title, arguments in PASSES.items():
+        print(f"  {title}", file=sys.stderr, flush=True)
+        ratios, times = [], []
+        for _ in range(repeats):
+            start = time.process_time()
+            bare()
+            middle = time.process_time()
+            measure(model, loader, progress=False, classifier="fc", **arguments)
+            ratios.append((time.process_time() - middle) / (middle - start))
+            times.append(middle - start)
+        low, ratio, *_, high = sorted(ratios)
+        rows.append([title, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}", f"{sorted(times)[repeats // 2]:.1f} s"])
+    return table([f"ResNet18, {count} images of 32x32", "ratio", "of three", "bare forward pass"], rows)
 
 
-def tokens(count: int = 12, length: int = 1024) -> None:
-    """Time of a pass over the tokens of a GPT-2, every token a sample; the bare forward pass runs before each of its steps.
-
-    Time of one core, on one thread: what else the machine does counts less.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def tokens_table(count: int = 8, length: int = 1024) -> str:
+    """Time of a pass over the tokens of a GPT-2, every token a sample; the bare forward pass runs before each of its steps."""
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
     times: list[tuple[float, float]] = []
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
-        for _ in tqdm(range(count), "GPT-2"):
+        for _ in range(count):
             batch = {"input_ids": torch.randint(model.config.vocab_size, (1, length))}
             start = time.process_time()
             with torch.no_grad():
@@ -93,14 +94,40 @@ def tokens(count: int = 12, length: int = 1024) -> None:
     total = time.process_time() - start
     bare, ours = (sorted(column)[count // 2] for column in zip(*times, strict=True))
     ratios = sorted(mine / forward for forward, mine in times)
-    once = (
-        total - sum(map(sum, times)) + times[0][1] - ours
-    )  # the trial before the first step, and what follows the last one
-    torch.set_num_threads(threads)
-    print(
-        f"exact pass of GPT-2 (K = 50,257, d = 768), every token a sample: {ratios[count // 2]:.3f} times the bare forward pass "
-        f"({bare:.2f} s for {length} tokens); most between {ratios[count // 4]:.3f} and {ratios[3 * count // 4]:.3f}; besides "
-        f"{once:.1f} s once, which is {once / bare / 128:.3f} of the forward pass over {128 * length:,} tokens"
+    # The trial before the first step, and what follows the last one.
+    once = total - sum(map(sum, times)) + times[0][1] - ours
+    spread = f"{ratios[count // 4]:.3f} to {ratios[3 * count // 4]:.3f}"
+    share = f"{once:.1f} s, {once / bare / 128:.3f} of a forward pass over {128 * length:,} tokens"
+    head = [
+        f"GPT-2, K = 50,257, d = 768, {length:,} tokens a step",
+        "ratio",
+        f"half of {count} steps",
+        "bare step",
+        "once",
+    ]
+    return table(head, [["the paper's six", f"{ratios[count // 2]:.3f}", spread, f"{bare:.1f} s", share]])
+
+
+def layers_table(width: int = 512, count: int = 4096) -> str:
+    """Time beside the bare forward pass, and state, against the number of layers that are measured."""
+    depth = 8
+    blocks = [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth)]
+    model = nn.Sequential(*blocks, nn.Linear(width, 10)).eval()
+    loader = DataLoader(TensorDataset(torch.randn(count, width), torch.arange(count) % 10), 256)
+    rows, first = [], 0.0
+    for layers in (0, 1, 2, 4, 8):
+        names = [str(place) for place in range(layers)]
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            measure(model, loader, layers=names, progress=False)
+            times.append(time.process_time() - start)
+        taken = min(times)
+        first = first or taken
+        state = (layers + 1) * (8 * 10 * width + 8 * width**2) / 1e6
+        rows.append([f"{layers}", f"{taken / first:.2f}", f"{state:.0f}"])
+    return table(
+        [f"layers of {width} features besides the classifier's input", "time / that of none", "state, MB"], rows
     )
 
 
@@ -126,22 +153,17 @@ class Generated:
 def stream(batches: int, metrics: str, budget: float) -> None:
     """Measure over generated batches and print the peak memory."""
     measure(nn.Linear(512, 10), Generated(batches), progress=False, metrics=metrics, feature_budget=budget)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(memory("VmHWM") // 2**20)
 
 
-if __name__ == "__main__":
-    print(f"{torch.get_num_threads()} threads")
-    few, many = peak(20), peak(2000)
-    print(f"peak memory over 5,120 and 512,000 samples: {few} and {many} MiB: {many / few:.2f}")
-    layers = ["layer1", "layer2", "layer3", "layer4"]
-    twice, none, kept = peak(1000, "all", 0), peak(1000, "all", 2**27), peak(1000, "all", 2**30)
-    print(
-        f"all metrics over 256,000 samples of 512 features, 500 MiB: peak of {twice} MiB with a feature budget of 0, {none} MiB "
-        f"with one of 128 MiB (both in two passes), {kept} MiB with one of 1 GiB (kept)"
-    )
-    cost("the paper's six")
-    cost("the paper's six and 4 layers", layers)
-    cost("all metrics that one pass gives", metrics=one_pass())
-    cost("all metrics, with samples compared at 5 layers", layers, metrics="all")
-    cost("the same in two passes", layers, metrics="all", feature_budget=0)
-    tokens()
+def memory_table() -> str:
+    """Peak memory of a whole process against the number of samples, and against what is kept for a second look at them."""
+    few = peak(20)
+    rows = [
+        ["the paper's six", f"{256 * count:,}", f"{found}", f"{found / few:.2f}"]
+        for count, found in ((20, few), (200, peak(200)), (2000, peak(2000)))
+    ]
+    for title, budget in (("two passes: `feature_budget=0`", 0), ("features kept: `feature_budget=2**30`", 2**30)):
+        found = peak(1000, "all", budget)
+        rows.append([f"all metrics, {title}", "256,000", f"{found}", f"{found / few:.2f}"])
+    return table(["512 features, 10 classes", "samples", "peak of the process, MiB", "ratio"], rows)

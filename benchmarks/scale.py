@@ -1,13 +1,7 @@
-"""Memory and time of update, synchronization and compute for many classes, next to their arithmetic lower bounds.
+"""Memory and time of update, synchronization and compute for many classes, next to their lower bounds. See costs.py."""
 
-python benchmarks/scale.py             # about ten minutes on two cores; the tables of docs/costs.md
-python benchmarks/scale.py --full      # also 128,256 classes in 4,096 dimensions: 10 GB of memory
-"""
-
-import argparse
 import ctypes
 import math
-import os
 import socket
 import sys
 import time
@@ -17,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pages import table
 
 from lightning_nc import NeuralCollapse
 
@@ -38,8 +33,8 @@ class Case(NamedTuple):
         return 8 * self.classes * self.features + 8 * self.features**2
 
 
-SIZES = [Case(10, 512), Case(1000, 2048), Case(50_257, 768), Case(32_064, 4096, samples=2 * BATCH)]
-FULL = Case(128_256, 4096, samples=2 * BATCH, whole=False)
+SIZES = [Case(10, 512), Case(1000, 2048), Case(50_257, 768)]
+LARGE = [Case(32_064, 4096, samples=2 * BATCH), Case(128_256, 4096, samples=2 * BATCH, whole=False)]
 
 
 def memory(entry: str) -> int:
@@ -116,13 +111,9 @@ def run(case: Case) -> dict[str, float]:
     return queue.get()
 
 
-def sizes_table(cases: list[Case]) -> None:
+def sizes_table(cases: list[Case]) -> str:
     """Time, next to its bound, and peak memory at each size."""
-    print(
-        "| K | d | state, MB | update with 1000 samples | besides the state, MB | merge of 2 ranks | peak / state | `sync()` | "
-        "peak / state | `compute()` | peak / state |"
-    )
-    print("|" + "---|" * 11)
+    rows = []
     for case in cases:
         found = run(case)
         classes, features, rate = case.classes, case.features, found["rate"]
@@ -141,47 +132,48 @@ def sizes_table(cases: list[Case]) -> None:
                 cells += [f"{seconds(found[name])} ({seconds(bound)})", peak]
             else:
                 cells += ["", ""]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        rows.append(cells)
+    steps = ["update with 1000 samples", "besides the state, MB", "merge of 2 ranks", "peak / state"]
+    return table(["K", "d", "state, MB", *steps, "`sync()`", "peak / state", "`compute()`", "peak / state"], rows)
 
 
-def growth_table(base: Case) -> None:
+def growth_table(base: Case) -> str:
     """By which factor time and memory grow if one size doubles."""
-    print(
-        f"\n| from K = {base.classes}, d = {base.features}, N = {base.samples} a rank, 2 ranks | update | merge | compute | "
-        "state | memory of a merge |"
-    )
-    print("|" + "---|" * 6)
-    start = run(base)
+    start, rows = run(base), []
     for name, field in {"K": "classes", "d": "features", "N": "samples", "ranks": "ranks"}.items():
         case = base._replace(**{field: 2 * getattr(base, field)})
         found = run(case)
         cells = [f"{found[key] / start[key]:.1f}" for key in ("update", "merge", "compute")]
-        cells += [f"{case.state / base.state:.1f}", f"{found['merge bytes'] / start['merge bytes']:.1f}"]
-        print(f"| 2 {name} | " + " | ".join(cells) + " |", flush=True)
+        rows.append(
+            [
+                f"2 {name}",
+                *cells,
+                f"{case.state / base.state:.1f}",
+                f"{found['merge bytes'] / start['merge bytes']:.1f}",
+            ]
+        )
+    sizes = f"from K = {base.classes}, d = {base.features}, N = {base.samples} a rank, 2 ranks"
+    return table([sizes, "update", "merge", "compute", "state", "memory of a merge"], rows)
 
 
-def pairs_table(classes: int = 4096, target: int = 128_256, pairs: int = 20_000) -> None:
+def pairs_table(classes: int = 4096, target: int = 128_256, pairs: int = 20_000) -> str:
     """Metrics over pairs of classes: the time of a pair, and what all pairs of ``target`` classes would take."""
-    torch.set_num_threads(1)
-    print(
-        f"\n| metric | d | a pair of {classes:,} classes | all {math.comb(target, 2):.2g} pairs of {target:,} | a random pair | "
-        "10 million of them |"
-    )
-    print("|" + "---|" * 6)
+    rows = []
     for features in (512, 2048, 4096):
         labels = torch.arange(classes).repeat(2)
-        rows = torch.randn(classes, features)[labels] + torch.randn(len(labels), features)
+        samples = torch.randn(classes, features)[labels] + torch.randn(len(labels), features)
         for name in ("nc1_cdnv", "nc2_equiangular", "nc2_maxangle"):
             times = []
             for count in (None, pairs):
                 metric = NeuralCollapse(classes, features, metrics=name, pairs=count)
-                metric.update(rows, labels)
+                metric.update(samples, labels)
                 times.append(cost(metric.compute)[0] / (count or math.comb(classes, 2)))
-            print(
-                f"| `{name}` | {features:,} | {1e9 * times[0]:.0f} ns | {seconds(times[0] * math.comb(target, 2))} | "
-                f"{1e6 * times[1]:.1f} us | {seconds(1e7 * times[1])} |",
-                flush=True,
+            every, drawn = seconds(times[0] * math.comb(target, 2)), seconds(1e7 * times[1])
+            rows.append(
+                [f"`{name}`", f"{features:,}", f"{1e9 * times[0]:.0f} ns", every, f"{1e6 * times[1]:.1f} us", drawn]
             )
+    count = f"all {math.comb(target, 2):.2g} pairs of {target:,}"
+    return table(["metric", "d", f"a pair of {classes:,} classes", count, "a random pair", "10 million of them"], rows)
 
 
 def seconds(value: float) -> str:
@@ -190,13 +182,3 @@ def seconds(value: float) -> str:
         if value >= 2 * size or (unit == "s" and value >= 1):
             return f"{value / size:.1f} {unit}"
     return f"{1e3 * value:.3g} ms"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="also measure 128,256 classes in 4,096 dimensions")
-    arguments = parser.parse_args()
-    print(f"{os.cpu_count()} cores, one thread a process")
-    sizes_table([*SIZES, *([FULL] if arguments.full else [])])
-    growth_table(Case(8000, 1024, 2 * BATCH))
-    pairs_table()

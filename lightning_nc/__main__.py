@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_nc.history import History
+
+from lightning_nc import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plot finished runs or report on them, or measure checkpoints; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="lightning-nc", description="Measure neural collapse.")
+    parser = argparse.ArgumentParser(
+        prog="lightning-nc",
+        description="Measure neural collapse.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    versions = "versions of this package, of those it works with, and of Python"
+    parser.add_argument("--version", action="version", version=_versions(), help=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plot(commands.add_parser("plot", help="plot one or more finished runs, in the layout of the paper"))
     _add_measure(commands.add_parser("measure", help="measure the checkpoints of a training"))
@@ -24,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = "; install it with pip" if isinstance(error, ModuleNotFoundError) else ""
         print("lightning-nc:", " ".join(f"{error}{remedy}".split()), file=sys.stderr)
         return 1
+
+
+def _versions() -> str:
+    """A line for each package that is installed; none of them is imported."""
+    found = {"lightning-neural-collapse": __version__}
+    for name in ("torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy", "transformers", "accelerate"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    found |= {"Python": platform.python_version(), "platform": platform.platform()}
+    return "\n".join(f"{name} {number}" for name, number in found.items())
 
 
 def _add_measure(measure: argparse.ArgumentParser) -> None:
@@ -99,9 +123,7 @@ def _at_least_two(text: str) -> int:
 
 
 def _plot(given: argparse.Namespace) -> int:
-    from lightning_nc.history import History
-    from lightning_nc.plotting import plot_overlay, plot_runs
-    from lightning_nc.runs import find_log, split_seeds
+    from lightning_nc.runs import find_log, in_one_step, split_seeds
 
     if given.labels and len(given.labels) != len(given.runs):
         raise ValueError(f"--labels must name each of the {len(given.runs)} runs, got {len(given.labels)} labels")
@@ -116,7 +138,10 @@ def _plot(given: argparse.Namespace) -> int:
             if log.resolve() == known.resolve():
                 raise ValueError(f"{other} and {path} are the same run; pass each run once")
         logs[path] = log
-    histories = [History.read(log) for log in logs.values()]
+    histories = [_read(log) for log in logs.values()]
+
+    from lightning_nc.plotting import plot_overlay, plot_runs  # after reading, which says what else it needs
+
     labels = given.labels or [str(path) for path in logs]
     runs = [run for label, rows in zip(labels, histories, strict=True) for run in split_seeds(label, rows)]
     metrics = given.metrics[0] if given.metrics in (["all"], ["paper"]) else given.metrics
@@ -131,11 +156,27 @@ def _plot(given: argparse.Namespace) -> int:
         out = out / "neural_collapse.png"
     elif not out.suffix:
         out = out.with_suffix(".png")
-    figure.savefig(out, dpi=150)
+    with in_one_step(out) as scratch:
+        figure.savefig(scratch, dpi=150)
     for log, rows in zip(logs.values(), histories, strict=True):
         print(f"{log}: {len(rows)} measurements")
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")
     return 0
+
+
+def _read(path: Path) -> History:
+    """A run, of which curves can be drawn."""
+    from lightning_nc.history import History
+
+    history = History.read(path)
+
+    from lightning_nc.plotting.curves import read_curves  # needs matplotlib, which is not the first thing to miss
+
+    try:
+        read_curves(history)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return history
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:
@@ -146,7 +187,6 @@ def _add_report(report: argparse.ArgumentParser) -> None:
 
 
 def _report(given: argparse.Namespace) -> int:
-    from lightning_nc.history import History
     from lightning_nc.report import write_report
 
     paths, out = given.runs, given.out
@@ -154,7 +194,7 @@ def _report(given: argparse.Namespace) -> int:
     for place, path in zip(places, paths, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"{path} is given twice; pass each run once")
-    runs = {str(path): History.read(path) for path in paths}
+    runs = {str(path): _read(path) for path in paths}
     if out.is_dir():
         out = out / "report.html"
     write_report(runs, out)

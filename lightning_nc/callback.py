@@ -161,13 +161,13 @@ class NeuralCollapseCallback(Results, Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         use_epoch_as_axis(trainer)
-        self._measured, self._validation_due = None, False
+        self._measured, self._epoch_began, self._validation_due = None, None, False
         if trainer.global_step or trainer.current_epoch:
             # Resumed: monitors look for the last values, and the last epoch may be measured already.
             known = {key: value for row in self.history for key, value in row.items() if key.startswith("nc/")}
             trainer.callback_metrics.update(tensors_of(known, pl_module.device))
             steps = ((row["epoch"], row["step"]) for row in reversed(self.history) if row["stage"] == "train")
-            self._measured = next(steps, None)
+            self._measured, self._weights = next(steps, None), fingerprint(pl_module)
         elif self._has_fitted and self.history:  # another training, of cross-validation for example
             self.previous_histories.append(self.history)
             self.history = History()
@@ -196,9 +196,9 @@ class NeuralCollapseCallback(Results, Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # trainer.test may load an older checkpoint, the best one, whose history is shorter.
-        if self._fitting or not self.history:
-            self.history = History.from_state(state_dict)
+        if self._fitting or not self.history:  # trainer.test may load an older checkpoint, with a shorter history
+            self.restore(state_dict)
+            self._has_fitted = True
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

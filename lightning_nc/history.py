@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning_nc.keys import CHANCE, STAGES, make_key, parse_key
 from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.measurement import Measurement
-from lightning_nc.runs import FIRST_COLUMNS, finite_number, is_metric, plain_value, read_rows
+from lightning_nc.runs import FIRST_COLUMNS, finite_number, in_one_step, is_metric, plain_value, read_rows
 from lightning_nc.saved import read_saved
 from lightning_nc.scenes import Scene, scene, scenes_of
 
@@ -279,14 +280,17 @@ def _write(path: Path, row: Mapping[str, Any]) -> None:
     columns = list(dict.fromkeys([*names, *row]))
     line = _lines([[row.get(name, "") for name in columns]])
     if columns == names and whole == data:
-        with path.open("ab") as file:
-            file.write(line)
+        try:
+            with path.open("ab") as file:
+                file.write(line)
+        except OSError:  # a full disk, on which there was room for a part of the row
+            os.truncate(path, len(data))
+            raise
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.tmp")
     padding = [""] * (len(columns) - len(names))
-    scratch.write_bytes(_lines([columns, *(cells + padding for cells in rows)]) + line)
-    scratch.replace(path)  # in one step: a run that is killed leaves the old file or the new one
+    with in_one_step(path) as scratch:
+        scratch.write_bytes(_lines([columns, *(cells + padding for cells in rows)]) + line)
 
 
 def _lines(rows: Iterable[Iterable[Any]]) -> bytes:

@@ -126,7 +126,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
         self._probe.reset()
         self._prefixes, self._measured, self._evaluated = {}, None, None
         if state.global_step:
-            self.history = History.from_state(state_of(state.log_history, self.stages))
+            self.restore(state_of(state.log_history, self.stages))
             self._measured = max((row["step"] for row in self.history if row["stage"] == "train"), default=None)
         elif self._has_trained and self.history:  # another training, of a search for hyperparameters for example
             self.previous_histories.append(self.history)

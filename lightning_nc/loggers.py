@@ -12,7 +12,7 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.functional import normalize
 
 from lightning_nc.history import History
-from lightning_nc.runs import metrics_of
+from lightning_nc.runs import in_one_step, metrics_of
 from lightning_nc.scenes import MOST_COSINES, Scene
 
 if TYPE_CHECKING:
@@ -140,4 +140,5 @@ def _publish(logger: Any, name: str, figure: Figure, step: int) -> None:
             experiment.log_figure(name, figure, step=step)
     elif getattr(logger, "log_dir", None):
         Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
-        figure.savefig(Path(logger.log_dir) / f"{file}.png", dpi=150)
+        with in_one_step(Path(logger.log_dir) / f"{file}.png") as path:
+            figure.savefig(path, dpi=150)

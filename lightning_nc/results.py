@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_nc.functional.geometry import Geometry
@@ -16,6 +17,7 @@ from lightning_nc.history import History
 from lightning_nc.measuring.classes import MeasuredClasses
 from lightning_nc.measuring.collector import Collector
 from lightning_nc.measuring.measurement import measurement
+from lightning_nc.saved import checked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,6 +77,14 @@ class Results:
     def animate(self, path: str | Path) -> Path:
         """The classes of ``geometry=`` over the whole training; see :meth:`History.animate`."""
         return self.history.animate(path)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue the history of a checkpoint. Of what cannot be read it warns; if these are the rows, a new history begins."""
+        try:
+            self.history = History.from_state(checked(state, "the checkpoint"))
+        except ValueError as error:
+            rank_zero_warn(f"{error}; the history begins anew")
+            self.history = History()
 
     def remember(
         self, collector: Collector, stage: str, loader: int, *, epoch: float, step: float, **marks: Any

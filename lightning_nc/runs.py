@@ -7,8 +7,10 @@ import io
 import json
 import math
 import re
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = [
     "epoch_of",
     "find_log",
     "finite_number",
+    "in_one_step",
     "is_metric",
     "is_objective",
     "metrics_of",
@@ -42,6 +45,7 @@ FIRST_COLUMNS = ("stage", "epoch")
 _OBJECTIVE = re.compile(
     r"(.*[^a-z0-9])?(loss|objective|acc|accuracy)([_@/]?(epoch|top|\d+|dataloader_idx))*", re.IGNORECASE
 )
+_DAMAGED = "the file is damaged: the record {} does not fit its checksum"
 _UFM_LEVEL = re.compile(r"(.+)_(h1|pre)")  # columns of the UFM example: the first layer, and before the ReLU
 
 
@@ -79,10 +83,12 @@ def epoch_of(row: Mapping[str, Any]) -> float:
 
 
 def finite_number(name: str, value: Any) -> float:
-    """A finite number, an int if it is whole; ``ValueError`` if it is something else."""
+    """A finite number below 2**63, an int if it is whole; ``ValueError`` if it is something else."""
     number = _number(name, value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if abs(number) > 2**63:  # an axis of such numbers cannot be drawn
+        raise ValueError(f"{name} must be below 2**63, got {value!r:.60}")
     return int(number) if number.is_integer() else number
 
 
@@ -99,7 +105,8 @@ def plain_value(name: str, value: Any) -> float | str | None:
         text = " ".join(value.split())
         for kind in (int, float):
             with suppress(ValueError):
-                return kind(text)
+                number = kind(text)
+                return number if abs(number) < 2**63 else float(text)
         return {"True": True, "False": False}.get(text, text)
     return value if value is None or isinstance(value, int) else _number(name, value)
 
@@ -162,6 +169,30 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows if own else [{key: row[key] for key in sorted(row, key=_order)} for row in _joined(rows)]
 
 
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """Another path to write a file to, which then takes the place of ``path``; nothing of it is left if that fails.
+
+    A run that is killed leaves the old file or the new one.
+
+    Raises:
+        OSError: with the name of the file, which that of a full disk does not have.
+    """
+    path = path.resolve()  # a link stays a link
+    if path.exists() and not path.is_file():  # a device
+        yield path
+        return
+    scratch = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with suppress(OSError):
+            scratch.unlink()
+
+
 def split_seeds(label: str, rows: Run) -> list[tuple[str, Run]]:
     """Label and rows of each run in the rows of a file, which has several if its column ``seed`` has several values.
 
@@ -169,10 +200,11 @@ def split_seeds(label: str, rows: Run) -> list[tuple[str, Run]]:
         >>> split_seeds("figure4.csv", [{"seed": 0, "nc1": 0.5}, {"seed": 1, "nc1": 0.4}])
         [('figure4.csv, seed 0', [{'seed': 0, 'nc1': 0.5}]), ('figure4.csv, seed 1', [{'seed': 1, 'nc1': 0.4}])]
     """
-    seeds = list(dict.fromkeys(row.get("seed") for row in rows))
-    if len(seeds) < 2:
-        return [(label, rows)]
-    return [(f"{label}, seed {seed}", [row for row in rows if row.get("seed") == seed]) for seed in seeds]
+    runs: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        seed = row.get("seed")
+        runs.setdefault("nan" if seed != seed else seed, []).append(row)
+    return [(f"{label}, seed {seed}" if len(runs) > 1 else label, rows) for seed, rows in runs.items()]
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -201,7 +233,7 @@ def _order(key: str) -> tuple[Any, ...]:
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a tensor of several numbers; an int of 400 digits
         raise ValueError(f"{name} must be a number, got {value!r:.60}") from None
 
 
@@ -277,18 +309,50 @@ def _tensorboard(file: Path) -> Iterator[dict[str, Any]]:
     with needed(f"{file}, a file of TensorBoard,", "tensorboard"):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    for part in file.parent.glob("events.out.tfevents*"):
+        _check_events(part)
     try:
         events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
     except Exception as error:
         raise ValueError(f"the file is damaged: {error}") from error
     tags = {_without_prefix(tag): tag for tag in events.Tags()["scalars"]}
-    epochs = {event.step: event.value for event in events.Scalars(tags["epoch"])} if "epoch" in tags else {}
+    epochs = {event.step: event.value for event in events.Scalars(tags["epoch"])} if "epoch" in tags else None
     rows: dict[int, dict[str, Any]] = {}
+    lost: set[int] = set()
     for key in (tag for tag in tags if is_metric(tag) or is_objective(tag)):
         for event in events.Scalars(tags[key]):
-            epoch = finite_number("epoch", epochs.get(event.step, event.step))
+            if epochs is not None and event.step not in epochs:
+                lost |= {event.step} if is_metric(key) else set()
+                continue
+            epoch = finite_number("epoch", event.step if epochs is None else epochs[event.step])
             rows.setdefault(event.step, {"epoch": epoch, "step": event.step})[key] = event.value
+    if lost:
+        rank_zero_warn(
+            f"{file} has metrics without an epoch at {len(lost)} steps, the last of them {max(lost)}: left out, since the run "
+            "may have been killed before it wrote the epoch"
+        )
     yield from (rows[step] for step in sorted(rows))
+
+
+def _check_events(file: Path) -> None:
+    """Raise ValueError if a record of TensorBoard does not fit its checksums, after which TensorBoard reads no further."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    data, position = file.read_bytes(), 0
+    while position + 12 <= len(data) and not _only_zeros(data, position):
+        body, end = position + 12, position + 16 + int.from_bytes(data[position : position + 8], "little")
+        parts = [
+            data[position:body],
+            data[body:end] if end <= len(data) else b"",
+        ]  # cut: still being written, or killed
+        if any(part and masked_crc32c(part[:-4]) != int.from_bytes(part[-4:], "little") for part in parts):
+            raise ValueError(_DAMAGED.format(f"of {file.name} at byte {position}"))
+        position = end
+
+
+def _only_zeros(data: bytes, position: int) -> bool:
+    """Whether nothing but zeros follows, as a crash of the machine may leave them."""
+    return not any(data[position : position + 7]) and not data[position:].strip(b"\0")
 
 
 def _wandb(file: Path) -> Iterator[dict[str, Any]]:
@@ -318,11 +382,15 @@ def _records(data: bytes) -> Iterator[bytes]:
         if block - position % block < header:  # no header fits in the rest of the block
             position += block - position % block
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        part = data[position + header : position + header + length]
-        position += header + length
-        if position > len(data):  # the run is still going, or was killed
+        if _only_zeros(data, position):
             return
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        part = data[position + header : position + header + length]
+        if len(part) < length:  # the run is still going, or was killed
+            return
+        if zlib.crc32(part, zlib.crc32(bytes([kind]))) != checksum:
+            raise ValueError(_DAMAGED.format(f"at byte {position}"))
+        position += header + length
         parts = part if kind in (1, 2) else parts + part  # whole, first, middle, last
         if kind in (1, 4):
             yield parts

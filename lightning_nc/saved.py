@@ -12,9 +12,10 @@ from lightning.fabric.utilities import rank_zero_warn
 
 from lightning_nc.checkpoints import read_checkpoint
 from lightning_nc.keys import STAGES, Key, parse_key
-from lightning_nc.runs import epoch_of, find_log, is_metric, metrics_of, read_run
+from lightning_nc.runs import epoch_of, find_log, finite_number, is_metric, metrics_of, read_run
+from lightning_nc.scenes import scenes_of
 
-__all__ = ["read_saved", "state_of", "values_of"]
+__all__ = ["checked", "read_saved", "state_of", "values_of"]
 
 _OF_ONE_ROW = {"stage", "step", "weights", "partial", "geometry"}  # not of all measurements of an epoch
 
@@ -83,11 +84,14 @@ def _reader(file: Path) -> Callable[[Path], dict[str, Any]] | None:
 def _transformers(file: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not (isinstance(state, dict) and isinstance(state.get("log_history"), list)):
         raise ValueError(f"{file} is not the trainer_state.json of transformers: it has no log_history")
-    return state_of(state["log_history"])
+    try:
+        return checked(state_of(state["log_history"]), str(file))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is damaged, or of another version: {type(error).__name__}: {error}") from error
 
 
 def _lightning(file: Path) -> dict[str, Any]:
@@ -95,10 +99,46 @@ def _lightning(file: Path) -> dict[str, Any]:
         contents = read_checkpoint(file).contents
     except ValueError as error:
         raise ValueError(f"{file} {str(error).partition('; pass --unsafe')[0]}") from error
-    callbacks = contents.get("callbacks", {})
-    return _together(
-        [state for state in callbacks.values() if isinstance(state, Mapping) and _is_history(state.get("history"))]
-    )
+    callbacks = contents.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else []
+    found = [state for state in states if isinstance(state, Mapping) and _is_history(state.get("history"))]
+    return _together([checked(state, str(file)) for state in found])
+
+
+def checked(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The state of a history without what cannot be read: a part that is damaged or of another version is left out, and warns.
+
+    Raises:
+        ValueError: if these are the rows.
+    """
+    problem = f"{source} holds {{}} of neural collapse that cannot be read, damaged or of another version: {{}}"
+    try:
+        for row in state["history"]:
+            epoch_of(row), finite_number("step", row.get("step", 0)), metrics_of(row)
+            if not all(value is None or isinstance(value, str | int | float) for value in (*row, *row.values())):
+                raise ValueError("an entry is neither a number nor a text")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(problem.format("rows", error)) from error
+    found = {"history": state["history"]}
+    for name, check in (("scenes", scenes_of), ("per_class", _check_table), ("about", _check_texts)):
+        try:
+            check(state.get(name, ()))
+            found |= {name: state[name]} if name in state else {}
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            rank_zero_warn(f"{problem.format(name, error)}; left out")
+    return found
+
+
+def _check_table(table: Any) -> None:
+    if table and not (
+        all(isinstance(column, list) for column in table.values()) and len(set(map(len, table.values()))) == 1
+    ):
+        raise ValueError("the columns of the table do not have the same length")
+
+
+def _check_texts(about: Any) -> None:
+    if about and not all(isinstance(part, str) for item in about.items() for part in item):
+        raise ValueError("an entry is no text")
 
 
 def _is_history(rows: Any) -> bool:

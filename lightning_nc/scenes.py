@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -135,5 +136,16 @@ def first_middle_last(scenes: Sequence[T]) -> list[T]:
 
 
 def scenes_of(states: Sequence[Mapping[str, Any]]) -> list[Scene]:
-    """Scenes from their dicts of a file."""
-    return [Scene(**state) for state in states]
+    """Scenes from their dicts of a file.
+
+    Raises:
+        TypeError, ValueError: for entries that are not those of a scene.
+    """
+    found = [Scene(**state) for state in states]
+    for scene in found:
+        size, points = len(scene.labels), [*scene.means, *scene.weight, *chain.from_iterable(scene.samples)]
+        fits = size <= scene.classes and [len(row) for row in scene.cosines] == [size] * size
+        fits = fits and len(scene.chosen) == len(scene.samples) == len(scene.means)
+        if not fits or any(len(point) != 3 for point in points) or not math.isfinite(scene.epoch + scene.step):
+            raise ValueError(f"the parts of the scene at epoch {scene.epoch} do not fit together")
+    return found

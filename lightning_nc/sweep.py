@@ -21,6 +21,7 @@ from lightning_nc.functional.table import check_metrics
 from lightning_nc.history import History
 from lightning_nc.keys import make_key
 from lightning_nc.measuring.evaluation import measure, names_to_measure
+from lightning_nc.runs import in_one_step
 from lightning_nc.specs import DataSpec, ModelSpec, state_of
 
 __all__ = ["Sweep", "measure_checkpoints", "parse_arguments"]
@@ -82,11 +83,12 @@ def measure_checkpoints(  # noqa: D417
     for note in sweep.notes:
         print(note)
     _print_table(history, names)
-    if out is not None and history:
-        print(f"{out}: {len(history)} measurements")
+    if out is not None and out.exists():
+        print(f"{out}: {len(History(out))} measurements")  # a full disk may have kept some of them out
     _print_failed(failed, len(found))
     if plot is not None and history:
-        history.plot(sweep.num_classes).savefig(plot, dpi=150)
+        with in_one_step(plot) as scratch:
+            history.plot(sweep.num_classes).savefig(scratch, dpi=150)
         print(plot)
     return int(bool(failed))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -115,15 +117,26 @@ def log_after_training(trainer: Trainer, pl_module: LightningModule, values: dic
     """Log values by key when Lightning's own logging is closed."""
     trainer.callback_metrics.update(tensors_of(values, pl_module.device))
     for logger in trainer.loggers if values else ():
-        logger.log_metrics({**values, "epoch": epoch}, step=trainer.global_step - 1)
+        with _going_on("the values after the training could not be logged; callback.history has them"):
+            logger.log_metrics({**values, "epoch": epoch}, step=trainer.global_step - 1)
 
 
 def use_epoch_as_axis(trainer: Trainer) -> None:
     """Let W&B draw the metrics over epochs rather than steps."""
     for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(experiment, "define_metric"):
-            experiment.define_metric("nc/*", step_metric="epoch")
+        with _going_on("the logger could not be told to draw the metrics over epochs"):
+            experiment: Any = getattr(logger, "experiment", None)
+            if hasattr(experiment, "define_metric"):
+                experiment.define_metric("nc/*", step_metric="epoch")
+
+
+@contextmanager
+def _going_on(problem: str) -> Iterator[None]:
+    """Warn instead of raising: a logger that fails does not end a training."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"neural collapse: {problem}: {type(error).__name__}: {error}")
 
 
 def tensors_of(values: dict[str, float], device: torch.device) -> dict[str, Tensor]:

@@ -4,7 +4,9 @@ import copy
 import logging
 import math
 import random
+import resource
 import socket
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -234,6 +236,17 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@contextmanager
+def full_disk(size):
+    """No file can be longer than ``size`` bytes: what fits is written, then OSError, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def is_picture(path):

@@ -63,6 +63,18 @@ def test_a_run_that_is_killed_while_it_measures_can_be_resumed(tmp_path, how):
 
 
 @pytest.mark.parametrize("arguments", MODES)
+def test_a_run_that_is_resumed_after_the_validation_of_its_last_epoch_gets_no_other_row(tmp_path, arguments):
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=False)
+    first, again = NeuralCollapseCallback(**arguments), NeuralCollapseCallback(strict=True, **arguments)
+    fit(tmp_path, [first, keep], val=loader(False))
+    fit(tmp_path, [again], val=loader(False), ckpt_path=tmp_path / "last.ckpt")
+    assert again.history[:3] == first.history[:3]
+    assert [(row["stage"], row["epoch"]) for row in again.history] == [
+        (row["stage"], row["epoch"]) for row in first.history
+    ]
+
+
+@pytest.mark.parametrize("arguments", MODES)
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
 def test_an_error_in_the_users_step_is_the_one_that_is_raised_and_no_hook_is_left(tmp_path, arguments, step):
     class Broken(Classifier):

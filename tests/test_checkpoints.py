@@ -89,6 +89,15 @@ def test_eight_checkpoints_of_the_demo_equal_the_callback_to_the_last_digit_with
     assert f"{expected[-1]['nc/nc1']:.3e}" in said.out
 
 
+def test_a_checkpoint_without_its_first_bytes_is_one_line_with_its_name(tmp_path, refused):
+    torch.save({"state_dict": {"weight": torch.arange(300.0)}}, tmp_path / "a.ckpt")
+    whole = (tmp_path / "a.ckpt").read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(whole[len(whole) // 2 :])
+    with pytest.raises(ValueError, match=r"a\.ckpt is damaged"):
+        History.read(tmp_path / "a.ckpt")
+    assert f"{tmp_path / 'a.ckpt'}: is damaged" in refused(tmp_path / "a.ckpt", *LIGHTNING)
+
+
 # ------------------------------------------------------------------------------------------- what a checkpoint may be
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_nc import NC1, NeuralCollapse, functional
 from lightning_nc.functional import METRICS, nc1, nc2, nc2_equinorm, nc2_maxangle, nc3, nc4
+from lightning_nc.functional.pairs import mean_over_pairs
 from lightning_nc.functional.table import check_metrics
 
 
@@ -17,6 +18,21 @@ def golden():
     rng = np.random.default_rng(0)
     rows = [3 * np.eye(3, 5)[k] + 0.15 * rng.standard_normal((30, 5)) for k in range(3)]
     return torch.tensor(np.concatenate(rows)), torch.arange(3).repeat_interleave(30)
+
+
+@pytest.mark.parametrize(
+    ("errors", "tolerance", "depth"),
+    [
+        ([0.5, 0.25, 0.0], 0.25, 2),  # at most the tolerance above the last layer's, which these fractions are exactly
+        ([0.5, 0.375, 0.125], 0.25, 2),
+        ([0.5, 0.3, 0.0], 0.25, 3),
+        ([0.0, 0.5, 0.5, 0.4], 0.01, 1),
+        ([0.7], 0.01, 1),
+        ([0.5, math.nan, 0.0], 0.25, math.nan),
+    ],
+)
+def test_the_effective_depth_is_the_first_layer_as_good_as_the_last(errors, tolerance, depth):
+    assert functional.effective_depth(errors, tolerance) == pytest.approx(depth, nan_ok=True)
 
 
 def test_the_golden_values_are_met():
@@ -33,11 +49,13 @@ def test_the_two_frames_have_the_published_distance(classes, distance):
     assert nc2(orthogonal, labels, frame="of").item() < 1e-12
     assert nc2(orthogonal, labels, center=True).item() < 1e-12
     assert nc2(etf, labels).item() < 1e-12
+    fewest = torch.linalg.qr(etf).R[: classes - 1].T  # turned into as few dimensions as hold it
+    assert nc2(fewest, labels).item() < 1e-12
     assert nc2(orthogonal, labels).item() == pytest.approx(distance, rel=1e-5)
     assert nc2(etf, labels, frame="of").item() == pytest.approx(distance, rel=1e-5)
 
 
-@pytest.mark.parametrize(("classes", "features"), [(3, 5), (7, 4), (2, 6), (5, 1), (10, 64)])
+@pytest.mark.parametrize(("classes", "features"), [(3, 5), (7, 4), (2, 6), (5, 1), (4, 3), (10, 64)])
 def test_every_metric_agrees_with_an_independent_computation(classes, features):
     rows, target = clusters(classes, 12, features, 0.3, dtype=torch.float64)
     weight, bias = torch.randn(classes, features).double(), torch.randn(classes).double()
@@ -108,10 +126,47 @@ def test_the_angles_of_the_weight_are_those_of_class_means_with_the_same_rows(na
     )
 
 
+@pytest.mark.parametrize("name", OF_WEIGHT_ALONE)
+def test_a_weight_in_float32_is_computed_with_in_float64(name):
+    weight = torch.randn(4, 6)
+    truth = getattr(functional, name)(weight.double()).item()
+    value = getattr(functional, name)(weight)
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(truth, rel=1e-13)
+
+
+def test_random_pairs_are_of_two_classes_and_every_pair_is_as_likely():
+    classes, count = 200, 19_000
+    rows, seen = torch.randn(classes, 3).double(), []
+
+    def values(pairs):
+        seen.append(torch.stack([pairs.left, pairs.right]))
+        left, right = rows[pairs.left], rows[pairs.right]
+        found = pairs.products(rows), pairs.sums(rows[:, 0]), pairs.squared_distances(rows)
+        truth = (left * right).sum(dim=1), left[:, 0] + right[:, 0], ((left - right) ** 2).sum(dim=1)
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+        return found[2]
+
+    mean, error = mean_over_pairs(rows, values, count)
+    left, right = torch.cat(seen, dim=1)
+    distances = ((rows[left] - rows[right]) ** 2).sum(dim=1)
+    assert len(left) == count
+    assert mean.item() == pytest.approx(distances.mean().item(), rel=1e-12)
+    assert error.item() == pytest.approx(distances.std().item() / math.sqrt(count), rel=1e-9)
+    assert (left != right).all()
+    for side in (left, right):  # five standard deviations of a count of 95
+        counts = side.bincount(minlength=classes)
+        assert len(counts) == classes
+        assert ((counts - count / classes).abs() < 5 * math.sqrt(count / classes)).all()
+    steps = ((right - left) % classes).bincount(minlength=classes)[1:]
+    assert ((steps - count / (classes - 1)).abs() < 5 * math.sqrt(count / classes)).all()
+
+
 def test_random_pairs_are_the_same_every_time_and_move_no_random_stream():
     rows, target = clusters(40, 3, 6, 0.5)
     state = torch.get_rng_state()
     assert of_pairs(rows, target, 100) == of_pairs(rows, target, 100)
+    assert of_pairs(rows, target, 2)["nc1_cdnv_stderr"] > 0  # the fewest that have a standard error
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -268,6 +323,55 @@ def test_a_missing_class_is_left_out_with_a_warning():
         assert nc1(rows[kept], target[kept], 4).item() == pytest.approx(nc1(rows[kept], labels).item(), rel=1e-12)
 
 
+def test_nc5_needs_means_that_have_a_direction_and_keeps_their_digits():
+    rows, target = clusters(3, 20, 5, 0.3)
+    other = torch.randn(70, 5) + 1
+    truth = reference.all_metrics(rows.numpy(), target.numpy(), np.eye(3, 5), np.zeros(3), other.numpy())["nc5"]
+    assert functional.nc5(rows, target, other).item() == pytest.approx(truth, rel=1e-13)
+    broken = other.clone()
+    broken[3, 2] = torch.inf
+    with pytest.warns(UserWarning, match="nc5: nan, because the mean of the data of no class is not finite"):
+        assert functional.nc5(rows, target, broken).isnan()
+    with pytest.warns(
+        UserWarning, match="nc5: nan, because the mean of a class, or that of the data of no class, is zero"
+    ):
+        assert functional.nc5(rows, target, torch.zeros(4, 5)).isnan()
+    rows[target == 1] = 0
+    with pytest.warns(
+        UserWarning, match="nc5: nan, because the mean of a class, or that of the data of no class, is zero"
+    ):
+        assert functional.nc5(rows, target, other).isnan()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_at_collapse_every_metric_has_the_value_of_its_row_and_elsewhere_lies_on_the_named_side():
+    classes, target = 4, torch.arange(4).repeat(5)
+    turn = torch.linalg.qr(torch.randn(6, 6).double()).Q
+    etf = torch.nn.functional.pad(simplex_etf(classes), (0, 2)) @ turn
+    noisy, line = etf[target] + 0.5 * torch.randn(20, 6).double(), torch.arange(4.0).double()[target, None] * turn[0]
+    for name, spec in METRICS.items():
+        value = spec.value_at_collapse(classes, 6)
+        if not name.startswith("nc2_of") and name != "nc5" and spec.exists(classes, 6):
+            found = metric_value(name, etf[target], target, 2 * etf, torch.zeros(4)).item()
+            assert found == pytest.approx(value, abs=1e-7), name
+        for rows, weight in ((noisy, torch.randn(4, 6).double()), (line, line[:4] + turn[1])):
+            found = metric_value(name, rows, target, weight, torch.zeros(4)).item()
+            assert not (spec.direction == "falls" and found < value - 1e-9), name
+            assert not (spec.direction == "rises" and found > value + 1e-9), name
+    assert METRICS["nc2_of"].value_at_collapse(classes) == 0  # of an orthogonal frame
+    assert functional.numerical_rank(torch.ones(20, 6), target) == 0
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_a_metric_alone_keeps_all_that_it_needs(name):
+    rows, target = clusters(3, 8, 5, 0.3, dtype=torch.float64)
+    weight, bias = torch.randn(3, 5).double(), torch.randn(3).double()
+    metric = NeuralCollapse(3, 5, weight, bias, metrics=name)
+    metric.update(rows, target)
+    truth = reference.all_metrics(rows.numpy(), target.numpy(), weight.numpy(), bias.numpy())[name]
+    assert metric.compute()[name].item() == pytest.approx(truth, rel=1e-8, abs=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:nc1 leaves out")
 def test_what_is_not_defined_is_nan():
     assert nc1(torch.randn(5, 3), torch.zeros(5, dtype=torch.long)).isnan()
@@ -297,6 +401,11 @@ def test_bad_input_names_what_came_and_the_remedy(features, target, message):
 
 def test_a_weight_that_does_not_fit_is_refused():
     features, target = torch.randn(6, 3), torch.arange(3).repeat(2)
+    with pytest.raises(ValueError, match=r"two rows or more, got \(1, 3\)"):
+        functional.gnc2_margin(torch.ones(1, 3))
+    assert functional.gnc2_margin(
+        torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    ).isnan()  # a row without a direction
     with pytest.raises(ValueError, match=r"weight must have shape \(3, 3\), got \(4, 3\)"):
         nc3(features, target, torch.randn(4, 3), num_classes=3)
     with pytest.raises(ValueError, match=r"weight must have shape \(3, 3\), got \(3, 4\)"):

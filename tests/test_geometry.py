@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import reference
 import torch
 from conftest import clusters, simplex_etf
 
@@ -121,6 +122,15 @@ def test_the_distance_to_an_orthoplex_is_the_smallest_over_all_pairs_near_to_one
             gram = ((rows - center) @ (rows - center).T).numpy()
             found.append(distance(gram, target))
         assert nc2_orthoplex(rows, torch.arange(classes)).item() == pytest.approx(min(found), rel=1e-9)
+
+
+@pytest.mark.parametrize(("classes", "features"), [(4, 2), (6, 3), (5, 3), (8, 4), (20, 10)])
+def test_far_from_an_orthoplex_the_pairs_are_chosen_one_after_the_other(classes, features):
+    for _ in range(20):
+        rows = torch.randn(classes, features, dtype=torch.float64)
+        assert nc2_orthoplex(rows, torch.arange(classes)).item() == pytest.approx(
+            reference.orthoplex(rows.numpy()), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize(("classes", "features"), [(5, 5), (6, 5), (11, 5), (3, 1)])
@@ -260,6 +270,84 @@ def test_random_class_means_are_near_to_no_frame(classes, features, unequal):
     assert named.count(None) >= 7
 
 
+@pytest.mark.parametrize(
+    ("classes", "features", "frames"),
+    [
+        (4, 4, ["nc2_etf_centered", "nc2_of", "nc2_seli"]),
+        (5, 4, ["nc2_etf_centered", "nc2_seli"]),
+        (6, 4, ["nc2_orthoplex"]),
+        (8, 4, ["nc2_orthoplex"]),
+    ],
+)
+@pytest.mark.parametrize("unequal", [False, True])
+def test_the_class_means_are_compared_with_every_frame_that_exists_and_with_chance(classes, features, frames, unequal):
+    frames = frames if unequal else [name for name in frames if name != "nc2_seli"]
+    counts = 5.0 + unequal * torch.arange(classes)
+    means = torch.randn(classes, features).double() + 0.5
+    found = nearest_frame(moments_of(means, counts))
+    lengths = {True: np.linalg.norm(means, axis=1), False: np.linalg.norm(means - means.mean(dim=0), axis=1)}
+    drawn = {name: [] for name in frames}
+    formulas = {
+        "nc2_etf_centered": lambda rows: reference.frame(rows - rows.mean(0), "etf"),
+        "nc2_of": lambda rows: reference.frame(rows, "of"),
+        "nc2_seli": lambda rows: reference.seli(rows - rows.mean(0), counts.numpy(), -0.5),
+        "nc2_orthoplex": reference.orthoplex,
+    }
+    assert found.distances == pytest.approx({name: formulas[name](means.numpy()) for name in frames}, rel=1e-9)
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        rows = generator.standard_normal((classes, features))
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        for name in frames:
+            drawn[name].append(formulas[name](lengths[name == "nc2_of"][:, None] * rows))
+    for name, values in drawn.items():  # five standard errors of the mean of 100 draws and of 200
+        assert found.chance[name] == pytest.approx(
+            np.mean(values), abs=5 * np.std(values) * math.sqrt(1 / 100 + 1 / 200)
+        )
+
+
+def test_a_frame_is_near_if_it_is_nearer_than_chance_by_five_percent():
+    classes, features = 30, 40  # so many that chance varies by less
+    etf, noise, named = rotated(simplex_etf(classes), features), torch.randn(classes, features).double(), set()
+    for level in torch.linspace(1, 3, 11):
+        found = nearest_frame(moments_of(etf + level / math.sqrt(features) * noise))
+        ratio = found.distances["nc2_etf_centered"] / found.chance["nc2_etf_centered"]
+        assert found.nearest == ("nc2_etf_centered" if ratio < 0.95 else None), ratio
+        named.add((found.nearest, ratio > 0.9))
+    assert (
+        len(named) == 3
+    )  # among them one that is nearer by less than a tenth, and one that is nearer by less than five percent
+
+
+def test_seli_is_the_nearest_if_it_is_nearer_than_the_simplex_etf_by_a_tenth():
+    counts = [200, 100, 60, 40, 20, 10, 5, 2]
+    seli = torch.tensor(seli_of_labels(counts)[1] / np.linalg.norm(seli_of_labels(counts)[1]))
+    etf, named = (torch.eye(8).double() - 1 / 8) / math.sqrt(7), set()
+    for share in torch.linspace(0.46, 0.56, 11).double():
+        values, vectors = torch.linalg.eigh(share * seli + (1 - share) * etf)
+        found = nearest_frame(moments_of(vectors * values.clamp(min=0).sqrt() + 1, counts))
+        ratio = found.distances["nc2_seli"] / found.distances["nc2_etf_centered"]
+        assert found.nearest == ("nc2_seli" if ratio <= 0.9 else "nc2_etf_centered"), ratio
+        named.add((found.nearest, ratio < 1))
+    assert len(named) == 3
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_an_orthogonal_frame_has_a_mean_of_its_own_length(noise):
+    classes, named = 6, []
+    etf, error = torch.eye(classes).double() - 1 / classes, noise * torch.randn(classes, 9).double()
+    rows = rotated(torch.cat([etf, torch.ones(classes, 1)], dim=1), 9) + error - error.mean(dim=0)
+    rows, own = rows - rows.mean(dim=0), rows.mean(dim=0) / rows.mean(dim=0).norm()
+    own = own * rows.norm() / math.sqrt(classes * (classes - 1))  # for which it is an orthogonal frame without noise
+    between = reference.frame(np.eye(classes), "etf")
+    for length in torch.linspace(0.6, 1.5, 19):
+        found = nearest_frame(moments_of(rows + length * own))
+        near = found.distances["nc2_of"] <= 1.5 * found.distances["nc2_etf_centered"] + 0.1 * between
+        named.append(found.nearest)
+        assert (found.nearest == "nc2_of") == (near and 0.5 < length**2 < 2), length
+    assert {*named} == {"nc2_of", "nc2_etf_centered"}
+
+
 def test_with_more_classes_than_twice_the_dimensions_no_distance_is_computed():
     found = nearest_frame(moments_of(torch.randn(21, 10)))
     assert (found.distances, found.chance, found.nearest) == ({}, {}, None)
@@ -275,6 +363,8 @@ def test_the_nearest_frame_is_that_of_the_classes_seen_and_of_finite_features():
     assert found.nearest == "nc2_etf_centered"
     assert (found.num_classes, found.num_features) == (4, 9)
     broken = replace(moments_of(means, counts), nonfinite=torch.tensor(1))
+    two = replace(moments_of(torch.randn(2, 1)), nonfinite=torch.tensor(1))  # twice as many classes as dimensions
+    assert str(nearest_frame(two)).startswith("no frame was compared: 2 classes in 1 dimensions")
     for nothing in (broken, moments_of(means, counts * (torch.arange(6) == 2)), moments_of(means, counts * 0)):
         found = nearest_frame(nothing)
         assert (found.distances, found.nearest) == ({}, None)

@@ -862,6 +862,15 @@ def test_each_of_several_trainings_has_a_history_of_its_own():
         assert history[-1]["nc/nc1"] == pytest.approx(truth["nc1"], rel=1e-5)
 
 
+def test_a_training_after_a_checkpoint_of_another_that_was_over_has_a_history_of_its_own(tmp_path):
+    run(Wrapped(net()), NeuralCollapseCallback(strict=True), max_epochs=2).save_checkpoint(tmp_path / "over.ckpt")
+    callback = NeuralCollapseCallback(strict=True)
+    run(Wrapped(net()), callback, max_epochs=2, ckpt_path=tmp_path / "over.ckpt")  # nothing is left to train
+    run(Wrapped(net()), callback, max_epochs=1)
+    assert [row["epoch"] for row in callback.history] == [0]
+    assert [[row["epoch"] for row in history] for history in callback.previous_histories] == [[0, 1]]
+
+
 def test_training_that_goes_on_with_another_trainer_from_a_checkpoint_goes_on_with_its_history(tmp_path):
     callback, module = NeuralCollapseCallback(strict=True), Wrapped(net())
     trainer = run(module, callback, max_epochs=2)

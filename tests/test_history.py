@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Classifier, clusters, fit, free_port, loader
+from conftest import Classifier, clusters, fit, free_port, full_disk, loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -237,6 +237,20 @@ def test_a_row_that_lacks_only_digits_of_its_last_value_is_reported(path):
 
 
 @pytest.mark.filterwarnings("ignore:the last row of")
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_part_of_it_and_the_next_one_is_whole(path):
+    history = filled(path)
+    before = path.read_bytes()
+    with full_disk(len(before) + 10), pytest.raises(OSError, match="File too large"):
+        history.append({"nc1": 0.125, "layer3/nc1": 0.25}, epoch=3, loss=0.1)
+    assert path.read_bytes() == before
+    with full_disk(len(before) + 10), pytest.raises(OSError, match=r"File too large.*nc\.csv"):
+        history.append({"nc1": 0.125, "layer4/nc1": 0.25}, epoch=3, loss=0.1)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    history.append({"nc1": 0.125, "layer3/nc1": 0.25}, epoch=4, loss=0.1)
+    assert [row["epoch"] for row in History(path)] == [0, 1, 2, 4]
+
+
 def test_a_character_that_was_cut_is_dropped_with_its_row(path):
     history = filled(path, 1)
     history.append({"nc1": 0.5}, epoch=1, note="größe")

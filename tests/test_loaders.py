@@ -37,6 +37,23 @@ from lightning_nc.measuring.loaders import (
 DATA = TensorDataset(torch.arange(51.0).unsqueeze(1), torch.arange(51) % 3)
 
 
+class EndsEarly(Dataset):
+    def __len__(self):
+        return 51
+
+    def __getitem__(self, index):
+        if index == 20:
+            raise StopIteration
+        return DATA[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_ends_before_its_length_is_refused_instead_of_measured_in_part(workers):
+    loader = DataLoader(EndsEarly(), 8, num_workers=workers)
+    with pytest.raises(RuntimeError, match="the data ended after 2 of 7 batches: the data set EndsEarly"):
+        measure(nn.Linear(1, 3), loader, progress=False)
+
+
 def visited(loader, **kwargs):
     batches, _ = measurement_loader(loader, **kwargs)
     return [int(value) for rows, _ in batches for value in rows]
@@ -128,6 +145,15 @@ def test_a_loader_with_its_own_iteration_is_not_copied():
 def test_ranks_share_the_samples_without_padding():
     shards = [visited(DataLoader(DATA, 8), rank=rank, world_size=4) for rank in range(4)]
     assert sorted(sample for shard in shards for sample in shard) == list(range(51))
+
+
+def test_a_limit_takes_the_same_random_choice_from_a_shuffled_loader_that_ranks_share():
+    alone = visited(DataLoader(DATA, 5, shuffle=True), max_batches=4)
+    loaders = [DataLoader(DATA, 5, sampler=DistributedSampler(DATA, 2, rank)) for rank in range(2)]
+    shares = [visited(loader, max_batches=2, rank=rank, world_size=2) for rank, loader in enumerate(loaders)]
+    assert shares == [alone[::2], alone[1::2]]
+    in_order = DataLoader(DATA, 5, sampler=DistributedSampler(DATA, 2, 0, shuffle=False))
+    assert visited(in_order, max_batches=2, world_size=2) == list(range(0, 20, 2))
 
 
 def test_a_limit_takes_a_fixed_random_choice():

@@ -143,7 +143,8 @@ def test_a_full_disk_warns_and_the_run_is_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", full)
     callback = NeuralCollapseCallback(strict=True)
-    with pytest.warns(UserWarning, match=r"could not be written.*No space left on device; callback\.plot\(\)"):
+    message = r"could not be written.*No space left on device: '.*neural_collapse\.png'; callback\.plot\(\)"
+    with pytest.warns(UserWarning, match=message):
         fit(tmp_path, [callback], logger=CSVLogger(tmp_path, name="", version=""))
     assert len(callback.history) == 3
     assert values(read_run(tmp_path)) == values(callback.history)

@@ -1,12 +1,16 @@
 """The command ``lightning-nc``: what it draws, and one clear line for everything that goes wrong."""
 
+import platform
+import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import is_picture
+from conftest import full_disk, is_picture
 
+import lightning_nc
 from lightning_nc import History
 from lightning_nc.__main__ import main
 
@@ -131,6 +135,47 @@ def test_dollar_signs_in_paths_layers_and_metrics_are_no_formulas(run, tmp_path)
     assert is_picture(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("command", [["plot"], ["plot", "--overlay"], ["report"]])
+@pytest.mark.parametrize(
+    ("header", "values", "message"),
+    [
+        ("stage,epoch,nc/nc1", "Train,0,0.5", "stage must be one of train, validate, test, got 'Train'"),
+        ("epoch,nc/nc1,nc1", "0,0.5,0.5", "a row has a metric twice"),
+        ("epoch,nc/nc1_permuted", "0,0.5", "nothing to plot in 1 rows"),
+    ],
+)
+def test_a_run_without_curves_is_refused_with_its_name_and_nothing_is_left(
+    tmp_path, capsys, command, header, values, message
+):
+    (tmp_path / "a.csv").write_text(f"{header}\n{values}\n")
+    (tmp_path / "b.csv").write_text("epoch,nc/nc1\n0,0.5\n")
+    name, *options = command
+    out = tmp_path / "out.html"
+    assert main([name, str(tmp_path / "b.csv"), str(tmp_path / "a.csv"), *options, "-o", str(out)]) == 1
+    assert f"lightning-nc: {tmp_path / 'a.csv'}: {message}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("command", "out"), [("plot", "nc.png"), ("report", "nc.html")])
+def test_on_a_full_disk_the_old_file_stays_and_nothing_partial_is_left(run, tmp_path, capsys, command, out):
+    folder = run("a")
+    (tmp_path / out).write_text("the old one")
+    with full_disk(2000):
+        status = main([command, str(folder), "-o", str(tmp_path / out)])
+    assert status == 1
+    assert re.search(rf"lightning-nc: .*File too large.*{out}", capsys.readouterr().err)
+    assert (tmp_path / out).read_text() == "the old one"
+    assert {path.name for path in tmp_path.iterdir()} == {"a", out}
+
+
+def test_values_at_the_ends_of_the_floats_are_drawn_and_described(run, tmp_path):
+    folder = run("a", values="1e-320,1e308,0.3")
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("6,1e308,1e-320,inf\n")
+    assert main(["plot", str(folder), "-o", str(tmp_path / "a.png")]) == 0
+    assert main(["report", str(folder), "-o", str(tmp_path / "a.html")]) == 0
+
+
 def test_the_same_run_twice_is_refused(run, refused, tmp_path):
     a, b = run("a"), run("b")
     for other in (a, a / "metrics.csv", b / ".." / "a"):
@@ -192,3 +237,14 @@ def test_a_number_of_classes_below_two_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         main(["plot", str(run("a")), "-k", "1"])
     assert "--num-classes: must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_the_version_lists_what_a_report_of_a_defect_needs(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    said = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert said["lightning-neural-collapse"] == lightning_nc.__version__
+    assert said["torch"] == version("torch")
+    assert said["Python"] == platform.python_version()
+    assert {"lightning", "torchmetrics", "numpy", "platform"} <= said.keys()

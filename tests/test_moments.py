@@ -2,8 +2,9 @@ import contextlib
 import copy
 import math
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -321,6 +322,120 @@ def test_moments_without_the_scatter_matrix_merge_too_and_know_all_but_nc1():
     expected = evaluate(names, gather(features, target, 4))
     values = evaluate(names, merged(first, second))
     assert {n: v.item() for n, v in values.items()} == pytest.approx({n: v.item() for n, v in expected.items()})
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_every_statistic_of_batches_is_that_of_a_computation_from_all_samples(offset):
+    rows, target = clusters(6, 20, 7, 0.5, dtype=torch.float64)
+    rows, order = (
+        rows + offset,
+        (target == 5).long().argsort(stable=True),
+    )  # the last class comes in the last batch alone
+    rows, target = rows[order], target[order]
+    rows[::3] = rows[::3].to(torch.bfloat16)
+    target = torch.where(target == 0, -100, target)  # the class to which labels below 0 are nearest has no sample
+    target[5::13], target[7::13], target[9::13] = 6, 9, -3
+    moments = gather_ignoring(rows, target)
+    used = (target > 0) & (target < 6)
+    kept, labels = rows[used].numpy(), target[used].numpy()
+    means, _, deviations, within, _ = reference.moments(kept, labels)
+    truth = {
+        "counts": np.bincount(labels, minlength=6),
+        "means": np.vstack([np.zeros(7), means]),
+        "spread": np.bincount(labels, (deviations**2).sum(axis=1), minlength=6),
+        "columns": (deviations**2).sum(axis=0),
+        "mislabeled": (target != -100).sum() - used.sum(),
+        "inexact": [(np.frexp(kept)[0] * 2.0 ** (digits + 1) % 1 != 0).sum() for digits in (7, 10, 23)],
+        "nonfinite": 0,
+    }
+    whole = ClassDeviations.of(rows[used], target[used], 6)
+    for found in (moments, whole):
+        for name, value in truth.items():
+            if hasattr(found, name):
+                np.testing.assert_allclose(getattr(found, name), value, rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(found.pooled(), within * len(kept), rtol=1e-9, atol=1e-9)
+        axes = np.linalg.qr(np.arange(14.0).reshape(7, 2) ** 2)[0]
+        along = found.within(torch.tensor(axes))
+        np.testing.assert_allclose(along, ((deviations @ axes) ** 2).sum(axis=0), rtol=1e-9)
+    rows[used.nonzero().flatten()[[0, 60, 61]], 2:4] = torch.inf
+    rows[~used] = torch.nan
+    assert gather_ignoring(rows, target).nonfinite == 3  # samples, whatever those hold that are of no class
+    assert ClassDeviations.of(rows[used], target[used], 6).nonfinite == 3
+
+
+def gather_ignoring(rows, target):
+    moments = ClassMoments.zeros(6, 7)
+    for part in zip(rows.split(32), target.split(32), strict=True):
+        moments.update(*part, ignore_index=-100)
+    return moments
+
+
+def test_moments_around_other_class_means_and_merged_ones_are_those_of_a_computation_from_all_samples():
+    rows, target = clusters(5, 12, 7, 0.5, dtype=torch.float64)
+    keep = (target != 2) & ((target != 3) | (torch.arange(60) == (target == 3).nonzero()[0]))
+    rows, target = rows[keep], target[keep]  # a class has no sample, another one
+    cut = 15
+    moments, other = (gather(rows[part], target[part], 5) for part in (slice(0, cut), slice(cut, None)))
+    moments.merge(other)
+    centers = torch.randn(5, 7).double()
+    moved = moments.around(centers)
+    means = torch.stack([rows[target == k].mean(dim=0) if k != 2 else torch.zeros(7) for k in range(5)])
+    for found, around in ((moments, means), (moved, centers)):
+        deviations = (rows - around[target]).numpy()
+        np.testing.assert_allclose(found.means, around, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(found.spread, np.bincount(target, (deviations**2).sum(axis=1), 5), atol=1e-11)
+        np.testing.assert_allclose(found.columns, (deviations**2).sum(axis=0), rtol=1e-11)
+        np.testing.assert_allclose(found.pooled(), deviations.T @ deviations, atol=1e-11)
+
+
+@pytest.mark.parametrize("of_spread", [False, True])
+def test_squares_leave_the_range_where_a_share_of_eps_of_them_does(of_spread):
+    info, empty = np.finfo(np.float64), ClassMoments.zeros(2, 3)
+    low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max) * info.eps
+    for size, problem in [
+        (0, None),
+        (1.01 * low, None),
+        (1.0, None),
+        (0.99 * high, None),
+        (0.99 * low, "underflow"),
+        (1.01 * high, "overflow"),
+    ]:
+        if of_spread:
+            moments = replace(empty, spread=torch.tensor([0, size**2], dtype=torch.float64))
+        else:
+            moments = replace(empty, means=torch.tensor([[0, 0, 0], [0, -size, 0]], dtype=torch.float64))
+        assert problem in moments.fault() if problem else moments.fault() is None, size
+
+
+def test_the_last_digit_of_a_feature_counts():
+    for dtype, digits in ((torch.float32, 23), (torch.float64, 52), (torch.float16, 10), (torch.bfloat16, 7)):
+        features = torch.tensor([[1 + 2.0**-digits], [1.0]], dtype=dtype)
+        assert ClassDeviations.of(features, torch.tensor([0, 1]), 2).precision == dtype
+
+
+def test_with_one_feature_too_a_scatter_matrix_and_none_are_not_merged():
+    with pytest.raises(ValueError, match="both keep a scatter matrix or none"):
+        ClassMoments.zeros(2, 1).merge(ClassMoments.zeros(2, 1, scatter=False))
+
+
+def test_what_reads_the_scatter_matrix_says_that_it_was_not_kept():
+    moments = ClassMoments.zeros(2, 3, scatter=False)
+    for read in (lambda: moments.within(torch.eye(3).double()), moments.pooled):
+        with pytest.raises(RuntimeError, match="the scatter matrix was not kept"):
+            read()
+
+
+def test_the_moments_of_no_samples_lie_where_they_are_asked_to_and_count_in_integers():
+    with torch.device("meta"):
+        assert ClassMoments.zeros(2, 3).means.is_meta
+        moments = ClassMoments.zeros(2, 3, "cpu", scatter=False)
+    assert {value.device.type for value in states_of(moments).values()} == {"cpu"}
+    assert moments.scatter.shape == (0, 0)
+    assert ClassMoments.zeros(2, 3).scatter.shape == (3, 3)
+    for name in ("nonfinite", "inexact", "mislabeled"):  # a float32 would stop at 16,777,216
+        assert getattr(moments, name).dtype == torch.int64
+    moments.update(torch.randn(3, 3), torch.tensor([0, 1, 2]))  # a label out of range
+    assert (moments.mislabeled, moments.nonfinite, moments.inexact[2], moments.counts.sum()) == (1, 0, 0, 2)
 
 
 def test_the_state_is_float64_but_on_a_device_without_it():

@@ -32,6 +32,13 @@ def write(path, *lines, encoding="utf-8"):
     return path
 
 
+def damaged(file, at, byte):
+    """A file that had ``at`` in it, with one other byte there."""
+    data = file.read_bytes()
+    place = data.index(at)
+    file.write_bytes(data[:place] + byte + data[place + 1 :])
+
+
 def all_same(rows, expected=ROWS):
     """Whether the rows are the same up to float32, which TensorBoard stores."""
     return all(row == pytest.approx(other, rel=1e-6, nan_ok=True) for row, other in zip(rows, expected, strict=True))
@@ -81,6 +88,32 @@ def test_what_wandb_wrote_is_read_back_and_a_file_that_is_cut_gives_the_rows_bef
     found = read_run(file)
     assert 0 < len(found) < len(rows)
     assert all_same(found, rows[: len(found)])
+    file.write_bytes(whole + bytes(5000))  # as a crash of the machine may leave it
+    assert all_same(read_run(file), rows)
+    damaged(file, b"0.0078125", b"9")  # another number, if it were read
+    with pytest.raises(ValueError, match=r"the file is damaged: the record at byte [0-9]+ does not fit its checksum"):
+        read_run(file)
+
+
+def test_an_event_file_with_a_damaged_record_is_refused_instead_of_read_up_to_it(tmp_path):
+    log(TensorBoardLogger(tmp_path, name="a", version="b"))
+    (file,) = tmp_path.rglob("events*")
+    whole = file.read_bytes()
+    file.write_bytes(whole + bytes(5000))
+    assert all_same(read_run(file), logged())
+    damaged(file, b"nc/nc1", b"N")
+    with pytest.raises(ValueError, match=r"the record of events\S+ at byte [0-9]+ does not fit its checksum"):
+        read_run(tmp_path)
+
+
+def test_metrics_that_a_killed_run_gave_tensorboard_without_their_epoch_are_left_out_with_a_warning(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="a", version="b")
+    for row in ROWS[:3]:
+        logger.log_metrics(row, step=10 * row["epoch"])
+    logger.log_metrics({"nc/nc1": 0.125}, step=30)
+    logger.finalize("success")
+    with pytest.warns(UserWarning, match="without an epoch at 1 steps, the last of them 30: left out"):
+        assert all_same(read_run(tmp_path), logged(ROWS[:3]))
 
 
 def test_the_newest_log_of_a_folder_is_read(tmp_path):
@@ -184,6 +217,21 @@ def test_the_table_of_the_ufm_example_is_read_over_iterations_by_level_and_by_se
     assert split_seeds("f", rows[:1]) == [("f", rows[:1])]
 
 
+def test_no_row_is_lost_to_a_seed_that_is_no_number():
+    rows = [{"seed": math.nan, "nc1": 0.5}, {"seed": 1, "nc1": 0.4}, {"seed": math.nan, "nc1": 0.3}]
+    runs = split_seeds("a", rows)
+    assert [(label, [row["nc1"] for row in found]) for label, found in runs] == [
+        ("a, seed nan", [0.5, 0.3]),
+        ("a, seed 1", [0.4]),
+    ]
+
+
+def test_a_whole_number_that_is_too_large_for_a_float_is_infinite(tmp_path):
+    file = write(tmp_path / "a.csv", "epoch,loss,nc/nc1", f"0,{'9' * 400},0.5")
+    (row,) = read_run(file)
+    assert row["loss"] == math.inf
+
+
 def test_standard_errors_are_read_after_their_metric(tmp_path):
     keys = ["nc/nc1_cdnv", "nc/nc1_cdnv_stderr", "nc/nc2_equiangular", "nc/nc2_equiangular_stderr"]
     file = write(tmp_path / "a.csv", ",".join(["epoch", *sorted(keys, reverse=True)]), "0,4,3,2,1")
@@ -212,6 +260,7 @@ def test_a_last_row_that_is_half_written_is_left_out(tmp_path):
     [
         (["epoch,nc/nc1", "inf,1.0"], "row 2: epoch must be a finite number, got 'inf'"),
         (["epoch,nc/nc1", "0,1.0", "nan,1.0"], "row 3: epoch must be a finite number, got 'nan'"),
+        (["epoch,nc/nc1", "1e308,1.0"], r"row 2: epoch must be below 2\*\*63, got '1e308'"),
         (["epoch,nc/nc1", ",1.0"], "row 2: .*needs an 'epoch'"),
         (["epoch,nc/nc1", "first,1.0"], "row 2: epoch must be a number, got 'first'"),
         (["epoch,nc/nc1", "0,large"], "row 2: nc/nc1 must be a number, got 'large'"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 
 import pytest
 import torch
@@ -137,6 +138,101 @@ def test_nothing_in_a_checkpoint_is_executed_and_an_older_one_is_read_with_one_w
     ):
         History.read(tmp_path / "run" / "last.ckpt")
     assert not mark.exists()
+
+
+def changed(tmp_path, **parts):
+    """A checkpoint whose history has other parts, and the history as it was."""
+    history = collapsing(3, layers=())
+    file = tmp_path / "last.ckpt"
+    save(file, history)
+    contents = torch.load(file, weights_only=True)
+    ((key, state),) = contents["callbacks"].items()
+    contents["callbacks"][key] = state | parts
+    torch.save(contents, file)
+    return file, history
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"epoch": "first", "step": 1, "nc/nc1": 0.5}],
+        [{"epoch": 0, "step": None, "nc/nc1": 0.5}],
+        [{"epoch": 0, "step": 1, "nc/nc1": "small"}],
+        [{"epoch": 10**400, "step": 1, "nc/nc1": 0.5}],
+        [{"epoch": 0, "step": 1, 7: 0.5}],
+        [{"epoch": 0, "step": 1, "stage": [], "nc/nc1": 0.5}],
+    ],
+)
+def test_rows_of_a_checkpoint_that_are_no_rows_are_refused_with_its_name(tmp_path, rows):
+    file, _ = changed(tmp_path, history=rows)
+    with pytest.raises(ValueError, match=r"last\.ckpt holds rows of neural collapse that cannot be read"):
+        History.read(file)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("scenes", 5),
+        ("scenes", [5]),
+        ("scenes", [{"epoch": 0, "of another version": 1}]),
+        ("scenes", [{**vars(collapsing(1, layers=()).scenes[0]), "means": []}]),
+        ("scenes", [{**vars(collapsing(1, layers=()).scenes[0]), "epoch": "first"}]),
+        ("per_class", ["class"]),
+        ("per_class", {"class": [0, 1], "samples": [4]}),
+        ("about", "mode"),
+        ("about", {"classes": [3]}),
+    ],
+)
+def test_a_part_of_a_history_that_is_damaged_or_of_another_version_is_left_out_with_one_warning(tmp_path, part, value):
+    file, history = changed(tmp_path, **{part: value})
+    with pytest.warns(UserWarning, match=rf"last\.ckpt holds {part} of neural collapse that cannot be read") as caught:
+        found = History.read(file)
+    assert len(caught) == 1
+    assert list(found) == list(history)
+    assert not found.state()[part]
+    assert [name for name in ("scenes", "per_class", "about") if not found.state()[name]] == [part]
+
+
+def test_a_checkpoint_with_one_other_bit_in_a_value_is_refused_instead_of_read_as_another_number(tmp_path):
+    history = collapsing(3, layers=())
+    save(tmp_path / "last.ckpt", history)
+    data, value = (tmp_path / "last.ckpt").read_bytes(), struct.pack(">d", history[-1]["nc/nc1"])
+    assert data.count(value) == 1
+    (tmp_path / "last.ckpt").write_bytes(data.replace(value, struct.pack(">d", 2 * history[-1]["nc/nc1"])))
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*data.pkl does not fit its checksum"):
+        History.read(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("callbacks", [None, [1], torch.ones(2)])
+def test_a_checkpoint_with_other_callbacks_than_a_dict_of_them_holds_no_history(tmp_path, callbacks):
+    torch.save(
+        {"state_dict": {"weight": torch.ones(2)}, "callbacks": callbacks, "loops": torch.ones(2)}, tmp_path / "a.ckpt"
+    )
+    with pytest.raises(ValueError, match=r"a\.ckpt holds no history"):
+        History.read(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "state", ["[" * 100_000, '{"log_history": [5]}', '{"log_history": [{"nc/nc1": 1, "step": 1}]}']
+)
+def test_a_damaged_trainer_state_is_refused_with_its_name(tmp_path, state):
+    (tmp_path / "trainer_state.json").write_text(state)
+    with pytest.raises(ValueError, match=r"trainer_state\.json is damaged"):
+        History.read(tmp_path / "trainer_state.json")
+
+
+@pytest.mark.parametrize(("parts", "epochs"), [({"scenes": [5]}, [0, 1, 2, 3]), ({"history": [{"epoch": "x"}]}, [3])])
+def test_a_run_is_resumed_with_what_can_be_read_of_the_history(tmp_path, parts, epochs):
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    fit(tmp_path, [NeuralCollapseCallback(), keep])
+    contents = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    ((key, state),) = ((key, state) for key, state in contents["callbacks"].items() if "NeuralCollapse" in key)
+    contents["callbacks"][key] = state | parts
+    torch.save(contents, tmp_path / "other.ckpt")
+    callback = NeuralCollapseCallback(strict=True)
+    with pytest.warns(UserWarning, match="the checkpoint holds .* of neural collapse that cannot be read"):
+        fit(tmp_path, [callback], ckpt_path=tmp_path / "other.ckpt", max_epochs=4)
+    assert [row["epoch"] for row in callback.history] == epochs
 
 
 def test_what_several_callbacks_measured_at_one_moment_is_one_row(tmp_path):

@@ -195,6 +195,7 @@ def test_the_whole_extended_minimizer_attains_the_objective_and_has_no_gradient(
     for gradient in torch.autograd.grad(value, (W2, W1, H1)):
         assert gradient.abs().max() < 1e-14
     torch.testing.assert_close((W1 @ H1).relu(), spread(minimum.class_means(d), n))
+    assert torch.equal(minimum.bias, torch.zeros(K, dtype=torch.float64))  # the model has none
 
 
 def test_descent_from_random_starts_ends_at_the_extended_minimum_and_never_below():
@@ -326,6 +327,9 @@ def test_fewer_features_than_classes_are_refused_with_the_remedy():
         (lambda: theory.attenuation(4, 50, 0.1, 0.1, "1"), "noise_variance must be a finite number >= 0, got '1'"),
         (lambda: theory.extended_ufm(4, 50, 0.1, 0.1, 0.1).level("1111"), "dead must hold 4 shares"),
         (lambda: theory.extended_ufm(4, 50, 0.1, 0.1, 0.1).level([math.nan] * 4), "dead must hold 4 shares"),
+        (lambda: theory.extended_ufm(4, 50, 0.1, 0.1, 0.1).level([1, 0, 1.5, 0]), "dead must hold 4 shares"),
+        (lambda: theory.plain_ufm(4, 2**53 + 1, 0.1, 0.1), "samples_per_class must be a whole number, .* at most"),
+        (lambda: theory.attenuation(4, 50, 0.1, 0.1, math.inf), "noise_variance must be a finite number"),
         (lambda: theory.plain_ufm(4, 50, 0.1, 0.1).weight(4.5), "got d = 4.5 for num_classes = 4; pass d >= 4"),
         (lambda: theory.plain_ufm(4, 50, 0.1, 0.1, -1.0), "lambda_b must be >= 0, got -1.0; pass 0"),
         (lambda: theory.plain_ufm(4, 50, 0.1, 0.1, math.nan), "lambda_b must be >= 0"),

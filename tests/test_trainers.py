@@ -181,6 +181,30 @@ def test_values_after_the_training_reach_loggers_and_callbacks_with_their_epoch(
     assert [(float(row["nc/nc1"]), row["epoch"], row["step"]) for row in rows] == [(0.5, "1", "11")]
 
 
+def test_a_logger_that_fails_at_the_start_or_after_the_last_epoch_does_not_end_the_training(tmp_path):
+    class Stopped(Classifier):
+        def on_train_epoch_end(self):  # after the callbacks, so that the epoch was not known to be the last
+            self.trainer.should_stop = self.current_epoch == 4
+
+    def gone(*args, **kwargs):
+        raise ConnectionError("the server is gone")
+
+    class Gone(CSVLogger):
+        experiment = SimpleNamespace(define_metric=gone, add_figure=gone)
+        log_hyperparams = log_graph = finalize = save = lambda self, *args: None
+
+        def log_metrics(self, metrics, step=None):
+            if "nc/nc1" in metrics and metrics["epoch"] == 4:
+                gone()
+
+    callback, keep = NeuralCollapseCallback(every_n_epochs=100), ModelCheckpoint(tmp_path, save_last=True)
+    with pytest.warns(UserWarning, match=r"could not be logged; callback\.history has them: Conn") as caught:
+        fit(tmp_path, [callback, keep], model=Stopped(), max_epochs=9, logger=Gone(tmp_path))
+    assert sum("the server is gone" in str(w.message) for w in caught) == 3  # at the start, the values, the figures
+    assert [row["epoch"] for row in callback.history] == [0, 4]
+    assert (tmp_path / "last.ckpt").is_file()
+
+
 def test_the_callback_is_placed_after_all_others_but_before_checkpoints():
     callback, average, stop, keep = NeuralCollapseCallback(), EMAWeightAveraging(), StopAfter(), ModelCheckpoint()
     trainer = Trainer(

@@ -80,8 +80,22 @@ def measurement_loader(
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
         indices = [indices[i] for i in order[:size].tolist()]
     indices = indices[rank::world_size]
-    clone: DataLoader[Any] = DataLoader(loader.dataset, batch_size=batch_size, sampler=indices, **copied)
+    clone = _Every(loader.dataset, batch_size=batch_size, sampler=indices, **copied)
     return clone, len(clone)
+
+
+class _Every(DataLoader[Any]):
+    """All batches of a loader, or an error: a ``StopIteration`` that its data set raises would end a loop early, in silence."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        count = 0
+        for count, batch in enumerate(super().__iter__(), start=1):  # noqa: B007
+            yield batch
+        if count < len(self):
+            raise RuntimeError(
+                f"the data ended after {count} of {len(self)} batches: the data set {type(self.dataset).__name__} or its "
+                "collate_fn raised StopIteration, which ends a loop without a word; raise another error there"
+            )
 
 
 class _First:
@@ -200,7 +214,8 @@ def _sampler(loader: DataLoader[Any]) -> Any:
         sampler = batches.sampler
     if isinstance(sampler, DistributedSampler):  # Lightning wraps a sampler that is not the default as the "dataset"
         inner = getattr(sampler.dataset, "_sampler", None)
-        sampler = inner if inner is not None else SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+        plain = RandomSampler if sampler.shuffle else SequentialSampler
+        sampler = inner if inner is not None else plain(loader.dataset)  # type: ignore[arg-type]
     return sampler
 
 

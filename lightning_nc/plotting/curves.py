@@ -77,7 +77,7 @@ def read_curves(rows: Run) -> RunCurves:
                     points.setdefault(key, []).append((epoch, value))
             for key, value in _objectives(row, stage).items():
                 losses.setdefault(key, []).append((epoch, value))
-    if not points:
+    if all(is_chance(key.metric) for key in points):
         found = list(dict.fromkeys(name for row in rows for name in row))
         raise ValueError(
             f"nothing to plot in {len(rows)} rows: needs 'epoch' and a metric such as 'nc1' or 'nc/nc1', found {found!r:.300}"

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lightning_nc.functional.projection import simplex
 from lightning_nc.plotting.style import COLORS
+from lightning_nc.runs import in_one_step
 from lightning_nc.scenes import Scene, first_middle_last, posed
 
 __all__ = ["animate", "plot_geometry"]
@@ -96,12 +97,8 @@ def animate(scenes: Sequence[Scene], path: str | Path) -> Path:
         raise ValueError(f"path must end in {' or '.join(_WRITERS)}, got {str(path)!r}")
     shown = _with_points(scenes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
+    with in_one_step(path) as scratch:
         _WRITERS[path.suffix.lower()](_frames(shown), scratch)
-        scratch.replace(path)  # in one step: a run that is killed leaves the old file or the new one
-    finally:
-        scratch.unlink(missing_ok=True)
     return path
 
 

@@ -93,7 +93,8 @@ def plot_overlay(
 
 
 def _layer(runs: Sequence[RunCurves], layer: str | None) -> str:
-    layers = sorted({key.layer for run in runs for key in run.metrics}, key=natural_order)
+    measured = {key.layer for run in runs for key in run.metrics if not is_chance(key.metric)}
+    layers = sorted(measured, key=natural_order)
     wanted = ("" if "" in layers else layers[-1]) if layer is None else "" if layer == INPUT_NAME else layer
     if wanted not in layers:
         raise ValueError(

@@ -92,7 +92,7 @@ def draw(
 
 
 def _draw_curve(axis: Axes, label: str, x: Any, y: Any, color: Any, style: Any, linear: bool) -> None:
-    seen = numpy.isfinite(y) & ((y > 0) | linear)
+    seen = (abs(y) < 1e300) & ((y > 0) | linear)  # margins of larger numbers overflow
     alone = seen & ~numpy.append(seen[1:], False) & ~numpy.append(False, seen[:-1])
     known = {line.get_label() for line in axis.lines}
     axis.plot(

@@ -43,6 +43,7 @@ from lightning_nc.report.series import (
     stage_name,
     without_twins,
 )
+from lightning_nc.runs import in_one_step
 from lightning_nc.scenes import first_middle_last, pictured
 
 __all__ = ["report", "write_report"]
@@ -62,7 +63,8 @@ def write_report(runs: Mapping[str, History], path: str | Path) -> Path:
     path = Path(path)
     text = report(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with in_one_step(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
     return path
 
 

@@ -127,9 +127,14 @@ def _change(metric: str, points: Points) -> str:
     if 0.95 < ratio < 1.05 or first == last:
         return f"{name} hardly changed: {number(first)} at epoch {number(start, 6)}, {number(last)} at epoch {number(end, 6)}."
     verb = "fell" if last < first else "rose"
-    factor = f", by a factor of {number(max(ratio, 1 / ratio), 2)}" if math.isfinite(ratio) else ""
-    if max(ratio, 1 / ratio) >= 100:
-        factor = f", by a factor of {round(max(ratio, 1 / ratio)):,}"
+    times = max(ratio, 1 / ratio) if 0 < ratio < math.inf else math.inf
+    factor = (
+        ""
+        if times == math.inf
+        else f", by a factor of {round(times):,}"
+        if times >= 100
+        else f", by a factor of {number(times, 2)}"
+    )
     least, epoch = min((value, epoch) for epoch, value in points if math.isfinite(value))
     dip = f" Its least was {number(least)} at epoch {number(epoch, 6)}." if last > 1.5 * least > 0 else ""
     change = (
