@@ -1,5 +1,6 @@
 """What an installation brings: versions, what an import loads, and each extra alone."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,9 +18,10 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 OPTIONAL = "torchvision sklearn matplotlib jsonargparse PIL wandb plotly imageio_ffmpeg transformers accelerate safetensors timm peft"
 
 
-def run(code, *arguments, **options):
+def run(code, *arguments):
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this package, whatever the current directory is
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 # ------------------------------------------------------------------------------------------------------------- versions
