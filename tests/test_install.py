@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 # The packages of the extras. None of them comes with the plain install.
-OPTIONAL = "torchvision sklearn matplotlib jsonargparse PIL wandb plotly imageio_ffmpeg transformers accelerate safetensors timm peft"
+OPTIONAL = (
+    "accelerate imageio_ffmpeg jsonargparse matplotlib peft PIL plotly safetensors sklearn timm torchvision "
+    "transformers wandb"
+)
 
 
 def run(code, *arguments):
