@@ -39,7 +39,7 @@ def of_trainer(folder, *callbacks, **arguments):
 def trained(folder):
     """A training without the callback and one with it."""
     arguments = {"evaluated": OTHER, "eval_strategy": "epoch"}
-    callback = NeuralCollapseCallback(["vit.layers.?"], stages=("train", "validate"), strict=True)
+    callback = NeuralCollapseCallback(["vit.*layer*.?"], stages=("train", "validate"), strict=True)
     plain = of_trainer(folder, **arguments)
     return {"plain": plain, "measured": of_trainer(folder, callback, **arguments), "history": callback.history}
 

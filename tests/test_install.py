@@ -1,5 +1,6 @@
 """What an installation brings: versions, what an import loads, and each extra alone."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,16 +18,17 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 OPTIONAL = "torchvision sklearn matplotlib jsonargparse PIL wandb plotly imageio_ffmpeg transformers accelerate safetensors timm peft"
 
 
-def run(code, *arguments, **options):
+def run(code, *arguments):
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this package, whatever the current directory is
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 # ------------------------------------------------------------------------------------------------------------- versions
 
 
 def test_the_lower_bounds_are_the_oldest_releases_that_are_tested():
-    bounds = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)', PROJECT.partition("[project.scripts]")[0]))
+    bounds = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)', PROJECT.partition("\ntest = ")[0]))
     oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / ".ci/oldest.txt").read_text(), re.MULTILINE))
     assert {"torch", "lightning", "torchmetrics", "transformers"} <= bounds.keys()
     for name, bound in bounds.items():
