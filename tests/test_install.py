@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 # The packages of the extras. None of them comes with the plain install.
-OPTIONAL = "torchvision sklearn matplotlib jsonargparse PIL wandb plotly imageio_ffmpeg transformers accelerate safetensors timm peft"
+OPTIONAL = "torchvision sklearn matplotlib jsonargparse PIL wandb plotly imageio_ffmpeg transformers accelerate "
+OPTIONAL += "safetensors timm peft"
 
 
 def run(code, *arguments):
