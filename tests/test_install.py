@@ -15,10 +15,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 # The packages of the extras. None of them comes with the plain install.
-OPTIONAL = (
-    "accelerate imageio_ffmpeg jsonargparse matplotlib peft PIL plotly safetensors sklearn timm torchvision "
-    "transformers wandb"
-)
+OPTIONAL = "torchvision sklearn matplotlib jsonargparse PIL wandb plotly imageio_ffmpeg transformers accelerate "
+OPTIONAL += "safetensors timm peft"
 
 
 def run(code, *arguments):
