@@ -180,7 +180,9 @@ def test_all_ranks_keep_the_same_samples_of_both_for_pictures():
         torch.testing.assert_close(products.sort(dim=0).values, expected.sort(dim=0).values, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("part", ["exact", "every_stage", "online", "uneven", "wide", "model_parallel"])
+@pytest.mark.parametrize(
+    "part", ["exact", "every_stage", "online", "uneven", "wide", pytest.param("model_parallel", marks=needs_fsdp2)]
+)
 def test_both_ranks_have_the_same_history(part):
     first, second = run("ddp")[0]
     assert first[part]["history"] == second[part]["history"]
