@@ -39,13 +39,13 @@ test-browser: $(INSTALLED)
 
 # In environments of their own, with Python 3.10 and the oldest releases, and with the newest of everything: see noxfile.py.
 test-oldest test-newest: test-%: $(INSTALLED)
-	$(BIN)/nox -s tests-$* -- $(PARALLEL) $(ARGS)
+	$(BIN)/nox --error-on-missing-interpreters -s tests-$* -- $(PARALLEL) $(ARGS)
 
 # Wheel and sdist, in dist/, and what an installed wheel can do.
 package: $(INSTALLED)
 	.ci/package $(BIN)/python
 
-# Cases drawn at random and faults by plan: make soak ARGS="--examples 200 --minutes 20"; about ten minutes by default.
+# Drawn trainings and faults by plan, about ten minutes by default: make soak ARGS="--examples 200 --minutes 20"
 soak: $(INSTALLED)
 	$(PYTEST) -m soak tests/soak $(ARGS)
 
@@ -78,14 +78,15 @@ gallery: $(INSTALLED)
 $(NUMBERED): figure-%: $(INSTALLED)
 	$(UFM) --figure $*
 
-# Prints the tables of docs/costs.md and docs/peers.md; ARGS=--write puts them into the pages. About a quarter of an hour.
 # Changes the formulas in one place at a time and lists the changes that no test notices. It takes an hour or more on one core.
 mutation: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutation.py $(ARGS)
 
+# Prints the tables of docs/costs.md and docs/peers.md; ARGS=--write puts them into the pages. About half an hour.
 benchmarks: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --rounds 5
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/long_run.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ufm.py --repeats 3
 

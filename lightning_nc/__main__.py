@@ -123,7 +123,6 @@ def _at_least_two(text: str) -> int:
 
 
 def _plot(given: argparse.Namespace) -> int:
-    from lightning_nc.plotting import plot_overlay, plot_runs
     from lightning_nc.runs import find_log, in_one_step, split_seeds
 
     if given.labels and len(given.labels) != len(given.runs):
@@ -140,6 +139,9 @@ def _plot(given: argparse.Namespace) -> int:
                 raise ValueError(f"{other} and {path} are the same run; pass each run once")
         logs[path] = log
     histories = [_read(log) for log in logs.values()]
+
+    from lightning_nc.plotting import plot_overlay, plot_runs  # after reading, which says what else it needs
+
     labels = given.labels or [str(path) for path in logs]
     runs = [run for label, rows in zip(labels, histories, strict=True) for run in split_seeds(label, rows)]
     metrics = given.metrics[0] if given.metrics in (["all"], ["paper"]) else given.metrics
@@ -165,9 +167,11 @@ def _plot(given: argparse.Namespace) -> int:
 def _read(path: Path) -> History:
     """A run, of which curves can be drawn."""
     from lightning_nc.history import History
-    from lightning_nc.plotting.curves import read_curves
 
     history = History.read(path)
+
+    from lightning_nc.plotting.curves import read_curves  # needs matplotlib, which is not the first thing to miss
+
     try:
         read_curves(history)
     except ValueError as error:

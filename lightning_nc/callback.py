@@ -196,9 +196,9 @@ class NeuralCollapseCallback(Results, Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # trainer.test may load an older checkpoint, the best one, whose history is shorter.
-        if self._fitting or not self.history:
+        if self._fitting or not self.history:  # trainer.test may load an older checkpoint, with a shorter history
             self.restore(state_dict)
+            self._has_fitted = True
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

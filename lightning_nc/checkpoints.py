@@ -174,6 +174,7 @@ def _is_state(value: Any) -> bool:
 def _unpickled(path: Path, unsafe: bool) -> Any:
     """The contents of a file of ``torch.save``."""
     zipped = zipfile.is_zipfile(path)
+    check_sums(path, "data.pkl")  # that of the weights when they are read
     try:
         with safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipped)
@@ -189,18 +190,33 @@ def _unpickled(path: Path, unsafe: bool) -> Any:
         ) from error
 
 
-def check_sums(path: Path) -> None:
-    """Raise ValueError if the bytes of a file of ``torch.save`` do not fit its checksums, which ``torch.load`` ignores."""
-    if path.is_file() and zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()
-        except Exception as error:
-            if isinstance(error, OSError) and error.filename is not None:
-                raise
-            raise ValueError(f"is damaged: {error}") from error
-        if damaged is not None:
-            raise ValueError(f"is damaged: {damaged} does not fit its checksum")
+def check_sums(path: Path, ending: str = "") -> None:
+    """Raise ValueError if the bytes of a file of ``torch.save`` do not fit its checksums, which ``torch.load`` ignores.
+
+    With ``ending``, only those of its parts whose names end so: ``"data.pkl"`` holds everything but the tensors.
+    """
+    if not (path.is_file() and zipfile.is_zipfile(path)):
+        return
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = next((name for name in file.namelist() if name.endswith(ending) and not _fits(file, name)), None)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"is damaged: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"is damaged: {damaged} does not fit its checksum")
+
+
+def _fits(file: zipfile.ZipFile, name: str) -> bool:
+    """Whether a part of a zip file fits its checksum, which is checked when all of it is read."""
+    try:
+        with file.open(name) as part:
+            while part.read(2**20):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def _safetensors(path: Path) -> Checkpoint:

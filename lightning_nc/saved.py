@@ -115,6 +115,8 @@ def checked(state: Mapping[str, Any], source: str) -> dict[str, Any]:
     try:
         for row in state["history"]:
             epoch_of(row), finite_number("step", row.get("step", 0)), metrics_of(row)
+            if not all(value is None or isinstance(value, str | int | float) for value in (*row, *row.values())):
+                raise ValueError("an entry is neither a number nor a text")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(problem.format("rows", error)) from error
     found = {"history": state["history"]}
@@ -122,7 +124,7 @@ def checked(state: Mapping[str, Any], source: str) -> dict[str, Any]:
         try:
             check(state.get(name, ()))
             found |= {name: state[name]} if name in state else {}
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             rank_zero_warn(f"{problem.format(name, error)}; left out")
     return found
 

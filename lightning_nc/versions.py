@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import serialization
 
-__all__ = ["force_eager", "safe_globals"]
+__all__ = ["force_eager", "safe_globals", "store_of_all_ranks"]
 
 
 @contextmanager
@@ -43,3 +44,11 @@ def safe_globals(allowed: Sequence[tuple[type, str]]) -> Iterator[None]:
     finally:
         serialization.clear_safe_globals()
         serialization.add_safe_globals(before)
+
+
+def store_of_all_ranks() -> Any:
+    """The key-value store of the process group of all ranks."""
+    world: Any = dist.group.WORLD
+    if hasattr(world, "get_group_store"):
+        return world.get_group_store()
+    return import_module("torch.distributed.distributed_c10d")._get_default_store()

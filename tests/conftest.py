@@ -1,6 +1,7 @@
 """Data, models and trainings that several test files share."""
 
 import copy
+import logging
 import math
 import random
 import resource
@@ -26,6 +27,12 @@ from lightning_nc.measuring.probe import Probe
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _lightning_logs_where_caplog_sees_it(monkeypatch):
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
 
 # ------------------------------------------------------------------------------------------------- features and labels

@@ -113,7 +113,7 @@ def test_saved_states_of_parts_of_the_data_merge_to_the_whole_whatever_the_split
         torch.save(metric.state_dict(), tmp_path / f"{number}.pt")
     total = NeuralCollapse(CLASSES, FEATURES, metrics=names)
     for number in range(parts):
-        total.merge_state(torch.load(tmp_path / f"{number}.pt"))
+        total.merge_state(torch.load(tmp_path / f"{number}.pt", weights_only=True))
     whole = fill(NeuralCollapse(CLASSES, FEATURES, metrics=names), features, target, len(target)).compute()
     assert {name: value.item() for name, value in total.compute().items()} == pytest.approx(
         {name: value.item() for name, value in whole.items()}, rel=1e-12

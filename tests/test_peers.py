@@ -22,7 +22,9 @@ def data(dtype=torch.float32):
     return rows, target, peers.batches_of(rows, target)
 
 
-@pytest.mark.parametrize("name", sorted(peers.NC1.keys() - {"nc-toolbox"}))  # which needs float64 features, see the page
+@pytest.mark.parametrize(
+    "name", sorted(peers.NC1.keys() - {"nc-toolbox"})
+)  # which needs float64 features, see the page
 def test_every_way_of_computing_nc1_gives_ours_on_plain_features(name):
     rows, target, batches = data()
     expected = reference.nc1(rows.numpy(), target.numpy())

@@ -269,7 +269,7 @@ def test_merge_pickle_reset_and_a_state_dict(tmp_path):
     first, second = metric_of(rows[:50], y[:50], weight), metric_of(rows[50:], y[50:], weight)
     second.persistent(True)
     torch.save(second.state_dict(), tmp_path / "part.pt")
-    first.merge_state(torch.load(tmp_path / "part.pt"))
+    first.merge_state(torch.load(tmp_path / "part.pt", weights_only=True))
     assert floats(first.compute()) == pytest.approx(whole, rel=1e-12)
     assert floats(pickle.loads(pickle.dumps(first)).compute()) == floats(first.compute())
     first.reset()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 
 import pytest
 import torch
@@ -159,6 +160,7 @@ def changed(tmp_path, **parts):
         [{"epoch": 0, "step": 1, "nc/nc1": "small"}],
         [{"epoch": 10**400, "step": 1, "nc/nc1": 0.5}],
         [{"epoch": 0, "step": 1, 7: 0.5}],
+        [{"epoch": 0, "step": 1, "stage": [], "nc/nc1": 0.5}],
     ],
 )
 def test_rows_of_a_checkpoint_that_are_no_rows_are_refused_with_its_name(tmp_path, rows):
@@ -189,6 +191,16 @@ def test_a_part_of_a_history_that_is_damaged_or_of_another_version_is_left_out_w
     assert list(found) == list(history)
     assert not found.state()[part]
     assert [name for name in ("scenes", "per_class", "about") if not found.state()[name]] == [part]
+
+
+def test_a_checkpoint_with_one_other_bit_in_a_value_is_refused_instead_of_read_as_another_number(tmp_path):
+    history = collapsing(3, layers=())
+    save(tmp_path / "last.ckpt", history)
+    data, value = (tmp_path / "last.ckpt").read_bytes(), struct.pack(">d", history[-1]["nc/nc1"])
+    assert data.count(value) == 1
+    (tmp_path / "last.ckpt").write_bytes(data.replace(value, struct.pack(">d", 2 * history[-1]["nc/nc1"])))
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*data.pkl does not fit its checksum"):
+        History.read(tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("callbacks", [None, [1], torch.ones(2)])

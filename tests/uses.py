@@ -110,11 +110,11 @@ def plain():
     assert History.read("own.csv") == history
     script = Path(sysconfig.get_path("scripts")) / "lightning-nc"
     assert "report" in subprocess.check_output([script, "--help"], text=True)
-    Path("run.wandb").touch()
+    Path("run-1.wandb").touch()
     torch.save(model.state_dict(), "model.pt")
     assert "needs matplotlib: pip install matplotlib" in refused("plot", "own.csv")
-    assert 'needs plotly: pip install "lightning-neural-collapse[report]"' in refused("report", "own.csv")
-    assert 'needs wandb: pip install "lightning-neural-collapse[wandb]"' in refused("plot", "run.wandb")
+    assert 'a report needs matplotlib: pip install "lightning-neural-collapse[report]"' in refused("report", "own.csv")
+    assert 'needs wandb: pip install "lightning-neural-collapse[wandb]"' in refused("plot", "run-1.wandb")
     for library, install in (("timm", "timm"), ("transformers", '"lightning-neural-collapse[huggingface]"')):
         said = refused("measure", "model.pt", "--model", f"{library}:resnet18", *images())
         assert f"needs {library}: pip install {install}" in said

@@ -6,11 +6,12 @@ import warnings
 import zlib
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lightning_nc.versions import store_of_all_ranks
 
 __all__ = [
     "PATIENCE",
@@ -42,8 +43,7 @@ def meet(caller: str = "measure") -> None:
     Raises:
         RuntimeError: on each rank that has waited for :data:`PATIENCE` seconds.
     """
-    world: Any = dist.group.WORLD
-    store, rank = world.get_group_store(), dist.get_rank()
+    store, rank = store_of_all_ranks(), dist.get_rank()
     turn = store.add(f"lightning_nc/{rank}", 1)  # how often this rank was here
     keys = [f"lightning_nc/{turn}/{other}" for other in range(dist.get_world_size())]
     store.set(keys[rank], "")

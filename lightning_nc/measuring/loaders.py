@@ -93,8 +93,8 @@ class _Every(DataLoader[Any]):
             yield batch
         if count < len(self):
             raise RuntimeError(
-                f"the data ended after {count} of {len(self)} batches: the data set {type(self.dataset).__name__} or its collate_fn "
-                "raised StopIteration, which ends a loop without a word; raise another error there"
+                f"the data ended after {count} of {len(self)} batches: the data set {type(self.dataset).__name__} or its "
+                "collate_fn raised StopIteration, which ends a loop without a word; raise another error there"
             )
 
 

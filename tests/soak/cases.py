@@ -193,7 +193,17 @@ class Sevens(EveryOther):
 
 # ---------------------------------------------------------------------------------------------------------------- cases
 
-LOADERS = ("shuffled", "in order", "generator", "subset", "weighted", "every other", "batch sampler", "sevens", "stream")
+LOADERS = (
+    "shuffled",
+    "in order",
+    "generator",
+    "subset",
+    "weighted",
+    "every other",
+    "batch sampler",
+    "sevens",
+    "stream",
+)
 SCHEDULES = {"all": 1, "second": 2, "third": 3, "log": log_spaced(3), "epoch 1": lambda epoch: epoch == 1}
 METRICS = {
     "paper": "paper",
@@ -348,7 +358,9 @@ def cases(draw, ranks=1):
     samples = draw(st.integers(24, 45))
     workers = 2 if ranks == 1 and draw(st.integers(0, 15)) == 15 else 0
     mode = pick("exact", "exact", "online")
-    stages = pick(("train",), ("train",), ("train", "validate"), ("train", "test"), ("validate",), ("train", "validate", "test"))
+    stages = pick(
+        ("train",), ("train",), ("train", "validate"), ("train", "test"), ("validate",), ("train", "validate", "test")
+    )
     epochs = draw(st.integers(1, 4))
     stops = ("none", "none", "none", "max_steps", "stop", "error", "keyboard")
     stop = pick(*[name for name in stops if ranks == 1 or name not in ("error", "keyboard")])

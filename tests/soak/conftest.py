@@ -10,6 +10,7 @@ from collections import defaultdict
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.stateful import run_state_machine_as_test
+
 from soak.ranks import Ranks
 
 CHUNK = 20  # cases that hypothesis draws before it is asked again whether time is left
@@ -88,7 +89,9 @@ def budget(request, tally, _end):
     drawing = [item for item in request.session.items if "budget" in item.fixturenames]
     left = drawing[drawing.index(request.node) :]
     seconds = max(0.0, _end - time.monotonic()) / len(left)
-    return Budget(tally, request.config.getoption("--examples", 60), seconds, request.config.getoption("--shrink", False))
+    return Budget(
+        tally, request.config.getoption("--examples", 60), seconds, request.config.getoption("--shrink", False)
+    )
 
 
 @pytest.fixture(scope="session")

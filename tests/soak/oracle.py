@@ -67,7 +67,9 @@ def ties(features, means, weight=None, bias=None):
     close = _is_close(np.sort(square, axis=1)[:, :2], (features**2).sum(1) + (means**2).sum(1).max())
     if weight is not None:
         logits = features @ weight.T + bias
-        close |= _is_close(np.sort(-logits, axis=1)[:, :2], np.abs(features) @ np.abs(weight).max(0) + np.abs(bias).max())
+        close |= _is_close(
+            np.sort(-logits, axis=1)[:, :2], np.abs(features) @ np.abs(weight).max(0) + np.abs(bias).max()
+        )
     return close.mean()
 
 
@@ -83,7 +85,7 @@ def expected(features, target, weight, bias):
     if len(seen) < 2:
         return {}
     weight, bias = (part[seen] if part is not None else None for part in (weight, bias))
-    means, centered, deviations, within, _ = reference.moments(features, target)
+    means, centered, _, within, _ = reference.moments(features, target)
     if np.linalg.norm(centered, axis=1).min() <= 1e-6 * np.linalg.norm(means):
         return {}  # class means that coincide but for rounding: most of the metrics have no value
     stand_in = np.ones_like(means) if weight is None else weight  # of a layer, whose own metrics need none

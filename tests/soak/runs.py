@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
-from soak.cases import METRICS, SCHEDULES, unpacked
 from torch import nn
 
 from lightning_nc import NeuralCollapseCallback
+from soak.cases import METRICS, SCHEDULES, unpacked
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -158,7 +158,9 @@ def callbacks_of(case):
 def trainer_of(case, callbacks, folder):
     saving = {"every_n_train_steps": case.checkpoint} if case.checkpoint else {"every_n_epochs": 1}
     saved = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **saving)
-    ranks = {"devices": 2, "strategy": DDPStrategy(timeout=timedelta(seconds=60))} if case.ranks == 2 else {"devices": 1}
+    ranks = (
+        {"devices": 2, "strategy": DDPStrategy(timeout=timedelta(seconds=60))} if case.ranks == 2 else {"devices": 1}
+    )
     return Trainer(
         max_epochs=case.epochs,
         max_steps=case.stop[1] if case.stop[0] == "max_steps" else -1,
@@ -180,8 +182,20 @@ def trainer_of(case, callbacks, folder):
 
 def newest(folder):
     """The last checkpoint, by its step; None if there is none."""
-    found = sorted(Path(folder).glob("*.ckpt"), key=lambda path: int(path.stem.split("step=")[1].split("-")[0]))
-    return found[-1] if found else None
+    return max(Path(folder).glob("*.ckpt"), key=step_of, default=None)
+
+
+def step_of(checkpoint):
+    """The optimizer step of a checkpoint; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.stem.split("step=")[1].split("-")[0])
+
+
+def continued(earlier, later, step):
+    """What two parts of a run kept by epoch and step, if the second went on from ``step``.
+
+    Lightning gives the number of the epoch again to one that goes on from a checkpoint of its last batch.
+    """
+    return {**earlier, **{place: kept for place, kept in later.items() if place not in earlier or place[1] > step}}
 
 
 def run(case, kind, folder):
@@ -193,7 +207,9 @@ def run(case, kind, folder):
         if found["ended"] is not None:
             earlier, last = found, newest(folder)
             found = _attempt(case, kind, folder, ("none", 0), last)
-            found["earlier"] = earlier
+            found["earlier"], found["began"] = earlier, step_of(last)
+            for name in ("states", "steps"):
+                found[name] = continued(earlier[name], found[name], found["began"])
     found["warnings"] = [str(warning.message) for warning in caught]
     return found
 
@@ -233,7 +249,7 @@ def _attempt(case, kind, folder, stop, checkpoint):
     found["log"] = trainer.logger.rows
     found["shown"] = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("nc/")}
     found["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    found["steps"] = witness[0].steps if witness else None
+    found["steps"] = witness[0].steps if witness else {}
     found["histories"] = [list(callback.history) for callback in measuring]
     found["scenes"] = measuring[0].history.scenes if measuring else []
     found["tables"] = [callback.per_class for callback in measuring]
@@ -270,8 +286,9 @@ def difference(first, second, where=""):
 
 
 def _same(first, second):
-    if isinstance(first, torch.Tensor) or isinstance(first, np.ndarray):
-        return np.array_equal(*(np.asarray(torch.as_tensor(part).float().cpu()) for part in (first, second)), equal_nan=True) and (
-            torch.as_tensor(first).dtype == torch.as_tensor(second).dtype
-        )
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        one, other = (part.detach().contiguous().reshape(-1).view(torch.uint8) for part in (first, second))
+        return first.dtype == second.dtype and first.shape == second.shape and torch.equal(one, other)
+    if isinstance(first, np.ndarray):
+        return np.array_equal(first, second)
     return first == second or (first != first and second != second)

@@ -80,7 +80,6 @@ LABELS = {
     "sparse": lambda y: y.to_sparse(),
     "complex": lambda y: y.to(torch.complex64),
     "a dict": lambda y: {"a": y},
-    "meta": lambda y: y.to("meta"),
     "one class": torch.zeros_like,
     "two classes": lambda y: y.clamp(max=1),
 }

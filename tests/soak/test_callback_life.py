@@ -16,12 +16,12 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from lightning.pytorch import seed_everything
-from soak.cases import METRICS, cases
-from soak.runs import Recorder, Task, Witness, callbacks_of, difference, newest, trainer_of
-from soak.test_combinations import check_row
 
 from lightning_nc import History, measure
 from lightning_nc.functional.table import check_metrics
+from soak.cases import METRICS, cases
+from soak.runs import Recorder, Task, Witness, callbacks_of, continued, difference, newest, step_of, trainer_of
+from soak.test_combinations import check_row
 
 
 class CallbackLife(RuleBasedStateMachine):
@@ -53,19 +53,23 @@ class CallbackLife(RuleBasedStateMachine):
             beside = [self.callback] if kind == "measured" else [witness]
             trainer = trainer_of(case, [*beside, recorder], folder)
             path = newest(folder) if checkpoint else None
-            with undisturbed() as error:
+            with planned_ends() as error:
                 trainer.fit(model, case.train_loader(), case.held_out() or None, ckpt_path=path)
             ended.append((type(error[0]) if error else None, recorder.finished, model.seen, torch.get_rng_state()))
             if kind == "plain":
-                self.plain["states"] |= recorder.states
+                self.plain["states"] = continued(self.plain["states"], recorder.states, step_of(path))
                 self.plain["trained"] |= recorder.trained
-                self.witness |= witness.steps
+                self.witness = continued(self.witness, witness.steps, step_of(path))
         self.plain["weights"] = self.twin.state_dict()
         self.finished = None if ended[0][0] else trainer
         self.steps.append((stop, checkpoint, self.epochs))
         assert difference(ended[0], ended[1]) is None
 
-    @rule(epochs=st.integers(1, 3), stop=st.sampled_from(["none", "none", "stop", "error", "keyboard"]), at=st.integers(1, 9))
+    @rule(
+        epochs=st.integers(1, 3),
+        stop=st.sampled_from(["none", "none", "stop", "error", "keyboard"]),
+        at=st.integers(1, 9),
+    )
     def train(self, epochs, stop, at):
         before = len(self.callback.previous_histories) + bool(self.callback.history)
         self.trainings += 1
@@ -162,7 +166,7 @@ class CallbackLife(RuleBasedStateMachine):
 
 
 @contextmanager
-def undisturbed():
+def planned_ends():
     """Catch what was raised by plan, and let the signal handlers be as before."""
     raised, handler = [], signal.getsignal(signal.SIGINT)
     try:

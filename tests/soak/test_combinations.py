@@ -9,9 +9,6 @@ import contextlib
 import numpy as np
 import torch
 from hypothesis import reject
-from soak import oracle
-from soak.cases import METRICS, SCHEDULES, Stream, cases, rows_of, unpacked
-from soak.runs import Task, difference, run
 from torch.utils.data import DataLoader, Subset
 
 from lightning_nc.functional import METRICS as TABLE
@@ -19,6 +16,9 @@ from lightning_nc.functional.table import check_metrics
 from lightning_nc.keys import STAGES
 from lightning_nc.measuring.loaders import measurement_loader
 from lightning_nc.schedule import is_due
+from soak import oracle
+from soak.cases import METRICS, SCHEDULES, Stream, cases, rows_of, unpacked
+from soak.runs import Task, difference, run
 
 COMPARED = (
     *("ended", "finished", "trained", "seen", "states", "weights", "optimizer", "random", "loader", "modes", "log"),
@@ -32,8 +32,9 @@ def test_a_training_of_any_kind_is_measured_rightly_and_is_the_same_without_the_
         try:
             plain = [run(case, "plain", folder / "plain")]
         except ValueError as error:
-            assert "more than 1 value per channel" in str(error)  # batch norm of one sample
-            reject()
+            if "more than 1 value per channel" not in str(error):
+                raise
+            reject()  # batch norm refuses a batch of one sample
         measured = [run(case, "measured", folder / "measured")]
         witness = [run(case, "witness", folder / "witness")] if needs_witness(case) else None
         hold(case, plain, measured, witness, budget.tally)
@@ -47,7 +48,8 @@ def test_two_processes_of_any_kind_measure_what_the_oracle_gives_and_train_the_s
         try:
             plain = ranks.call(run, case, "plain", folder / "plain")
         except RuntimeError as error:
-            assert "more than 1 value per channel" in str(error)
+            if "more than 1 value per channel" not in str(error):
+                raise
             reject()
         measured = ranks.call(run, case, "measured", folder / "measured")
         witness = ranks.call(run, case, "witness", folder / "witness") if needs_witness(case) else None
@@ -102,7 +104,9 @@ def bare(case, found):
     kept = {name: found.get(name) for name in COMPARED}
     # torch's own encoder layer takes a path of other rounding in evaluation mode if a module in it has a hook; see the limits.
     if "net.encoder" in case.layers and (case.mode == "online" or case.stages != ("train",)):
-        kept["log"] = [(step, {k: v for k, v in row.items() if not k.startswith(("val", "test"))}) for step, row in kept["log"]]
+        kept["log"] = [
+            (step, {k: v for k, v in row.items() if not k.startswith(("val", "test"))}) for step, row in kept["log"]
+        ]
         kept["shown"] = {name: value for name, value in kept["shown"].items() if name.startswith("train")}
     if kept["earlier"] is not None:
         kept["earlier"] = bare(case, kept["earlier"])
@@ -118,7 +122,6 @@ def check_schedule(case, plain, history, number):
     last = max((epoch for epoch, _ in plain["finished"]), default=None)
     if last is None:
         return
-    resumed = plain["states"] and min(plain["states"])[0] or 0
     every = 1 if number else SCHEDULES[case.every]
     due = [epoch for epoch, _ in dict(ends).items() if is_due(every, epoch, epoch == last)]
     rows = [row["epoch"] for row in history if row["stage"] == "train"]
@@ -131,7 +134,7 @@ def check_schedule(case, plain, history, number):
     if case.stop[0] == "max_steps":  # with accumulated gradients an earlier epoch may seem to be the last one
         assert set(due) <= set(rows)
     else:
-        assert sorted(set(rows)) == sorted(set(due)), (rows, due, resumed)
+        assert sorted(set(rows)) == sorted(set(due)), (rows, due, case)
 
 
 # ------------------------------------------------------------------------------------------------- the oracle of a row
@@ -154,7 +157,9 @@ def check_row(case, plain, witness, history, row, names, number, tally):
     assert not missing, (missing, row)
     found = oracle.differences(row, values)
     assert found == {}, (found, row, case)
-    tally.seen["values"] |= {(case, number, row["stage"], row["epoch"], row["step"], key) for key in values.keys() & row.keys()}
+    tally.seen["values"] |= {
+        (case, number, row["stage"], row["epoch"], row["step"], key) for key in values.keys() & row.keys()
+    }
     known = sum(key.startswith("nc/") for key in row)
     tally.seen["values without a clear truth"] |= {(case, number, row["epoch"], n) for n in range(known - len(values))}
 
@@ -213,9 +218,7 @@ def fits(case):
 
 def state_of(plain, row):
     """The weights of that epoch and step, and the buffers of rank 0."""
-    found = plain[0]
-    states = {**found.get("earlier", {}).get("states", {}), **found["states"]}
-    return states[row["epoch"], row["step"]]
+    return plain[0]["states"][row["epoch"], row["step"]]
 
 
 def parts_of(case, state):
@@ -307,11 +310,7 @@ def measured_indices(case, rank):
 
 def online_features(case, witness, row):
     """What the training steps of the epoch computed, on all ranks."""
-    parts = []
-    for found in witness:
-        steps = {**(found.get("earlier", {}).get("steps") or {}), **found["steps"]}
-        parts.append(joined(case, steps[row["epoch"], row["step"]]))
-    return merged(parts)
+    return merged([joined(case, found["steps"][row["epoch"], row["step"]]) for found in witness])
 
 
 def held_out_features(case, plain, row, loader):

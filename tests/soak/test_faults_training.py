@@ -10,13 +10,12 @@ import torch
 from conftest import full_disk
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from soak.faulty import EPOCHS, Fault, Measured, Raises, assert_clean, kill, left_behind, loader, raising, same
-
 from torch.utils.data import get_worker_info
 
 from lightning_nc import History, NeuralCollapseCallback
 from lightning_nc.functional import METRICS, MetricSpec
 from lightning_nc.runs import read_run
+from soak.faulty import EPOCHS, Fault, Measured, Raises, assert_clean, kill, left_behind, loader, raising, same
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -222,7 +221,7 @@ ARGUMENTS = [{}, {"stages": ("train", "validate")}, {"mode": "online"}]
 
 
 def resumed(folder, options):
-    """Resume from the last checkpoint; the rows, the log and the file of the user's own agree and have every epoch once."""
+    """Resume from the last checkpoint; its history has every epoch once, with a value."""
     callback = NeuralCollapseCallback(strict=True, **options)
     left_behind(folder, [callback], ckpt_path=folder / "last.ckpt", val=loader())
     stages = callback.stages

@@ -1,4 +1,4 @@
-"""Metrics in any order of updates, merges, copies, conversions, saved states and resets hold what the samples that they saw give."""
+"""Metrics that are updated, merged, copied, converted, saved and reset in any order hold what their samples give."""
 
 import copy
 import io
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, rule
-from soak import oracle
 from torch import nn
 
 from lightning_nc import NeuralCollapse
 from lightning_nc.functional import METRICS
 from lightning_nc.functional.table import check_metrics
+from soak import oracle
 
 CHOICES = ("paper", "all", "nc1", ("nc3_centered", "nc2_of"), ("nc4", "ncc_error"), ("nc1_cdnv_directional", "nc1_vci"))
 TYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,11 @@ class MetricLife(RuleBasedStateMachine):
     seen = None  # what is counted
 
     @initialize(
-        target=lives, classes=st.integers(2, 6), features=st.integers(1, 9), names=st.sampled_from(CHOICES), seed=st.integers(0, 99)
+        target=lives,
+        classes=st.integers(2, 6),
+        features=st.integers(1, 9),
+        names=st.sampled_from(CHOICES),
+        seed=st.integers(0, 99),
     )
     def begin(self, classes, features, names, seed):
         torch.manual_seed(seed)
@@ -59,7 +63,9 @@ class MetricLife(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(seed)
         target = torch.randint(-1, self.classes, (size,), generator=generator)
         target[target < 0] = -100
-        rows = self.centers[target.clamp(min=0)] + offset + noise * torch.randn(size, self.features, generator=generator)
+        rows = (
+            self.centers[target.clamp(min=0)] + offset + noise * torch.randn(size, self.features, generator=generator)
+        )
         rows = rows.to(dtype)
         rows[target == -100] = torch.nan  # which must count nowhere
         return rows, target
