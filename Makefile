@@ -39,7 +39,7 @@ test-browser: $(INSTALLED)
 
 # In environments of their own, with Python 3.10 and the oldest releases, and with the newest of everything: see noxfile.py.
 test-oldest test-newest: test-%: $(INSTALLED)
-	$(BIN)/nox -s tests-$* -- $(PARALLEL) $(ARGS)
+	$(BIN)/nox --error-on-missing-interpreters -s tests-$* -- $(PARALLEL) $(ARGS)
 
 # Wheel and sdist, in dist/, and what an installed wheel can do.
 package: $(INSTALLED)

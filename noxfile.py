@@ -18,7 +18,9 @@ EXTRAS = ["plain", "examples", "wandb", "report", "huggingface", "zoo", "docs"]
 def run_quick_tests(session: nox.Session, *constraints: str) -> None:
     """Install the package with everything that the tests use, and run what `make test` runs."""
     session.install("--editable", ".[test,zoo]", *constraints)
-    session.run("python", "-m", "pytest", "-m", "not slow and not browser and not soak", *session.posargs, env=ONE_THREAD)
+    session.run(
+        "python", "-m", "pytest", "-m", "not slow and not browser and not soak", *session.posargs, env=ONE_THREAD
+    )
 
 
 @nox.session(name="tests-oldest", python="3.10")

@@ -58,9 +58,9 @@ TESTS = (
     "projection",
 )
 TESTS += ("regression", "variability", "simplex_etf", "table", "collapse")
-SECONDS = 20  # that a mutant may take beyond ten times what its tests take
+SECONDS = 10  # that a mutant may take beyond five times what its tests take
 QUICK = 0.1  # seconds that a test may take which is run for every mutant of what runs on import
-GIGABYTES = 4  # that a mutant may allocate beyond what there is
+GIGABYTES = 2  # that a mutant may allocate beyond what there is
 
 
 @functools.cache
@@ -422,13 +422,15 @@ class Run:
         changes = [replacements(*mutant.codes()) for mutant in self.mutants]
         in_order = sorted(zip(self.mutants, changes, strict=True), key=lambda pair: pair[1] is None)
         for number, (mutant, changed) in enumerate(in_order, 1):
+            if not reached[mutant.file, mutant.lines[0]]:  # a function that is called on import, or in other processes
+                changed = None
             chosen = self.choose(mutant, changed, reached)
 
             def work(mutant: Mutant = mutant, changed: Changes = changed, chosen: list[str] = chosen) -> str | None:
                 put_in_place(mutant, changed, functions)
                 return failing([items[name] for name in chosen])
 
-            limit = SECONDS + 10 * sum(self.seconds[name] for name in chosen)
+            limit = SECONDS + 5 * sum(self.seconds[name] for name in chosen)
             mutant.status, mutant.killer = in_fork(limit, work) if chosen else ("untested", "")
             for kills in (self.kills[mutant.place], self.all_kills):
                 kills[mutant.killer] += mutant.status == "killed"
@@ -444,9 +446,10 @@ class Run:
         """The names of the tests that may kill a mutant, the most promising first."""
         lines = range(mutant.lines[0], mutant.lines[1] + 1)
         names = set[str]().union(*(reached[mutant.file, line] for line in lines)) & self.seconds.keys()
-        names = names or {name for name in self.seconds if "ranks" in name}  # in processes of its own
+        if not names or "rank" in mutant.place or "merge" in mutant.place:  # reached in processes of their own
+            names = names | {name for name in self.seconds if "ranks" in name}
         if changed is None:  # who reads what is computed on import is not known
-            names = {name for name, seconds in self.seconds.items() if seconds < QUICK}
+            names = names | {name for name, seconds in self.seconds.items() if seconds < QUICK}
         kills = self.kills[mutant.place]
         proven = sorted(names, key=lambda name: (-kills[name], self.seconds[name] / (1 + self.all_kills[name])))
         # Tests mirror the files of the package, and what reaches little else tests that.

@@ -232,7 +232,7 @@ def fixed_head():
     """The weight that a rank drew, what is left of it in DDP, and the values of sharded models with one weight."""
     own = SimplexETF(7, 3, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
     together = DistributedDataParallel(nn.Sequential(nn.Linear(7, 7), copy.deepcopy(own)))
-    values = [sharded(lambda model, wrap=wrap: wrap(with_fixed_head(model))) for wrap in (fsdp, fsdp2)]
+    values = [sharded(lambda model, wrap=wrap: wrap(with_fixed_head(model))) for wrap in sharding()]
     return {"own": own.weight, "together": together.module[1].weight, "values": values}
 
 
@@ -339,6 +339,11 @@ def fsdp2(model):
     return fully_shard(model)
 
 
+def sharding():
+    """What shards a model in this release of torch."""
+    return [fsdp, fsdp2] if fully_shard else [fsdp]
+
+
 def error_of(function, *args):
     """The kind and the message of what is raised; None if nothing is."""
     try:
@@ -386,7 +391,7 @@ def main(part, folder):
             *failing,
             collectives,
             wide,
-            model_parallel,
+            *([model_parallel] if fully_shard else []),
         ):
             results[function.__name__] = function()
     if part == "nodes":
@@ -403,10 +408,11 @@ def main(part, folder):
         torch.distributed.init_process_group("gloo")
         results["steps"] = steps()
         results["everything"] = everything(torch.distributed.get_rank(), torch.distributed.get_world_size())
-        results["is sharded"] = [is_sharded(wrap(plain())) for wrap in (fsdp2, fsdp, DistributedDataParallel)]
+        results["is sharded"] = [is_sharded(wrap(plain())) for wrap in (DistributedDataParallel, *sharding())]
         results["FSDP, flat parameters"] = sharded(lambda model: fsdp(model, False))
         results["FSDP, original parameters"] = sharded(fsdp)
-        results["FSDP2"] = sharded(fsdp2)
+        if fully_shard:
+            results["FSDP2"] = sharded(fsdp2)
         results["fixed head"] = fixed_head()
         results["regression"] = regression()
         results["extracted"] = extracted()

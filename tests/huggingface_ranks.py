@@ -39,7 +39,7 @@ def of_trainer(folder, *callbacks, **arguments):
 def trained(folder):
     """A training without the callback and one with it."""
     arguments = {"evaluated": OTHER, "eval_strategy": "epoch"}
-    callback = NeuralCollapseCallback(["vit.layers.?"], stages=("train", "validate"), strict=True)
+    callback = NeuralCollapseCallback(["vit.*layer*.?"], stages=("train", "validate"), strict=True)
     plain = of_trainer(folder, **arguments)
     return {"plain": plain, "measured": of_trainer(folder, callback, **arguments), "history": callback.history}
 
@@ -130,10 +130,13 @@ def padding_alone():
 
 def results(folder):
     gc.freeze()  # every training collects garbage, among all that was imported
-    return {
-        "sharded language": sharded(gpt2, for_language, TEXTS, **NEXT),
-        "sharded tokens": sharded(bert_of_tokens, padded, TOKENS, progress=False),
+    found = {
         "padding alone": padding_alone(),
         "accelerated": {measured: accelerated(measured) for measured in (False, True)},
-        **{part.__name__: part(folder) for part in (trained, language, gives_up, sharded_training)},
+        **{part.__name__: part(folder) for part in (trained, language, gives_up)},
     }
+    if fully_shard:
+        found["sharded language"] = sharded(gpt2, for_language, TEXTS, **NEXT)
+        found["sharded tokens"] = sharded(bert_of_tokens, padded, TOKENS, progress=False)
+        found["sharded_training"] = sharded_training(folder)
+    return found

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_nc import NC1, NeuralCollapse, functional
 from lightning_nc.functional import METRICS, nc1, nc2, nc2_equinorm, nc2_maxangle, nc3, nc4
-from lightning_nc.functional.pairs import mean_over_pairs
+from lightning_nc.functional.pairs import Pairs, deviation_over_pairs, mean_over_pairs
 from lightning_nc.functional.table import check_metrics
 
 
@@ -136,8 +136,8 @@ def test_a_weight_in_float32_is_computed_with_in_float64(name):
 
 
 def test_random_pairs_are_of_two_classes_and_every_pair_is_as_likely():
-    classes, count = 200, 19_000
-    rows, seen = torch.randn(classes, 3).double(), []
+    classes, count = 200, 19_000  # several blocks
+    rows, seen = 0.1 * torch.randn(classes, 40).double(), []
 
     def values(pairs):
         seen.append(torch.stack([pairs.left, pairs.right]))
@@ -153,6 +153,10 @@ def test_random_pairs_are_of_two_classes_and_every_pair_is_as_likely():
     assert len(left) == count
     assert mean.item() == pytest.approx(distances.mean().item(), rel=1e-12)
     assert error.item() == pytest.approx(distances.std().item() / math.sqrt(count), rel=1e-9)
+    deviation, error = deviation_over_pairs(rows, lambda pairs: pairs.squared_distances(rows), count)
+    squares = (distances - distances.mean()) ** 2
+    assert deviation.item() == pytest.approx(squares.mean().sqrt().item(), rel=1e-9)
+    assert error.item() == pytest.approx((squares.std() / math.sqrt(count) / (2 * deviation)).item(), rel=1e-9)
     assert (left != right).all()
     for side in (left, right):  # five standard deviations of a count of 95
         counts = side.bincount(minlength=classes)
@@ -160,6 +164,23 @@ def test_random_pairs_are_of_two_classes_and_every_pair_is_as_likely():
         assert ((counts - count / classes).abs() < 5 * math.sqrt(count / classes)).all()
     steps = ((right - left) % classes).bincount(minlength=classes)[1:]
     assert ((steps - count / (classes - 1)).abs() < 5 * math.sqrt(count / classes)).all()
+
+
+def test_pairs_that_are_all_alike_have_no_deviation_and_no_error_and_a_gradient():
+    rows = torch.randn(6, 3).double().requires_grad_()
+    deviation, error = deviation_over_pairs(rows, lambda pairs: 0 * pairs.products(rows) + 2, 5)
+    deviation.backward()
+    assert (deviation, error) == (0, 0)
+    assert torch.equal(rows.grad, torch.zeros(6, 3))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_near_rows_keep_the_digits_of_their_distance_at_any_scale(scale):
+    rows = scale * (torch.randn(1, 5).double() + 1e-5 * torch.randn(7, 5).double())
+    everyone = slice(0, 7)
+    found = Pairs(everyone, everyone).squared_distances(rows)
+    truth = [((rows[i] - rows[j]) ** 2).sum().item() for i in range(7) for j in range(i + 1, 7)]
+    assert found.tolist() == pytest.approx(truth, rel=1e-9)
 
 
 def test_random_pairs_are_the_same_every_time_and_move_no_random_stream():

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
-from versions import EMAWeightAveraging
+from versions import EMAWeightAveraging, needs_fsdp2
 
 from lightning_nc import NeuralCollapseCallback, measure
 
@@ -595,6 +595,7 @@ def test_if_one_rank_cannot_measure_all_raise_and_none_waits(part, reason):
     assert second.startswith(reason)
 
 
+@needs_fsdp2
 def test_a_sharded_model_in_mixed_precision_is_measured_with_the_weight_that_it_applies():
     first, second = (rank["sharded_in_bfloat16"] for rank in ranks())
     assert first == second == pytest.approx(whole(), rel=5e-3)  # bfloat16 has three digits

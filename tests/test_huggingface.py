@@ -31,6 +31,7 @@ from tiny_transformers import (
 )
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from versions import needs_fsdp2
 
 import lightning_nc
 from lightning_nc import History, log_spaced, measure
@@ -532,6 +533,7 @@ def test_two_processes_measure_a_language_model_in_training():
     check(first["history"][-1], model, for_language(huggingface_ranks.TEXTS), rel=1e-4)
 
 
+@needs_fsdp2
 def test_a_training_whose_parameters_are_sharded_is_measured_and_is_the_same():
     first, second = (rank["sharded_training"] for rank in ranks())
     assert first["history"] == second["history"]
@@ -567,9 +569,9 @@ def test_measure_gives_the_values_of_all_samples_in_a_loop_with_accelerate_and_l
 @pytest.mark.parametrize(
     ("part", "make", "collate", "data"),
     [
-        ("sharded language", gpt2, for_language, "TEXTS"),
+        pytest.param("sharded language", gpt2, for_language, "TEXTS", marks=needs_fsdp2),
         ("padding alone", gpt2, for_language, "TEXTS"),
-        ("sharded tokens", bert_of_tokens, padded, "TOKENS"),
+        pytest.param("sharded tokens", bert_of_tokens, padded, "TOKENS", marks=needs_fsdp2),
     ],
 )
 def test_ranks_with_batches_of_padding_measure_what_one_process_measures(part, make, collate, data):

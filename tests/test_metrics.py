@@ -2,6 +2,7 @@ import copy
 import functools
 import io
 import pickle
+import warnings
 from dataclasses import fields
 
 import numpy as np
@@ -312,6 +313,16 @@ def test_nc1_is_the_same_in_the_span_of_the_class_means(classes, features):
     assert metric.compute()["nc1"].item() == pytest.approx(reference.nc1_by_axes(rows, target), rel=1e-8)
 
 
+def test_nc1_alone_computes_nothing_else():
+    assert NC1(3, 4).metrics == ("nc1",)
+
+
+def test_a_class_of_one_sample_is_in_the_span():
+    metric = NC1(3, 6)
+    metric.update(torch.randn(5, 6), torch.tensor([0, 0, 1, 1, 2]))
+    assert metric.span().shape == (6, 2)
+
+
 def test_the_span_leaves_out_missing_classes_and_what_rounding_can_cause():
     rows, target, points = bottleneck(CLASSES, 100, 64, torch.float32)
     metric = fill(NeuralCollapse(CLASSES + 2, 64, metrics="nc2_etf"), rows, target)
@@ -545,9 +556,12 @@ def _half(rank, port, folder):
     regression = NeuralRegressionCollapse(3, FEATURES, weight[:3])
     regression.update(features[own], features[own, :3] ** 2)
     alone = [torch.distributed.new_group([other]) for other in (0, 1)][rank]
-    apart = NeuralCollapse(6, FEATURES, weight, bias, ["nc1", "nc4"], sync_on_compute=False)
+    apart = NeuralCollapse(6, FEATURES, weight, bias, ["nc1", "nc4", "nc5"], sync_on_compute=False)
     apart.update(features[own], target[own])
+    apart.update_ood(ood[rank::2])
     apart.merge_over_ranks(alone)
+    assert torch.equal(apart.ood_sum, ood[rank::2].sum(dim=0))
+    assert metric.ood_count == 9
     assert apart.counts.sum() == apart.compared.sum() == len(target[own])
     many, labels = _many()
     moments = ClassMoments.zeros(300, 250)
@@ -647,11 +661,172 @@ def test_samples_that_were_compared_already_are_not_merged_with_samples_that_are
     compared, kept = (NeuralCollapse(CLASSES, FEATURES, metrics="ncc_error") for _ in range(2))
     compared.keeps_samples = False
     compared.update(features, target)
-    compared.compare(features, target)
+    compared.compare(features[target == 1], target[target == 1])
     kept.update(features, target)
     for one, other in ((compared, kept), (kept, compared)):
         with pytest.raises(ValueError, match="compared with class means already"):
             one.merge_state(other)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_held_out_samples_are_compared_with_the_class_means_of_other_data(kept):
+    train, labels = clusters(5, 9, 4, 0.5, dtype=torch.float64)
+    rows, target = clusters(5, 30, 4, 2.5, dtype=torch.float64)
+    rows, target = rows[target != 4], target[target != 4]  # a class of the centers has no sample
+    centers = torch.stack([train[labels == k].mean(dim=0) for k in range(5)])
+    weight, bias = torch.randn(5, 4).double(), torch.randn(5).double()
+    names = ["nc1", "nc1_trace", "nc2_etf", "ncc_error", "nc4"]
+    metric = NeuralCollapse(5, 4, weight, bias, names, centers=centers.clone().requires_grad_())
+    metric.keeps_samples = kept
+    assert "centers" not in metric.state_dict()
+    fill(metric, rows, target)
+    with pytest.warns(UserWarning, match="no sample of 1 class"):
+        values = {name: value.item() for name, value in metric.compute().items()}
+    own, used = reference.moments(rows, target)[0], centers[:4].numpy()
+    deviations, centered = rows.numpy() - used[target], used - used.mean(axis=0)
+    nearest = np.array([((row - centers.numpy()) ** 2).sum(axis=1).argmin() for row in rows.numpy()])
+    decision = (rows @ weight.T + bias).argmax(dim=1).numpy()
+    within, between = deviations.T @ deviations / len(rows), centered.T @ centered / 4
+    truth = {
+        "nc1": reference.nc1_by_axes(rows, target),
+        "nc1_trace": reference.all_metrics(rows, target, weight[:4].numpy(), bias[:4].numpy())["nc1_trace"],
+        "nc2_etf": reference.frame(own, "etf"),
+        "ncc_error": np.mean(nearest != target.numpy()),
+        "nc4": np.mean(nearest != decision),
+        "nc1_train_means": np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / 4,
+        "nc1_trace_train_means": np.trace(within) / np.trace(between),
+    }
+    assert values == pytest.approx(truth, rel=1e-9)
+    coarse = NeuralCollapse(5, 4, weight, bias, names, centers=centers.float())
+    exact = NeuralCollapse(5, 4, weight, bias, names, centers=centers.float().double())
+    for part in (coarse, exact):
+        fill(part, rows, target)
+    with pytest.warns(UserWarning, match="no sample of 1 class"):
+        assert coarse.compute() == exact.compute()
+
+
+def test_samples_of_a_class_without_a_center_are_not_compared():
+    rows, target = clusters(4, 20, 6, 2.0, dtype=torch.float64)
+    centers = torch.stack([rows[target == k].mean(dim=0) for k in range(4)]) + 0.3
+    centers[2, 1] = torch.nan
+    kept = target != 2
+    kept[(target == 2).nonzero()[0]] = True  # a single one of these samples
+    names = ["ncc_error", "nc1_cdnv_directional", "nc1_trace"]
+    metric = fill(NeuralCollapse(4, 6, metrics=names, centers=centers), rows[kept], target[kept])
+    with pytest.warns(UserWarning, match="1 classes of the samples have no mean among the centers"):
+        values = metric.compute()
+    assert list(values) == ["nc1_trace", "ncc_error", "nc1_cdnv_directional"]  # without NC1 around the centers
+    rows, target = rows[target != 2], target[target != 2]
+    without = fill(NeuralCollapse(4, 6, metrics=names, centers=centers), rows, target)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rest = without.compute()
+    assert not any("no mean among" in str(warning.message) for warning in caught)  # it has no sample that is lost
+    assert "nc1_trace_train_means" in rest
+    for name in ("ncc_error", "nc1_cdnv_directional"):
+        assert values[name] == rest[name]
+    known = [k for k in range(4) if k != 2]
+    nearest = [min(known, key=lambda k: ((row - centers[k]) ** 2).sum()) for row in rows]
+    wrong = [near != label for near, label in zip(nearest, target.tolist(), strict=True)]
+    assert values["ncc_error"].item() == pytest.approx(np.mean(wrong), abs=1e-12)
+    assert 0 < np.mean(wrong) < 1
+    with pytest.raises(ValueError, match=r"centers must have shape \(4, 6\), got \(6, 4\)"):
+        NeuralCollapse(4, 6, centers=centers.T)
+
+
+def test_a_second_pass_compares_every_sample_once():
+    features, target = clusters(CLASSES, 40, FEATURES, 2.0)
+    metric = NeuralCollapse(CLASSES, FEATURES, metrics="ncc_error")
+    metric.keeps_samples = False
+    fill(metric, features, target)
+    assert not metric.compared.any()
+    for part in zip(features.split(33), target.split(33), strict=True):
+        metric.compare(*part)
+    assert torch.equal(metric.compared, metric.counts)
+    assert metric.compute()["ncc_error"] == F.ncc_error(features, target)
+
+
+def test_an_absent_class_is_nobodys_nearest_and_a_class_of_one_sample_is_compared_with():
+    rows, target = clusters(4, 30, 6, 2.0, dtype=torch.float64)
+    kept = (target != 1) & ((target != 2) | (torch.arange(120) == (target == 2).nonzero()[0]))
+    rows, target = rows[kept], target[kept]
+    metric = fill(NeuralCollapse(4, 6, metrics="ncc_error"), rows, target)
+    with pytest.warns(UserWarning, match="no sample of 1 class"):
+        value = metric.compute()["ncc_error"].item()
+    owner = np.searchsorted([0, 2, 3], target)
+    assert value == pytest.approx(np.mean(reference.nearest(rows, target) != owner), abs=1e-12)
+
+
+def test_comparisons_with_the_same_centers_merge():
+    features, target = clusters(CLASSES, 40, FEATURES, 2.0)
+    centers = torch.stack([features[target == k].double().mean(dim=0) for k in range(CLASSES)])
+    parts = [NeuralCollapse(CLASSES, FEATURES, metrics="ncc_error", centers=centers) for _ in range(2)]
+    for metric, rows in zip(parts, (slice(0, 70), slice(70, None)), strict=True):
+        metric.keeps_samples = False
+        fill(metric, features[rows], target[rows])
+    parts[0].merge_state(parts[1])
+    assert torch.equal(parts[0].compared, parts[0].counts)
+    assert parts[0].compute()["ncc_error"] == F.ncc_error(features, target)
+
+
+def test_labels_out_of_range_that_only_the_device_has_seen_raise_in_compute():
+    features, target = data()
+    metric = NC1(CLASSES, FEATURES)
+    metric.moments().update(features, torch.where(target == 1, CLASSES, target))  # update() reads no label off the CPU
+    with pytest.raises(ValueError, match=rf"targets must lie in \[0, {CLASSES}\), got 40 outside"):
+        metric.compute()
+
+
+def test_other_data_come_in_batches_of_any_precision():
+    features, target = data()
+    other = torch.randn(50, FEATURES).bfloat16()
+    metric, twin = (fill(NeuralCollapse(CLASSES, FEATURES, metrics="nc5"), features, target) for _ in range(2))
+    for part in other[20:].split(16):
+        metric.update_ood(part)
+    for part in other[:20].split(16):
+        twin.update_ood(part)
+    metric.merge_state(twin)
+    weight = np.eye(CLASSES, FEATURES)
+    truth = reference.all_metrics(features, target, weight, np.zeros(CLASSES), other.double().numpy())["nc5"]
+    assert metric.compute()["nc5"].item() == pytest.approx(truth, rel=1e-9)
+    assert metric.ood_count == 50
+    np.testing.assert_allclose(metric.ood_sum, other.double().sum(dim=0), rtol=1e-12)
+    metric.reset()
+    assert metric.ood_sum.shape == (FEATURES,)
+    with pytest.raises(ValueError, match=f"num_features={FEATURES}"):
+        metric.update_ood(other[:, :3])
+
+
+def test_a_buffer_of_features_that_is_filled_again_changes_no_sample_that_is_kept():
+    features, target = clusters(CLASSES, 40, FEATURES, 2.0)
+    metric, rows = NeuralCollapse(CLASSES, FEATURES, metrics="ncc_error"), torch.empty(40, FEATURES)
+    for part, labels in zip(features.split(40), target.split(40), strict=True):
+        metric.update(rows.copy_(part), labels)
+    assert metric.compute()["ncc_error"] == F.ncc_error(features, target)
+
+
+def test_after_a_merge_over_ranks_nothing_is_added():
+    features, target = data()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        metric = fill(
+            NeuralCollapse(CLASSES, FEATURES, metrics=["nc1", "ncc_error"], sync_on_compute=False), features, target
+        )
+        metric.merge_over_ranks()
+        for add, what in (
+            (lambda: metric.update(features, target), "update"),
+            (lambda: metric.merge_state(metric), "merge"),
+        ):
+            with pytest.raises(RuntimeError, match=f"before the next {what}"):
+                add()
+        with pytest.raises(RuntimeError, match="all ranks already"):
+            metric.merge_over_ranks()
+        assert metric.compute()["ncc_error"] == F.ncc_error(features, target)
+        assert metric.counts.sum() == len(target)
+        around = fill(NeuralCollapse(CLASSES, FEATURES, metrics="nc1", centers=metric.means), features, target)
+        assert around.compute().keys() == {"nc1", "nc1_train_means"}  # merges, though it compares no sample
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_nc5_without_other_data_says_so():

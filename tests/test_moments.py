@@ -407,6 +407,17 @@ def test_squares_leave_the_range_where_a_share_of_eps_of_them_does(of_spread):
         assert problem in moments.fault() if problem else moments.fault() is None, size
 
 
+def test_the_last_digit_of_a_feature_counts():
+    for dtype, digits in ((torch.float32, 23), (torch.float64, 52), (torch.float16, 10), (torch.bfloat16, 7)):
+        features = torch.tensor([[1 + 2.0**-digits], [1.0]], dtype=dtype)
+        assert ClassDeviations.of(features, torch.tensor([0, 1]), 2).precision == dtype
+
+
+def test_with_one_feature_too_a_scatter_matrix_and_none_are_not_merged():
+    with pytest.raises(ValueError, match="both keep a scatter matrix or none"):
+        ClassMoments.zeros(2, 1).merge(ClassMoments.zeros(2, 1, scatter=False))
+
+
 def test_what_reads_the_scatter_matrix_says_that_it_was_not_kept():
     moments = ClassMoments.zeros(2, 3, scatter=False)
     for read in (lambda: moments.within(torch.eye(3).double()), moments.pooled):

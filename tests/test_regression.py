@@ -297,3 +297,51 @@ def test_it_works_in_inference_mode_under_autocast_and_in_a_collection_and_keeps
 def test_no_samples_are_nan():
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert NeuralRegressionCollapse(2, 5).compute()["nrc1"].isnan()
+
+
+# ------------------------------------------------------------------------------------------------------- special cases
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 0.95, 1.5])
+def test_nrc3_finds_the_shift_inside_of_its_interval_and_at_its_ends(shift):
+    rows, y, _ = data()
+    values, vectors = np.linalg.eigh(np.cov(y.numpy().T, ddof=0))
+    form = np.sqrt(values) - shift * np.sqrt(values[0])
+    weight = np.sqrt(form.clip(0))[:, None] * vectors.T @ np.linalg.qr(np.ones((12, 12)) + np.diag(range(12)))[0][:3]
+    weight = vectors @ weight + 0.01 * np.arange(36).reshape(3, 12) / 36
+    truth = grid(weight, np.cov(y.numpy().T, ddof=0))
+    assert nrc3(rows, y, torch.tensor(weight)).item() == pytest.approx(truth, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_nrc1_leaves_directions_out_along_which_the_features_do_not_vary(scale):
+    line, offset = torch.randn(6).double(), torch.randn(6).double()
+    rows = scale * (offset + torch.randn(50, 1).double() * line)
+    unit, along = (rows / rows.norm(dim=1, keepdim=True)).numpy(), (line / line.norm()).numpy()
+    truth = np.mean(((unit - np.outer(unit @ along, along)) ** 2).sum(axis=1))
+    assert nrc1(rows, torch.randn(50, 3)).item() == pytest.approx(truth, rel=1e-9)
+
+
+def test_a_target_that_is_constant_is_a_direction_without_variance():
+    rows, y, weight = data()
+    y[:, 1] = 3.0
+    assert nrc3(rows, y, weight).item() == pytest.approx(expected(rows, y, weight)["nrc3"], rel=1e-9)
+
+
+def test_what_spoils_one_metric_leaves_the_others():
+    rows, y, weight = data()
+    with pytest.warns(UserWarning, match="is nan, because the weight is zero"):
+        values = floats(metric_of(rows, y, torch.zeros_like(weight)).compute())
+    assert {name for name, value in values.items() if math.isnan(value)} == {"nrc2", "nrc3"}
+    weight[0, 2] = math.nan
+    with pytest.warns(UserWarning, match="is nan, because the weight holds an infinity or a nan"):
+        assert nrc2(rows, y, weight).isnan()
+    rows[:, 4] *= 1e200
+    with pytest.warns(UserWarning, match="is nan, because the squares of the features or targets leave"):
+        assert nrc1(rows, y).isnan()
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_mean_something_come_without_a_warning():
+    rows, y, weight = data()
+    assert floats(metric_of(rows, y, weight).compute()) == pytest.approx(expected(rows, y, weight), rel=1e-6)

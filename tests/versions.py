@@ -6,10 +6,12 @@ import pytest
 
 try:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-except ImportError:  # before torch 2.6
-    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
+except ImportError:
+    MixedPrecisionPolicy = fully_shard = None
 
-__all__ = ["EMAWeightAveraging", "MixedPrecisionPolicy", "fully_shard", "since"]
+needs_fsdp2 = pytest.mark.skipif(fully_shard is None, reason="FSDP2 needs torch 2.6")
+
+__all__ = ["EMAWeightAveraging", "MixedPrecisionPolicy", "fully_shard", "needs_fsdp2", "since"]
 
 
 def since(release, module, name):
