@@ -60,7 +60,7 @@ TESTS = (
 TESTS += ("regression", "variability", "simplex_etf", "table", "collapse")
 SECONDS = 10  # that a mutant may take beyond five times what its tests take
 QUICK = 0.1  # seconds that a test may take which is run for every mutant of what runs on import
-GIGABYTES = 4  # that a mutant may allocate beyond what there is
+GIGABYTES = 2  # that a mutant may allocate beyond what there is
 
 
 @functools.cache

@@ -123,9 +123,7 @@ def main() -> None:
     print("time of an epoch, last tenth over first tenth:")
     print(f"  without the callback  {late_over_early(plain.times):.2f}")
     print(f"  measured              {late_over_early(measured.times):.2f}")
-    print(
-        "time of the two checkpoints after an epoch over that of the measured epoch, first and last tenth:"
-    )
+    print("time of the two checkpoints after an epoch over that of the measured epoch, first and last tenth:")
     count = epochs // 10
     for name, watch in (("without the callback", plain), ("measured", measured)):
         shares = [statistics.median(part) for part in (watch.saving[1:count], watch.saving[-count:])]

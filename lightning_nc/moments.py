@@ -222,7 +222,7 @@ class ClassMoments(ClassStatistics):
     ) -> ClassMoments:
         """The moments of no samples. Without ``scatter`` they take O(K d) memory instead of O(K d + d^2)."""
         side = num_features if scatter else 0
-        device = torch.get_default_device() if device is None else device
+        device = torch.empty(0).device if device is None else device  # torch 2.4 names no other default
         with torch.inference_mode(False):  # so that they can be updated in place in any mode
             count = torch.zeros((), dtype=torch.long, device=device)
             sums = torch.zeros(num_classes, dtype=state_dtype(device), device=device)

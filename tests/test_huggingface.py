@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import transformers
 from conftest import PAPER, is_picture
 from test_distributed import run
 from tiny_transformers import (
@@ -31,7 +32,7 @@ from tiny_transformers import (
 )
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
-from versions import needs_fsdp2
+from versions import needs_fsdp2, needs_torch_2_6
 
 import lightning_nc
 from lightning_nc import History, log_spaced, measure
@@ -145,7 +146,8 @@ def test_tensorboard_gets_the_values_which_can_be_read_back(tmp_path, monkeypatc
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     callback = NeuralCollapseCallback(strict=True)
     train(tmp_path, callback, report_to="tensorboard", num_train_epochs=2)
-    read = History.read(tmp_path / "logs")
+    (file,) = tmp_path.rglob("events.out*")  # transformers 4 has a folder of its own for them
+    read = History.read(file)
     assert [(row["epoch"], row["step"]) for row in read] == steps(callback)
     for row, own in zip(read, callback.history, strict=True):
         assert {key: row[key] for key in KEYS} == pytest.approx({key: own[key] for key in KEYS}, rel=1e-6)
@@ -263,6 +265,9 @@ def test_evaluated_data_are_measured_with_every_epoch_that_is_due(tmp_path):
     assert steps(callback) == steps(callback, "validate") == [(1, 7), (3, 21), (4, 28)]
 
 
+@pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4 does not evaluate at the end of the training"
+)
 def test_a_rarer_evaluation_is_measured_after_an_epoch_that_was_due(tmp_path):
     callback = NeuralCollapseCallback(stages=("validate",), every_n_epochs=9, strict=True)
     train(tmp_path, callback, evaluated=OTHER, eval_strategy="steps", eval_steps=10, num_train_epochs=6)
@@ -403,6 +408,7 @@ def test_training_is_bit_for_bit_the_same_with_and_without_the_callback(tmp_path
     assert ("evaluated" in arguments) == bool(steps(callback, "validate"))
 
 
+@needs_torch_2_6
 @pytest.mark.parametrize("saved", [7, 10])
 def test_a_resumed_training_is_the_same_and_goes_on_with_the_history_of_the_checkpoint(tmp_path, saved):
     def run(callback, **kwargs):
@@ -420,6 +426,7 @@ def test_a_resumed_training_is_the_same_and_goes_on_with_the_history_of_the_chec
     assert_identical(state_of(trainer)["optimizer"], first["optimizer"])
 
 
+@needs_torch_2_6
 def test_a_checkpoint_of_a_training_without_the_callback_can_be_resumed_with_it_and_again(tmp_path):
     def run(callback, epochs, resume=None):
         every = {"save_strategy": "epoch", "num_train_epochs": epochs, "resume": resume and str(tmp_path / resume)}

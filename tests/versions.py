@@ -9,9 +9,10 @@ try:
 except ImportError:
     MixedPrecisionPolicy = fully_shard = None
 
+needs_torch_2_6 = pytest.mark.skipif(fully_shard is None, reason="transformers resumes with torch 2.6 or newer alone")
 needs_fsdp2 = pytest.mark.skipif(fully_shard is None, reason="FSDP2 needs torch 2.6")
 
-__all__ = ["EMAWeightAveraging", "MixedPrecisionPolicy", "fully_shard", "needs_fsdp2", "since"]
+__all__ = ["EMAWeightAveraging", "MixedPrecisionPolicy", "fully_shard", "needs_fsdp2", "needs_torch_2_6", "since"]
 
 
 def since(release, module, name):

@@ -204,6 +204,15 @@ LOADERS = (
     "sevens",
     "stream",
 )
+STAGES = (
+    ("train",),
+    ("train",),
+    ("train", "validate"),
+    ("train", "test"),
+    ("validate",),
+    ("train", "validate", "test"),
+)
+STOPS = ("none", "none", "none", "max_steps", "stop", "error", "keyboard")
 SCHEDULES = {"all": 1, "second": 2, "third": 3, "log": log_spaced(3), "epoch 1": lambda epoch: epoch == 1}
 METRICS = {
     "paper": "paper",
@@ -344,7 +353,7 @@ class Case:
 
 @st.composite
 def cases(draw, ranks=1):
-    """Every case is one that training itself can run."""
+    """Cases that training itself can run, unless a batch of one sample meets batch norm."""
     pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
     flag = st.booleans()
     model = pick(*MODELS)
@@ -352,18 +361,9 @@ def cases(draw, ranks=1):
     labels = pick(*kind.labels)
     classes = 2 if model == "one output" else draw(st.integers(2, 5))
     places = labels == "places"
-    loader = pick(*[name for name in LOADERS if ranks == 1 or name not in ("sevens", "batch sampler")])
-    batch_size = draw(st.integers(3, 9))
-    # A batch of one sample has no batch statistics, and training itself refuses it.
-    samples = draw(st.integers(24, 45))
-    workers = 2 if ranks == 1 and draw(st.integers(0, 15)) == 15 else 0
     mode = pick("exact", "exact", "online")
-    stages = pick(
-        ("train",), ("train",), ("train", "validate"), ("train", "test"), ("validate",), ("train", "validate", "test")
-    )
-    epochs = draw(st.integers(1, 4))
-    stops = ("none", "none", "none", "max_steps", "stop", "error", "keyboard")
-    stop = pick(*[name for name in stops if ranks == 1 or name not in ("error", "keyboard")])
+    stages = pick(*STAGES)
+    stop = pick(*[name for name in STOPS if ranks == 1 or name not in ("error", "keyboard")])
     used = classes - (classes > 2 and draw(flag))
     chosen = st.lists(st.sampled_from(range(used)), min_size=2, max_size=min(4, used), unique=True)
     return Case(
@@ -373,20 +373,20 @@ def cases(draw, ranks=1):
         classes=classes,
         absent=used < classes,
         single=draw(flag),
-        samples=samples,
+        samples=draw(st.integers(24, 45)),
         noise=pick(0.3, 1.0),
         seed=draw(st.integers(0, 99)),
         form=pick(*FORMS),
-        loader=loader,
-        batch_size=batch_size,
+        loader=pick(*[name for name in LOADERS if ranks == 1 or name not in ("sevens", "batch sampler")]),
+        batch_size=draw(st.integers(3, 9)),
         drop_last=draw(flag),
-        workers=workers,
+        workers=2 if ranks == 1 and draw(st.integers(0, 15)) == 15 else 0,
         validation=pick((), (13,), (10, 17)) if len(stages) == 1 and "train" in stages else pick((13,), (10, 17)),
         limit=pick(None, None, 2, 3) if not places else pick(None, 2),
         precision=pick("32-true", "32-true", "64-true", "bf16-mixed", "bf16-true"),
         ranks=ranks,
         optimizer=pick("SGD", "Adam"),
-        epochs=epochs,
+        epochs=draw(st.integers(1, 4)),
         accumulate=pick(1, 1, 2, 3),
         clip=pick(None, None, 0.5),
         sanity=pick(0, 2),
