@@ -109,6 +109,18 @@ def test_vertices_of_an_orthoplex_are_recognized_at_any_offset_and_scale(classes
         assert nc2_orthoplex(rows + 0.3 * scale * torch.randn_like(rows), torch.arange(classes)).item() > 0.01
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_a_class_mean_at_the_mean_of_all_has_no_opposite_whatever_the_order_of_the_classes(offset):
+    rows = torch.tensor([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 0]], dtype=torch.float64) + offset
+    alone = torch.zeros(1, 1, dtype=torch.float64)
+    pairs = torch.kron(torch.eye(2, dtype=torch.float64), torch.tensor([[1, -1], [-1, 1]]))
+    gram = torch.block_diag(pairs / math.sqrt(8), alone)
+    ideal = torch.block_diag(pairs / 3, alone + 1 / 3)  # two pairs and a vertex without its opposite
+    for order in (torch.arange(5), torch.tensor([4, 0, 1, 2, 3]), torch.tensor([0, 2, 4, 3, 1])):
+        found = nc2_orthoplex(rows[order], torch.arange(5)).item()
+        assert found == pytest.approx(torch.linalg.norm(gram - ideal).item(), rel=1e-9)
+
+
 def test_the_distance_to_an_orthoplex_is_the_smallest_over_all_pairs_near_to_one():
     classes, features = 6, 4
     for _ in range(20):

@@ -133,7 +133,9 @@ def _nc2_orthoplex(rows: Tensor) -> Tensor:
 
 def _opposites(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """So many pairs of rows without a row in common, the most negative cosine first."""
-    rows = unit(rows)
+    lengths = vector_norm(rows, dim=1, keepdim=True)
+    # A class mean at the mean of all has no direction but that of rounding, and so no opposite.
+    rows = torch.where(lengths > 1e-6 * lengths.amax(), rows / lengths, torch.zeros_like(rows))
     cosines, index = rows @ rows.T, torch.arange(len(rows), device=rows.device)
     cosines.fill_diagonal_(math.inf)
     found = []
