@@ -164,6 +164,14 @@ def test_a_limit_takes_a_fixed_random_choice():
     assert chosen != sorted(chosen)
 
 
+def test_a_limit_takes_a_random_choice_of_what_a_batch_sampler_of_ones_own_draws():
+    class Own(BatchSampler):
+        pass
+
+    own = DataLoader(DATA, batch_sampler=Own(RandomSampler(DATA), 8, False))
+    assert visited(own, max_batches=2) == visited(DataLoader(DATA, 8, shuffle=True), max_batches=2)
+
+
 def test_a_loader_that_cannot_be_copied_is_refused():
     with pytest.raises(LookupError, match="pass dataloader="):
         measurement_loader({"a": DataLoader(DATA), "b": DataLoader(DATA)})

@@ -210,8 +210,8 @@ def _kind(instance: Any) -> str:
 def _sampler(loader: DataLoader[Any]) -> Any:
     """What draws the samples of an epoch."""
     sampler, batches = loader.sampler, _batch_sampler(loader)
-    if type(batches) is BatchSampler:  # its own; that of the loader is a stand-in where this one was given
-        sampler = batches.sampler
+    if batches is not None:  # where it was given, the sampler of the loader is a stand-in
+        sampler = batches.sampler if type(batches) is BatchSampler else batches
     if isinstance(sampler, DistributedSampler):  # Lightning wraps a sampler that is not the default as the "dataset"
         inner = getattr(sampler.dataset, "_sampler", None)
         plain = RandomSampler if sampler.shuffle else SequentialSampler
