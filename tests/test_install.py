@@ -34,7 +34,6 @@ def test_the_lower_bounds_are_the_oldest_releases_that_are_tested():
     assert {"torch", "lightning", "torchmetrics", "transformers"} <= bounds.keys()
     for name, bound in bounds.items():
         assert Version(oldest[name]) == Version(bound), name
-    assert oldest["pytorch-lightning"] == oldest["lightning"]
 
 
 def test_every_python_that_the_package_names_is_tested():

@@ -4,6 +4,7 @@ import csv
 import sys
 import warnings
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import lightning as L
@@ -186,7 +187,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, model):
     save = ModelCheckpoint(tmp_path / model, filename="third", save_on_train_epoch_end=True)
     trainer(tmp_path, 3, NeuralCollapseCallback(), save, enable_checkpointing=True).fit(ufm.build(c, 0))
     resumed, again = ufm.build(c, 1), NeuralCollapseCallback()
-    trainer(tmp_path, 6, again).fit(resumed, ckpt_path=save.best_model_path, weights_only=False)
+    runner = trainer(tmp_path, 6, again)
+    trusted = (
+        {"weights_only": False} if "weights_only" in signature(runner.fit).parameters else {}
+    )  # since lightning 2.6
+    runner.fit(resumed, ckpt_path=save.best_model_path, **trusted)
     for expected, got in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, got)
     assert again.history == collapse.history
