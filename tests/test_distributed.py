@@ -40,7 +40,9 @@ def run(part):
         where = [f"--node-rank={node}", "--rdzv-endpoint", endpoint]
         launchers["nodes"].append([*launcher, "--nnodes=2", "--nproc-per-node=1", *where])
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # transformers 4 leaves the precision of the last TrainingArguments in a variable of the environment.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+        environment = {**inherited, "OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen([*start, SCRIPT, part, folder], env=environment, stderr=subprocess.PIPE, text=True)
             for start in launchers[part]
