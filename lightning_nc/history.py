@@ -161,7 +161,7 @@ class History(list[dict[str, Any]]):
         small = self.classes is not None and len(self.classes.labels) <= _MOST_CLASSES
         return {
             "history": [dict(row) for row in self],
-            "scenes": [dict(vars(found)) for found in self.scenes],
+            "scenes": [found.text for found in self.scenes],
             "per_class": self.per_class if small else self._table,
             "about": self.about,
         }

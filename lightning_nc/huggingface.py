@@ -247,7 +247,7 @@ class NeuralCollapseCallback(Results, TrainerCallback):
             scenes = [found for found in self.history.scenes[-1:] if (found.stage, found.step) == (stage, at["step"])]
             entry: dict[str, Any] = {**row, **at}
             if scenes and self._options.geometry:  # else the log history stays small
-                entry["scene"] = dict(vars(scenes[0]))
+                entry["scene"] = scenes[0].text
             state.log_history.append(entry)
             if stage == "train":
                 self._means.keep(collector, weights)

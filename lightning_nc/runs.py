@@ -108,7 +108,8 @@ def plain_value(name: str, value: Any) -> float | str | None:
                 number = kind(text)
                 return number if abs(number) < 2**63 else float(text)
         return {"True": True, "False": False}.get(text, text)
-    return value if value is None or isinstance(value, int) else _number(name, value)
+    exact = value is None or (isinstance(value, int) and abs(value) < 2**63)
+    return value if exact else _number(name, value)
 
 
 def find_log(path: str | Path) -> Path:

@@ -124,7 +124,7 @@ def checked(state: Mapping[str, Any], source: str) -> dict[str, Any]:
         try:
             check(state.get(name, ()))
             found |= {name: state[name]} if name in state else {}
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             rank_zero_warn(f"{problem.format(name, error)}; left out")
     return found
 
@@ -157,7 +157,9 @@ def _together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def first(name: str) -> Any:
         return next((state[name] for state in states if state.get(name)), {})
 
-    pictured = [state["scenes"] for state in states if any(scene["chosen"] for scene in state.get("scenes", ()))]
+    pictured = [
+        state["scenes"] for state in states if any(scene.chosen for scene in scenes_of(state.get("scenes", ())))
+    ]
     return {
         "history": sorted(rows.values(), key=epoch_of),
         "scenes": pictured[0] if pictured else first("scenes") or [],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -53,6 +55,11 @@ class Scene:
     samples: list[Points]
     means: Points
     weight: Points
+
+    @cached_property
+    def text(self) -> str:
+        """All of it in JSON. A checkpoint takes one text a hundred times faster than a thousand numbers."""
+        return json.dumps({field.name: getattr(self, field.name) for field in fields(self)})
 
 
 def scene(found: MeasuredClasses, epoch: float, step: float, stage: str) -> Scene:
@@ -135,13 +142,13 @@ def first_middle_last(scenes: Sequence[T]) -> list[T]:
     return [scenes[place] for place in sorted({0, len(scenes) // 2, len(scenes) - 1})] if scenes else []
 
 
-def scenes_of(states: Sequence[Mapping[str, Any]]) -> list[Scene]:
-    """Scenes from their dicts of a file.
+def scenes_of(texts: Sequence[str]) -> list[Scene]:
+    """Scenes from their texts in a file.
 
     Raises:
         TypeError, ValueError: for entries that are not those of a scene.
     """
-    found = [Scene(**state) for state in states]
+    found = [Scene(**json.loads(text)) for text in texts]
     for scene in found:
         size, points = len(scene.labels), [*scene.means, *scene.weight, *chain.from_iterable(scene.samples)]
         fits = size <= scene.classes and [len(row) for row in scene.cosines] == [size] * size

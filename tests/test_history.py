@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import Classifier, clusters, fit, free_port, full_disk, loader
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -149,6 +149,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
         max_size=6,
     )
 )
+@example([({"nc1": 0.5}, {"note": 2**63 - 1}, 0, "train", None), ({"nc1": 0.5}, {"note": -(2**63)}, 1, "train", None)])
 def test_the_file_gives_back_exactly_the_rows_that_were_appended(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("history") / "nc.csv"
     history = History(path)

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,9 +175,11 @@ def test_rows_of_a_checkpoint_that_are_no_rows_are_refused_with_its_name(tmp_pat
     [
         ("scenes", 5),
         ("scenes", [5]),
-        ("scenes", [{"epoch": 0, "of another version": 1}]),
-        ("scenes", [{**vars(collapsing(1, layers=()).scenes[0]), "means": []}]),
-        ("scenes", [{**vars(collapsing(1, layers=()).scenes[0]), "epoch": "first"}]),
+        ("scenes", ['{"epoch": 0, "of another version": 1}']),
+        ("scenes", [replace(collapsing(1, layers=()).scenes[0], means=[]).text]),
+        ("scenes", [replace(collapsing(1, layers=()).scenes[0], epoch="first").text]),
+        ("scenes", [collapsing(1, layers=()).scenes[0].text[:-1]]),
+        ("scenes", ["[" * 10**6]),
         ("per_class", ["class"]),
         ("per_class", {"class": [0, 1], "samples": [4]}),
         ("about", "mode"),
@@ -256,7 +259,7 @@ def test_what_several_callbacks_measured_at_one_moment_is_one_row(tmp_path):
 def test_the_state_of_a_trainer_of_transformers_is_read(tmp_path):
     history = collapsing(3, layers=())
     entries = [
-        {**{key: value for key, value in row.items() if key != "stage"}, "scene": dict(vars(scene))}
+        {**{key: value for key, value in row.items() if key != "stage"}, "scene": scene.text}
         for row, scene in zip(history, history.scenes, strict=True)
     ]
     folder = tmp_path / "checkpoint-30"
