@@ -322,6 +322,11 @@ def test_a_bias_or_a_single_row_of_the_weight_spoils_only_what_needs_it():
         assert nc4(features, target, weight, bias).isnan()
     with pytest.warns(UserWarning, match="nc4: nan, because the classifier's weight"):
         assert nc4(features, target, weight * math.nan).isnan()
+    for value in (math.nan, math.inf, -math.inf):
+        one = weight.clone()
+        one[2, 3] = value
+        with pytest.warns(UserWarning, match="nc4: nan, because the classifier's weight holds"):
+            assert nc4(features, target, one).isnan()
     weight[1] = 0
     with pytest.warns(UserWarning, match="nc3_cosine: nan, because the classifier's weight is zero for one or more"):
         assert functional.nc3_cosine(features, target, weight).isnan()
