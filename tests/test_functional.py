@@ -40,6 +40,10 @@ def test_the_golden_values_are_met():
     assert nc1(features, target).item() == pytest.approx(0.00409094387203806, rel=1e-13)
     assert nc2_equinorm(features, target).item() == pytest.approx(0.00784386, rel=1e-6)
     assert nc2_maxangle(features, target).item() == pytest.approx(0.0111446387, rel=1e-8)
+    independent = reference.all_metrics(features.numpy(), target.numpy(), np.eye(3, 5), np.zeros(3))
+    assert independent["nc1"] == pytest.approx(0.00409094387203806, rel=1e-13)
+    assert independent["nc2_equinorm"] == pytest.approx(0.00784386, rel=1e-6)
+    assert independent["nc2_maxangle"] == pytest.approx(0.0111446387, rel=1e-8)
 
 
 @pytest.mark.parametrize(("classes", "distance"), [(4, 0.5176380902), (5, 0.4595058411), (10, 0.3203644860)])

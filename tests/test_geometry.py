@@ -388,7 +388,7 @@ def test_the_nearest_frame_is_that_of_the_classes_seen_and_of_finite_features():
     assert nearest_frame(moments_of(means, counts / 5)) == found  # one sample is enough for a class mean
     broken = replace(moments_of(means, counts), nonfinite=torch.tensor(1))
     two = replace(moments_of(torch.randn(2, 1)), nonfinite=torch.tensor(1))  # twice as many classes as dimensions
-    assert str(nearest_frame(two)).startswith("no frame was compared: 2 classes in 1 dimensions")
+    assert str(nearest_frame(two)).endswith("are needed; got 2 classes in 1 dimensions")
     for nothing in (broken, moments_of(means, counts * (torch.arange(6) == 2)), moments_of(means, counts * 0)):
         found = nearest_frame(nothing)
         assert (found.distances, found.nearest) == ({}, None)

@@ -11,9 +11,9 @@ from lightning_nc.functional.table import evaluate
 from lightning_nc.moments import ClassDeviations, ClassMoments
 
 
-def both(features, target):
+def both(features, target, classes=None):
     """The statistics of all features at hand, and of batches."""
-    classes = int(target.max()) + 1
+    classes = classes or int(target.max()) + 1
     moments = ClassMoments.zeros(classes, features.shape[1])
     for rows, labels in zip(features.split(50), target.split(50), strict=True):
         moments.update(rows, labels)
@@ -95,6 +95,15 @@ def test_exact_collapse_is_zero_without_a_warning():
         values, messages = warnings_of(lambda moments=moments: evaluate(("nc1", "nc1_trace", "nc1_cdnv"), moments))
         assert [value.item() for value in values.values()] == [0, 0, 0]
         assert messages == []
+
+
+@pytest.mark.parametrize(("labels", "said"), [([2, 2, 2], "only class 2 has samples"), ([], "no class has samples")])
+def test_fewer_than_two_classes_are_nan_and_one_warning_says_so(labels, said):
+    rows, target = torch.randn(len(labels), 5), torch.tensor(labels, dtype=torch.long)
+    for moments in both(rows, target, 4):
+        values, messages = warnings_of(lambda moments=moments: evaluate(("nc1", "nc2_etf"), moments))
+        assert all(value.isnan() for value in values.values())
+        assert messages == [f"{said}, and two are needed; the metrics are nan"]
 
 
 def test_each_reason_gets_one_warning_with_the_metrics_that_it_concerns():
