@@ -17,6 +17,7 @@ import argparse
 import functools
 import gc
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -344,6 +345,7 @@ def renew(scope: Any, key: str, value: Any, module: str) -> None:
     if isinstance(value, staticmethod | classmethod):
         old, value = getattr(old, "__func__", None), value.__func__
     if isinstance(value, types.FunctionType) and isinstance(old, types.FunctionType) and value.__module__ == module:
+        old, value = map(inspect.unwrap, (old, value))  # such as from torch.no_grad()
         if old.__code__ != value.__code__:
             old.__code__ = value.__code__
         old.__defaults__, old.__kwdefaults__ = value.__defaults__, value.__kwdefaults__

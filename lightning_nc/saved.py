@@ -122,22 +122,21 @@ def checked(state: Mapping[str, Any], source: str) -> dict[str, Any]:
     found = {"history": state["history"]}
     for name, check in (("scenes", scenes_of), ("per_class", _check_table), ("about", _check_texts)):
         try:
-            check(state.get(name, ()))
-            found |= {name: state[name]} if name in state else {}
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            if part := state.get(name):
+                check(part)
+                found[name] = part
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             rank_zero_warn(f"{problem.format(name, error)}; left out")
     return found
 
 
 def _check_table(table: Any) -> None:
-    if table and not (
-        all(isinstance(column, list) for column in table.values()) and len(set(map(len, table.values()))) == 1
-    ):
+    if not (all(isinstance(column, list) for column in table.values()) and len(set(map(len, table.values()))) == 1):
         raise ValueError("the columns of the table do not have the same length")
 
 
 def _check_texts(about: Any) -> None:
-    if about and not all(isinstance(part, str) for item in about.items() for part in item):
+    if not all(isinstance(part, str) for item in about.items() for part in item):
         raise ValueError("an entry is no text")
 
 

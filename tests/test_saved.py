@@ -14,6 +14,7 @@ from report_runs import collapsing
 from torch.utils.data import DataLoader
 
 from lightning_nc import History, NeuralCollapseCallback
+from lightning_nc.report import write_report
 
 
 def save(path, *histories, **others):
@@ -184,6 +185,7 @@ def test_rows_of_a_checkpoint_that_are_no_rows_are_refused_with_its_name(tmp_pat
         ("per_class", {"class": [0, 1], "samples": [4]}),
         ("about", "mode"),
         ("about", {"classes": [3]}),
+        ("about", torch.ones(2)),
     ],
 )
 def test_a_part_of_a_history_that_is_damaged_or_of_another_version_is_left_out_with_one_warning(tmp_path, part, value):
@@ -194,6 +196,16 @@ def test_a_part_of_a_history_that_is_damaged_or_of_another_version_is_left_out_w
     assert list(found) == list(history)
     assert not found.state()[part]
     assert [name for name in ("scenes", "per_class", "about") if not found.state()[name]] == [part]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("part", ["scenes", "per_class", "about"])
+def test_a_part_of_a_history_that_is_none_is_as_one_that_is_not_there(tmp_path, part):
+    file, history = changed(tmp_path, **{part: None})
+    found = History.read(file)
+    assert list(found) == list(history)
+    assert not found.state()[part]
+    write_report({"run": found}, tmp_path / "report.html")
 
 
 def test_a_checkpoint_with_one_other_bit_in_a_value_is_refused_instead_of_read_as_another_number(tmp_path):
