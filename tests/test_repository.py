@@ -67,6 +67,7 @@ def test_jobs_read_alone_except_for_publishing_and_reporting():
     assert writes == {
         "nightly.yml: report": {"issues": "write"},
         "release.yml: pypi": {"id-token": "write"},
+        "release.yml: testpypi": {"id-token": "write"},
         "release.yml: github": {"contents": "write"},
     }
     for file in WORKFLOWS:
