@@ -612,7 +612,7 @@ def test_a_metric_that_the_module_of_the_model_adds_can_be_named(file, tmp_path,
         METRICS.pop("my_spread", None)
     model = net().eval()
     model.load_state_dict(jittered(2))
-    rows = [model[:3](ROWS)[TARGET == label].detach().double() for label in range(3)]
+    rows = [model[:3](ROWS[label == TARGET]).detach().double() for label in range(3)]
     scatter = [float((own - own.mean(0)).square().sum()) for own in rows]
     assert row["nc/my_spread"] == pytest.approx(max(scatter) / sum(scatter), rel=1e-5)
 
