@@ -1,14 +1,20 @@
 # make demo   train ResNet18 on real digits until it collapses
 # make test   run the tests that cover every kind of thing once      make test-all   run the full matrices too
 # Both make the environment (.venv) first where it is missing. Needs Python 3.10 or newer and make, nothing else.
+# CONTRIBUTING.md lists all commands.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo language-model test test-all coverage test-browser test-oldest test-newest package soak lint types docs figures gallery \
+NUMBERED = $(addprefix figure-,4 9 8 7 6 3 2 1)
+
+.PHONY: help demo language-model test test-all coverage test-browser test-oldest test-newest package soak lint types docs figures gallery \
 	benchmarks mutation clean $(NUMBERED)
+
+help:
+	@sed '/^$$/q; s/^# //' Makefile
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/resnet18.py fit --config examples/configs/digits.yaml $(ARGS)
@@ -64,7 +70,6 @@ docs: $(INSTALLED)
 
 # The pictures of docs/ufm.md, docs/metrics.md and docs/gallery.md; make -j2 figures draws two at a time.
 UFM = OMP_NUM_THREADS=1 $(BIN)/python examples/ufm.py --out docs/figures
-NUMBERED = $(addprefix figure-,4 9 8 7 6 3 2 1)
 
 figures: $(NUMBERED) gallery
 	$(UFM) --theorem 5.1
@@ -103,5 +108,6 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -c "import torchvision"
 	@touch $@
 
+# What make builds. What a training, a download or make mutation has written stays.
 clean:
-	rm -rf $(VENV) docs/_build
+	rm -rf $(VENV) docs/_build dist .nox .mypy_cache .pytest_cache .ruff_cache .coverage* coverage.json

@@ -59,7 +59,6 @@ def measure_checkpoints(  # noqa: D417
     Raises:
         FileNotFoundError, ValueError, ImportError: for arguments that do not fit.
     """
-    names = names_to_measure(metrics, None)
     try:
         on = torch.device(device)
     except RuntimeError as error:
@@ -76,6 +75,7 @@ def measure_checkpoints(  # noqa: D417
         {"layers": layers, "metrics": metrics, "device": on, "progress": False},
         unsafe,
     )
+    names = names_to_measure(metrics, None)  # the modules of MODEL and DATA may have added some
     places, source, failed = in_training_order(found, unsafe)
     if places:
         print(f"{len(places)} checkpoint{'s' * (len(places) > 1)}, epochs {source}")

@@ -16,6 +16,7 @@ from versions import EMAWeightAveraging
 
 from lightning_nc import History, NeuralCollapseCallback, measure
 from lightning_nc.__main__ import main
+from lightning_nc.functional import METRICS
 from lightning_nc.runs import metrics_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -597,6 +598,23 @@ def test_the_current_directory_can_be_imported_from(file, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (row,) = run(tmp_path, file, "--model", "own_net:build", "--data", "own_net:loader")
     assert row["nc/nc1"] == values_of(jittered(2))["nc1"]
+
+
+def test_a_metric_that_the_module_of_the_model_adds_can_be_named(file, tmp_path, monkeypatch):
+    (tmp_path / "own_metric.py").write_text(
+        "from test_checkpoints import net as build\nfrom lightning_nc.functional import METRICS, MetricSpec\n"
+        'METRICS["my_spread"] = MetricSpec(lambda s: s.moments.spread.max() / s.moments.spread.sum(), "largest share")\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    try:
+        (row,) = run(tmp_path, file, "--model", "own_metric:build", *DATA, "--metrics", "my_spread")
+    finally:
+        METRICS.pop("my_spread", None)
+    model = net().eval()
+    model.load_state_dict(jittered(2))
+    rows = [model[:3](ROWS[label == TARGET]).detach().double() for label in range(3)]
+    scatter = [float((own - own.mean(0)).square().sum()) for own in rows]
+    assert row["nc/my_spread"] == pytest.approx(max(scatter) / sum(scatter), rel=1e-5)
 
 
 def test_a_warning_is_given_once_for_all_checkpoints(tmp_path):

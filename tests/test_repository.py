@@ -1,5 +1,6 @@
 """What the host of the repository reads: workflows call what exists, files have valid forms, a release has its notes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ GITHUB = ROOT / ".github"
 WORKFLOWS = sorted(GITHUB.glob("workflows/*.yml"))
 FORMS = sorted(set(GITHUB.glob("ISSUE_TEMPLATE/*.yml")) - {GITHUB / "ISSUE_TEMPLATE/config.yml"})
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+VERSION = lightning_nc.__version__.removesuffix(".dev0")  # the one that is released next
 
 pytestmark = pytest.mark.skipif(not WORKFLOWS, reason="the source distribution has no .github")
 
@@ -67,6 +69,7 @@ def test_jobs_read_alone_except_for_publishing_and_reporting():
     assert writes == {
         "nightly.yml: report": {"issues": "write"},
         "release.yml: pypi": {"id-token": "write"},
+        "release.yml: testpypi": {"id-token": "write"},
         "release.yml: github": {"contents": "write"},
     }
     for file in WORKFLOWS:
@@ -89,35 +92,53 @@ def test_the_version_of_the_code_has_a_part_of_the_changelog_and_is_the_version_
     assert citation["version"] == lightning_nc.__version__
     first = re.search(r"^## (\S+) - (unreleased|\d{4}-\d\d-\d\d)$", CHANGELOG, re.MULTILINE)
     assert first is not None
-    assert first[1] == lightning_nc.__version__
+    assert first[1] == VERSION
 
 
 @pytest.fixture
 def release(tmp_path):
     """Runs .ci/release_notes.py for a tag, with a changelog; returns the status, the output and the error."""
-    for name in (".ci/release_notes.py", "lightning_nc/__init__.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for name in (".ci", "lightning_nc"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".ci/release_notes.py").write_bytes((ROOT / ".ci/release_notes.py").read_bytes())
 
-    def call(tag, changelog):
+    def call(tag, changelog, version=VERSION, **environment):
+        (tmp_path / "lightning_nc/__init__.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
         (tmp_path / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
         command = [sys.executable, tmp_path / ".ci/release_notes.py", tag]
-        finished = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        alone = {name: value for name, value in os.environ.items() if name != "GITHUB_REPOSITORY"}
+        finished = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", env={**alone, **environment}
+        )
         return finished.returncode, finished.stdout, finished.stderr
 
     return call
 
 
 def test_a_release_shows_the_part_of_its_version_alone(release):
-    version = lightning_nc.__version__
     changelog = (
-        f"# Changelog\n\n## {version} - 2026-01-31\n\nIn short.\n\n### Added\n\n- A\n\n## 0.0.9 - 2025-01-01\n\n- B\n"
+        f"# Changelog\n\n## {VERSION} - 2026-01-31\n\nIn short.\n\n### Added\n\n- A\n\n## 0.0.9 - 2025-01-01\n\n- B\n"
     )
-    assert release(f"v{version}", changelog) == (0, "In short.\n\n### Added\n\n- A\n", "")
-    dated = CHANGELOG.replace(f"## {version} - unreleased", f"## {version} - 2026-01-31")
-    status, notes, _ = release(f"v{version}", dated)
+    assert release(f"v{VERSION}", changelog) == (0, "In short.\n\n### Added\n\n- A\n", "")
+    dated = CHANGELOG.replace(f"## {VERSION} - unreleased", f"## {VERSION} - 2026-01-31")
+    status, notes, _ = release(f"v{VERSION}", dated)
     assert status == 0
     assert "### Added" in notes
+
+
+def test_links_to_files_of_the_repository_work_on_the_page_of_a_release(release):
+    changelog = f"# Changelog\n\n## {VERSION} - 2026-01-31\n\n- [A](docs/a.md#b) and [C](https://c.org)\n"
+    address = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "me/nc"}
+    assert release(f"v{VERSION}", changelog, **address)[1] == (
+        f"- [A](https://github.com/me/nc/blob/v{VERSION}/docs/a.md#b) and [C](https://c.org)\n"
+    )
+
+
+def test_a_development_version_is_not_released(release):
+    changelog = "# Changelog\n\n## 0.2.0.dev0 - 2026-01-31\n\n- A\n"
+    status, notes, error = release("v0.2.0.dev0", changelog, version="0.2.0.dev0")
+    assert (status, notes) == (1, "")
+    assert "0.2.0.dev0 is a development version" in error
 
 
 @pytest.mark.parametrize(
@@ -131,7 +152,6 @@ def test_a_release_shows_the_part_of_its_version_alone(release):
     ],
 )
 def test_a_release_is_refused_if_its_tag_date_or_notes_are_wrong(release, tag, changelog, needs):
-    version = lightning_nc.__version__
-    status, notes, error = release(tag.format(version), "# Changelog\n\n" + changelog.format(version))
+    status, notes, error = release(tag.format(VERSION), "# Changelog\n\n" + changelog.format(VERSION))
     assert (status, notes) == (1, "")
-    assert needs.format(version) in error
+    assert needs.format(VERSION) in error
