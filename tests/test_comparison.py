@@ -154,6 +154,13 @@ def test_of_features_along_one_line_the_directional_variance_is_known():
     assert nc1_cdnv_directional(across, target).item() == 0
 
 
+def test_a_class_with_one_sample_and_labels_of_any_integer_type_count_like_others():
+    rows, target = torch.tensor([[0.0], [2.0], [1.2], [5.0]]), torch.tensor([0, 0, 1, 2])  # means 1, 1.2 and 5
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert ncc_error(rows, target.to(dtype)).item() == pytest.approx(1 / 4)  # 2 lies nearer to 1.2
+        assert nc1_cdnv_directional(rows, target.to(dtype)) == nc1_cdnv_directional(rows, target)
+
+
 def test_a_wrong_sample_is_one_share_of_the_error_and_of_the_disagreement():
     rows, target = torch.tensor([[-1.0], [-1.0], [4.0], [5.0], [5.0], [-2.0]]), torch.tensor([0, 0, 0, 1, 1, 1])
     # Class means 2/3 and 8/3: the third sample lies nearer to the other mean, and so does the last one.

@@ -35,6 +35,10 @@ def test_the_effective_depth_is_the_first_layer_as_good_as_the_last(errors, tole
     assert functional.effective_depth(errors, tolerance) == pytest.approx(depth, nan_ok=True)
 
 
+def test_a_layer_is_as_good_as_the_last_within_a_hundredth():
+    assert functional.effective_depth([0.5, 0.012, 0.009, 0.0]) == 3
+
+
 def test_the_golden_values_are_met():
     features, target = golden()
     assert nc1(features, target).item() == pytest.approx(0.00409094387203806, rel=1e-13)

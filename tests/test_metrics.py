@@ -556,18 +556,24 @@ def _half(rank, port, folder):
     regression = NeuralRegressionCollapse(3, FEATURES, weight[:3])
     regression.update(features[own], features[own, :3] ** 2)
     alone = [torch.distributed.new_group([other]) for other in (0, 1)][rank]
+    synced = fill(NeuralCollapse(6, FEATURES, weight, bias, ["nc1", "nc4"]), features[own], target[own])
+    within = fill(NeuralCollapse(6, FEATURES, metrics="nc1", process_group=alone), features[own], target[own])
+    assert within.compute()["nc1"].item() == pytest.approx(F.nc1(features[own], target[own], 6).item(), rel=1e-9)
     apart = NeuralCollapse(6, FEATURES, weight, bias, ["nc1", "nc4", "nc5"], sync_on_compute=False)
     apart.update(features[own], target[own])
     apart.update_ood(ood[rank::2])
     apart.merge_over_ranks(alone)
     assert torch.equal(apart.ood_sum, ood[rank::2].sum(dim=0))
+    assert apart.ood_count == len(ood[rank::2])
     assert metric.ood_count == 9
     assert apart.counts.sum() == apart.compared.sum() == len(target[own])
     many, labels = _many()
     moments = ClassMoments.zeros(300, 250)
     moments.update(many[rank::2], labels[rank::2])
     moments.merge_over_ranks()
-    values = metric.compute() | {f"held {name}": value for name, value in held.compute().items()} | regression.compute()
+    values = metric.compute() | {f"held {name}": value for name, value in held.compute().items()}
+    values |= regression.compute() | {f"synced {name}": value for name, value in synced.compute().items()}
+    assert synced.counts.sum() == len(target[own])  # the rank's own state is back
     parts = {field.name: getattr(moments, field.name) for field in fields(moments)} | {"pooled": moments.pooled()}
     torch.save([values, parts], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -583,6 +589,7 @@ def test_two_ranks_give_every_value_of_all_samples(tmp_path):
     features, target, weight, bias, ood = _problem()
     expected = reference.all_metrics(*(part.numpy() for part in (features, target, weight, bias, ood)))
     expected |= {f"held {name}": expected[name] for name in ("ncc_error", "nc4", "nc1_cdnv_directional")}
+    expected |= {f"synced {name}": expected[name] for name in ("nc1", "nc4")}
     squares = features[:, :3] ** 2
     expected["nrc1"] = F.nrc1(features, squares).item()
     expected |= {name: getattr(F, name)(features, squares, weight[:3]).item() for name in ("nrc2", "nrc3")}
@@ -827,6 +834,13 @@ def test_after_a_merge_over_ranks_nothing_is_added():
         assert around.compute().keys() == {"nc1", "nc1_train_means"}  # merges, though it compares no sample
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_metric_is_not_merged_with_itself():
+    metric = fill(NC1(CLASSES, FEATURES), *data())
+    with pytest.raises(ValueError, match="with itself: its samples would count twice"):
+        metric.merge_state(metric)
+    assert metric.counts.sum() == len(data()[1])
 
 
 def test_nc5_without_other_data_says_so():

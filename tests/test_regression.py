@@ -218,7 +218,9 @@ def test_a_value_that_means_nothing_is_nan_with_a_reason(function, change, reaso
         (lambda h, y, w: nrc1(h, y[:, :, None]), "targets must hold real numbers"),
         (lambda h, y, w: nrc1(h, y.tolist()), "targets must be a tensor of shape .* got list"),
         (lambda h, y, w: nrc2(h, y, w.T), r"weight must have shape \(3, 12\), got \(12, 3\)"),
+        (lambda h, y, w: nrc1(h, y.to_sparse()), "targets must be a dense tensor"),
         (lambda h, y, w: NeuralRegressionCollapse(0, 12), "num_targets must be an integer of at least 1, got 0"),
+        (lambda h, y, w: NeuralRegressionCollapse(1, 0), "num_features must be an integer of at least 1, got 0"),
         (lambda h, y, w: NeuralRegressionCollapse(3, 12, w.T), r"weight must have shape \(3, 12\), got \(12, 3\)"),
         (lambda h, y, w: NeuralRegressionCollapse(3, 11).update(h, y), "must have num_features=11 columns"),
         (lambda h, y, w: NeuralRegressionCollapse(2, 12).update(h, y), r"num_targets=2 columns, got \(200, 3\)"),
@@ -292,6 +294,23 @@ def test_it_works_in_inference_mode_under_autocast_and_in_a_collection_and_keeps
     for part in zip(rows.split(64), y.split(64), strict=True):
         collection.update(*part)
     assert collection.compute()["b_nrc1"].item() == pytest.approx(truth["nrc1"], rel=1e-10)
+
+
+def test_after_a_merge_over_ranks_nothing_is_added():
+    rows, y, weight = data()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        metric = metric_of(rows, y, weight, sync_on_compute=False)
+        metric.merge_over_ranks()
+        with pytest.raises(RuntimeError, match="before the next update"):
+            metric.update(rows, y)
+        assert floats(metric.compute()) == pytest.approx(expected(rows, y, weight), rel=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_feature_is_enough_for_a_state():
+    assert NeuralRegressionCollapse(1, 1).feature_scatter.shape == (1, 1)
 
 
 def test_no_samples_are_nan():

@@ -7,7 +7,7 @@ from conftest import clusters
 
 from lightning_nc import functional
 from lightning_nc.functional import METRICS
-from lightning_nc.functional.table import evaluate
+from lightning_nc.functional.table import check_metrics, evaluate
 from lightning_nc.moments import ClassDeviations, ClassMoments
 
 
@@ -25,6 +25,16 @@ def warnings_of(function):
         warnings.simplefilter("always")
         value = function()
     return value, [str(warning.message) for warning in caught]
+
+
+def test_the_metrics_that_only_a_simplex_etf_takes_to_their_value_at_collapse():
+    etf = """nc2_etf nc2_etf_centered nc2_equiangular nc2_maxangle nc2_weight nc2_weight_maxangle nc2_weight_equiangular
+    nc3_gram nc3_seli gnc2_log_spread""".split()
+    assert {name for name, spec in METRICS.items() if spec.etf} == {*etf}
+
+
+def test_all_leaves_out_what_is_slow_needs_other_data_or_seldom_exists():
+    assert {*METRICS} - {*check_metrics("all")} == {"nc5", "gnc2_margin", "nc2_orthoplex"}
 
 
 @pytest.mark.parametrize("features", [1, 4])

@@ -420,7 +420,7 @@ GEOMETRY = {
         exists=_has_simplex,
     ),
     "nc3_seli": MetricSpec(
-        lambda s: frame_distance(s.weight, "etf", s.centered), "NC3, weight times means to SELI", ("weight",)
+        lambda s: frame_distance(s.weight, "etf", s.centered), "NC3, weight times means to SELI", ("weight",), etf=True
     ),
     "nc2_orthoplex": MetricSpec(
         lambda s: _nc2_orthoplex(s.means), "NC2, class means to orthoplex", opt_in=True, exists=_has_orthoplex
