@@ -116,10 +116,9 @@ def _add_plot(plot: argparse.ArgumentParser) -> None:
 
 
 def _at_least_two(text: str) -> int:
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 2, got {text}")
+    return int(text)
 
 
 def _plot(given: argparse.Namespace) -> int:
