@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy
@@ -149,6 +150,10 @@ NC1 = {
     "raw sums": raw_sums,
     "ours": ours,
 }
+"""What the tables of costs have a row for."""
+
+NC1_DOUBLE = {name: in_double(NC1[name]) for name in ("Papyan, Han", "Zhu", "nc-toolbox")}
+NC1_DOUBLE["neural_collapse"] = neural_collapse_double
 
 # ----------------------------------------------------------------------------------------------------------------- CDNV
 
@@ -212,6 +217,7 @@ CDNV = {
     "nc-toolbox, float64": in_double(toolbox_cdnv),
     "ours": lambda batches, classes: ours(batches, classes, "nc1_cdnv"),
 }
+CDNV_DOUBLE = {name: in_double(CDNV[name]) for name in ("Galanti", "nc-toolbox")}
 
 
 # ------------------------------------------------------------------------------------------------------------ NC2 and NC3
@@ -319,15 +325,32 @@ def error(function: Callable[[Batches, int], float], rows: Tensor, target: Tenso
     return f"{abs(value / truth - 1):.0e}" if math.isfinite(value) else "nan"
 
 
+def columns(functions: dict[str, Callable[[Batches, int], float]]) -> list[str]:
+    """The names of the implementations."""
+    return [name for name in functions if "float64" not in name]
+
+
+def errors(
+    functions: dict[str, Callable[[Batches, int], float]],
+    double: dict[str, Callable[[Batches, int], float]],
+    *data: Any,
+) -> list[str]:
+    """A cell per implementation: the error with the features as they are given, and in float64 if there is a way to it."""
+    cells = {name: [error(functions[name], *data)] for name in columns(functions)}
+    for name, function in double.items():
+        cells[name] = list(dict.fromkeys([*cells[name], error(function, *data)]))
+    return list(map(" / ".join, cells.values()))
+
+
 def errors_of_nc1() -> str:
     """A row per kind of features, a column per implementation."""
     rows = []
     for name, (features, target, classes) in kinds().items():
         print(f"  {name}", file=sys.stderr, flush=True)
         truth = true_nc1(name, features, target)
-        cells = [error(function, features, target, classes, truth) for function in NC1.values()]
+        cells = errors(NC1, NC1_DOUBLE, features, target, classes, truth)
         rows.append([name, f"{truth:.2g}", *cells])
-    return table(["features", "NC1", *NC1], rows)
+    return table(["features", "NC1", *columns(NC1)], rows)
 
 
 def errors_of_cdnv() -> str:
@@ -337,9 +360,9 @@ def errors_of_cdnv() -> str:
         if name in (PLANE, "a direction 1e-4 as strong as the others", "100 classes, 64 features"):
             continue  # CDNV looks in all directions alike
         truth = true_cdnv(features.double().numpy(), target.numpy())
-        cells = [error(function, features, target, classes, truth) for function in CDNV.values()]
+        cells = errors(CDNV, CDNV_DOUBLE, features, target, classes, truth)
         rows.append([name, f"{truth:.2g}", *cells])
-    return table(["features", "CDNV", *CDNV], rows)
+    return table(["features", "CDNV", *columns(CDNV)], rows)
 
 
 def true_nc1(name: str, rows: Tensor, target: Tensor) -> float:
@@ -445,6 +468,8 @@ TABLES = {
 }
 
 if __name__ == "__main__":
+    if not {*sys.argv[1:]} <= {"--write"}:
+        raise SystemExit(__doc__)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     publish("peers.md", TABLES)

@@ -171,7 +171,7 @@ class ClassStatistics:
         if not kept.all():
             warnings.warn(
                 f"nc1 leaves out {int((~kept).sum())} of {len(kept)} directions of the class means: what differs along them "
-                f"is within the rounding of {str(self.precision).removeprefix('torch.')} features",
+                f"is within the rounding of {str(self.precision).removeprefix('torch.')} features (they have no more digits)",
                 stacklevel=2,
             )
         return rows[kept].T, values[kept]

@@ -40,6 +40,10 @@ def test_the_golden_values_are_met():
     assert nc1(features, target).item() == pytest.approx(0.00409094387203806, rel=1e-13)
     assert nc2_equinorm(features, target).item() == pytest.approx(0.00784386, rel=1e-6)
     assert nc2_maxangle(features, target).item() == pytest.approx(0.0111446387, rel=1e-8)
+    independent = reference.all_metrics(features.numpy(), target.numpy(), np.eye(3, 5), np.zeros(3))
+    assert independent["nc1"] == pytest.approx(0.00409094387203806, rel=1e-13)
+    assert independent["nc2_equinorm"] == pytest.approx(0.00784386, rel=1e-6)
+    assert independent["nc2_maxangle"] == pytest.approx(0.0111446387, rel=1e-8)
 
 
 @pytest.mark.parametrize(("classes", "distance"), [(4, 0.5176380902), (5, 0.4595058411), (10, 0.3203644860)])
@@ -322,6 +326,11 @@ def test_a_bias_or_a_single_row_of_the_weight_spoils_only_what_needs_it():
         assert nc4(features, target, weight, bias).isnan()
     with pytest.warns(UserWarning, match="nc4: nan, because the classifier's weight"):
         assert nc4(features, target, weight * math.nan).isnan()
+    for value in (math.nan, math.inf, -math.inf):
+        one = weight.clone()
+        one[2, 3] = value
+        with pytest.warns(UserWarning, match="nc4: nan, because the classifier's weight holds"):
+            assert nc4(features, target, one).isnan()
     weight[1] = 0
     with pytest.warns(UserWarning, match="nc3_cosine: nan, because the classifier's weight is zero for one or more"):
         assert functional.nc3_cosine(features, target, weight).isnan()

@@ -295,7 +295,10 @@ def test_random_class_means_are_near_to_no_frame(classes, features, unequal):
 def test_the_class_means_are_compared_with_every_frame_that_exists_and_with_chance(classes, features, frames, unequal):
     frames = frames if unequal else [name for name in frames if name != "nc2_seli"]
     counts = 5.0 + unequal * torch.arange(classes)
-    means = torch.randn(classes, features).double() + 0.5
+    offset = 20 * torch.arange(
+        features
+    )  # so that the class means have nearly the same length, but not the centered ones
+    means = torch.randn(classes, features).double() * torch.logspace(0, 1, classes).unsqueeze(1) + offset
     found = nearest_frame(moments_of(means, counts))
     lengths = {True: np.linalg.norm(means, axis=1), False: np.linalg.norm(means - means.mean(dim=0), axis=1)}
     drawn = {name: [] for name in frames}
@@ -360,6 +363,14 @@ def test_an_orthogonal_frame_has_a_mean_of_its_own_length(noise):
     assert {*named} == {"nc2_of", "nc2_etf_centered"}
 
 
+@pytest.mark.parametrize(("classes", "features"), [(1000, 2000), (1002, 1000), (1500, 1000)])
+def test_random_directions_of_very_many_classes_are_drawn_for_fewer_in_the_same_ratio(classes, features):
+    found = nearest_frame(moments_of(torch.randn(classes, features)))  # which are random directions themselves
+    assert found.chance == pytest.approx(found.distances, rel=0.01)
+    for name in {"nc2_etf_centered", "nc2_of"} & found.chance.keys():  # |G|^2 of unit rows is K + K^2 / d
+        assert found.chance[name] == pytest.approx(math.sqrt(2 - 2 / math.sqrt(1 + classes / features)), rel=0.002)
+
+
 def test_with_more_classes_than_twice_the_dimensions_no_distance_is_computed():
     found = nearest_frame(moments_of(torch.randn(21, 10)))
     assert (found.distances, found.chance, found.nearest) == ({}, {}, None)
@@ -374,9 +385,10 @@ def test_the_nearest_frame_is_that_of_the_classes_seen_and_of_finite_features():
     found = nearest_frame(moments_of(means, counts))
     assert found.nearest == "nc2_etf_centered"
     assert (found.num_classes, found.num_features) == (4, 9)
+    assert nearest_frame(moments_of(means, counts / 5)) == found  # one sample is enough for a class mean
     broken = replace(moments_of(means, counts), nonfinite=torch.tensor(1))
     two = replace(moments_of(torch.randn(2, 1)), nonfinite=torch.tensor(1))  # twice as many classes as dimensions
-    assert str(nearest_frame(two)).startswith("no frame was compared: 2 classes in 1 dimensions")
+    assert str(nearest_frame(two)).endswith("are needed; got 2 classes in 1 dimensions")
     for nothing in (broken, moments_of(means, counts * (torch.arange(6) == 2)), moments_of(means, counts * 0)):
         found = nearest_frame(nothing)
         assert (found.distances, found.nearest) == ({}, None)
@@ -428,7 +440,7 @@ def test_random_directions_depend_on_the_seed_and_the_counts_alone():
 # --------------------------------------------------------------------------------------------------------- classes
 
 
-@pytest.mark.parametrize(("classes", "features"), [(5, 8), (40, 3), (1100, 4)])
+@pytest.mark.parametrize(("classes", "features"), [(2, 3), (5, 8), (40, 3), (1100, 4)])
 def test_the_table_of_classes_agrees_with_a_computation_class_by_class(classes, features):
     rows, target = clusters(classes, 4, features, 0.4, dtype=torch.float64)
     weight = torch.randn(classes, features)

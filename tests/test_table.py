@@ -11,9 +11,9 @@ from lightning_nc.functional.table import evaluate
 from lightning_nc.moments import ClassDeviations, ClassMoments
 
 
-def both(features, target):
+def both(features, target, classes=None):
     """The statistics of all features at hand, and of batches."""
-    classes = int(target.max()) + 1
+    classes = classes or int(target.max()) + 1
     moments = ClassMoments.zeros(classes, features.shape[1])
     for rows, labels in zip(features.split(50), target.split(50), strict=True):
         moments.update(rows, labels)
@@ -63,9 +63,10 @@ def test_samples_around_class_means_of_other_data_vary_even_if_there_is_one_of_e
     rows, target = clusters(5, 1, 8, 0.3, dtype=torch.float64)
     moments = both(rows, target)[1]
     centers = moments.means + 0.1
+    centers[0] = moments.means[0]  # where a sample lies exactly on its center
     value = evaluate(("nc1_trace",), moments.around(centers))["nc1_trace"].item()
     between = (centers - centers.mean(dim=0)).square().sum().item() / 5
-    assert value == pytest.approx(0.01 * 8 / between, rel=1e-9)
+    assert value == pytest.approx(0.01 * 8 * 4 / 5 / between, rel=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "scatter"), [(torch.float32, 1e-8), (torch.bfloat16, 1e-4), (torch.float64, 1e-17)])
@@ -89,11 +90,20 @@ def test_variation_that_rounding_can_cause_keeps_its_value_with_a_warning(dtype,
 
 
 def test_exact_collapse_is_zero_without_a_warning():
-    target = torch.arange(4).repeat(6)
-    for moments in both(torch.eye(4)[target] * 3, target):
+    target = torch.cat([torch.arange(4).repeat(6), torch.tensor([4])])  # of the last class a single sample
+    for moments in both(torch.eye(5)[target] * 3, target):
         values, messages = warnings_of(lambda moments=moments: evaluate(("nc1", "nc1_trace", "nc1_cdnv"), moments))
         assert [value.item() for value in values.values()] == [0, 0, 0]
         assert messages == []
+
+
+@pytest.mark.parametrize(("labels", "said"), [([2, 2, 2], "only class 2 has samples"), ([], "no class has samples")])
+def test_fewer_than_two_classes_are_nan_and_one_warning_says_so(labels, said):
+    rows, target = torch.randn(len(labels), 5), torch.tensor(labels, dtype=torch.long)
+    for moments in both(rows, target, 4):
+        values, messages = warnings_of(lambda moments=moments: evaluate(("nc1", "nc2_etf"), moments))
+        assert all(value.isnan() for value in values.values())
+        assert messages == [f"{said}, and two are needed; the metrics are nan"]
 
 
 def test_each_reason_gets_one_warning_with_the_metrics_that_it_concerns():

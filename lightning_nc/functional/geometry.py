@@ -178,10 +178,10 @@ class Geometry:
     def words(self) -> str:
         """One sentence."""
         if not self.distances:
-            size = f"{self.num_classes} classes in {self.num_features} dimensions"
+            size = f"{self.num_classes} class{'es' * (self.num_classes != 1)} in {self.num_features} dimensions"
             if self.num_classes > 2 * self.num_features:
                 return f"no frame exists for {size}; what is expected is a softmax code"
-            return f"no frame was compared: {size}, of which two must have samples, with finite features"
+            return f"no frame was compared: two classes with samples, and finite features, are needed; got {size}"
         if self.nearest is not None:
             return f"nearest frame: {self._distance(self.nearest, 'distance ')}"
         return f"no frame is near: {', '.join(map(self._distance, self.distances))}"

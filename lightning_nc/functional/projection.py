@@ -68,6 +68,6 @@ def span_of_means(means: Tensor) -> Tensor:
     Source: Schönemann (1966), A generalized solution of the orthogonal Procrustes problem.
     """
     used = len(means) - 1
-    centered = means.double() - means.double().mean(dim=0)
-    left, _, right = torch.linalg.svd(centered.T @ simplex(len(means))[:, :used], full_matrices=False)
+    # The corners sum to zero, so the mean of the class means drops out.
+    left, _, right = torch.linalg.svd(means.double().T @ simplex(len(means))[:, :used], full_matrices=False)
     return torch.nn.functional.pad(left @ right, (0, AXES - used))

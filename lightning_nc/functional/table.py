@@ -149,6 +149,8 @@ def evaluate(
         warnings.warn(f"{fault}; the metrics are nan", stacklevel=2)
         return dict.fromkeys(keys, nan)
     if seen.sum() < 2:
+        only = f"only class {int(seen.nonzero())} has samples" if seen.any() else "no class has samples"
+        warnings.warn(f"{only}, and two are needed; the metrics are nan", stacklevel=2)
         return dict.fromkeys(keys, nan)
     if not seen.all():
         _warn_of_absent(seen)

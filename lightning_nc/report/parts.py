@@ -102,7 +102,7 @@ def words(history: History) -> str:
     """The summary, and which results may be unreliable."""
     terms = [f"<dt>{question}</dt>{text_of('dd', found)}" for question, found in summary(history).items()]
     doubts = text_of("li", cautions(history))
-    none = "<p>The data of the run show no reason for doubt.</p>"
+    none = "<p>None of the checks found anything.</p>"
     return (
         f"<h3>Summary</h3><dl>{''.join(terms)}</dl><h3>Check before you trust this</h3>"
         f"{f'<ul class=caution>{doubts}</ul>' if doubts else none}"
