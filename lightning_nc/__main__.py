@@ -116,10 +116,9 @@ def _add_plot(plot: argparse.ArgumentParser) -> None:
 
 
 def _at_least_two(text: str) -> int:
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 2, got {text}")
+    return int(text)
 
 
 def _plot(given: argparse.Namespace) -> int:
@@ -190,13 +189,15 @@ def _report(given: argparse.Namespace) -> int:
     from lightning_nc.report import write_report
 
     paths, out = given.runs, given.out
+    if out.is_dir():
+        out = out / "report.html"
+    elif out.suffix.lower() not in ("", ".html", ".htm"):  # a log or a checkpoint, which the page would replace
+        raise ValueError(f"--out must end in .html or be a directory, got {out}")
     places = [path.resolve() for path in paths]
     for place, path in zip(places, paths, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"{path} is given twice; pass each run once")
     runs = {str(path): _read(path) for path in paths}
-    if out.is_dir():
-        out = out / "report.html"
     write_report(runs, out)
     for name, rows in runs.items():
         print(f"{name}: {len(rows)} measurements")

@@ -233,10 +233,11 @@ def test_a_package_that_is_missing_is_named_with_the_remedy(run, refused, monkey
     assert "a figure needs matplotlib: pip install matplotlib" in refused(run("a"))
 
 
-def test_a_number_of_classes_below_two_is_refused(run, capsys):
+@pytest.mark.parametrize("number", ["1", "-3", "ten", "2.5", ""])
+def test_a_number_of_classes_that_is_no_whole_number_of_at_least_two_is_refused(run, capsys, number):
     with pytest.raises(SystemExit):
-        main(["plot", str(run("a")), "-k", "1"])
-    assert "--num-classes: must be at least 2, got 1" in capsys.readouterr().err
+        main(["plot", str(run("a")), f"-k{number}" if number else "-k="])
+    assert "--num-classes: must be a whole number of at least 2, got " in capsys.readouterr().err
 
 
 def test_the_version_lists_what_a_report_of_a_defect_needs(capsys):

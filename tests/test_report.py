@@ -471,6 +471,16 @@ def test_what_goes_wrong_is_one_line(tmp_path, capsys, monkeypatch):
     assert 'a report needs plotly: pip install "lightning-neural-collapse[report]"' in refused(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "last.ckpt", "trainer_state.json", "events.out.tfevents.1.host.2.0"])
+def test_the_command_does_not_write_over_a_log_or_a_checkpoint(tmp_path, capsys, name):
+    (tmp_path / "metrics.csv").write_text("epoch,nc/nc1\n0,0.5\n")
+    out = tmp_path / name
+    before = out.read_bytes() if out.exists() else None
+    assert main(["report", str(tmp_path / "metrics.csv"), "-o", str(out)]) == 1
+    assert capsys.readouterr().err == f"lightning-nc: --out must end in .html or be a directory, got {out}\n"
+    assert (out.read_bytes() if out.exists() else None) == before
+
+
 def test_a_report_without_a_metric_is_refused():
     with pytest.raises(ValueError, match="needs 'epoch' and a metric such as 'nc1' or 'nc/nc1'"):
         report({"empty": History()})

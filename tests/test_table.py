@@ -28,8 +28,18 @@ def warnings_of(function):
 
 
 def test_the_metrics_that_only_a_simplex_etf_takes_to_their_value_at_collapse():
-    etf = """nc2_etf nc2_etf_centered nc2_equiangular nc2_maxangle nc2_weight nc2_weight_maxangle nc2_weight_equiangular
-    nc3_gram nc3_seli gnc2_log_spread""".split()
+    etf = [
+        "nc2_etf",
+        "nc2_etf_centered",
+        "nc2_equiangular",
+        "nc2_maxangle",
+        "nc2_weight",
+        "nc2_weight_maxangle",
+        "nc2_weight_equiangular",
+        "nc3_gram",
+        "nc3_seli",
+        "gnc2_log_spread",
+    ]
     assert {name for name, spec in METRICS.items() if spec.etf} == {*etf}
 
 

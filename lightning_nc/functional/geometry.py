@@ -332,8 +332,8 @@ def per_class(moments: ClassMoments | ClassDeviations, weight: Tensor | None = N
     ``nearest_cdnv``    :math:`(s_k^2 + s_j^2) / (2 \|\mu_k - \mu_j\|^2)`, the term of :func:`nc1_cdnv` of this pair
     =================== ========================================================================================
 
-    What is not defined is nan, which with features that are not finite is everything but the first two columns. All pairs of
-    classes are compared, in blocks of rows.
+    What is not defined is nan, which with features that are not finite is everything but the first two columns, and with one
+    sample in every class ``nearest_cdnv``. All pairs of classes are compared, in blocks of rows.
 
     Args:
         moments: the statistics; the scatter matrix is not read.
@@ -354,7 +354,8 @@ def per_class(moments: ClassMoments | ClassDeviations, weight: Tensor | None = N
     elif len(classes) > 1:
         other, squares = _nearest(centered)
         nearest = classes[other].tolist()
-        columns["nearest_cdnv"] = (variance + variance[other]) / (2 * squares)
+        if moments.counts.max() > 1 or spread.any():  # one sample cannot vary around the mean of its class
+            columns["nearest_cdnv"] = (variance + variance[other]) / (2 * squares)
     cdnv = columns.pop("nearest_cdnv").tolist()
     shown = {name: column.tolist() for name, column in columns.items()}
     samples = moments.counts.long().tolist()
