@@ -6,7 +6,7 @@ import torch
 from conftest import clusters
 
 from lightning_nc import functional
-from lightning_nc.functional import METRICS
+from lightning_nc.functional import METRICS, MetricSpec
 from lightning_nc.functional.table import check_metrics, evaluate
 from lightning_nc.moments import ClassDeviations, ClassMoments
 
@@ -27,24 +27,31 @@ def warnings_of(function):
     return value, [str(warning.message) for warning in caught]
 
 
-def test_the_metrics_that_only_a_simplex_etf_takes_to_their_value_at_collapse():
-    etf = [
-        "nc2_etf",
-        "nc2_etf_centered",
-        "nc2_equiangular",
-        "nc2_maxangle",
-        "nc2_weight",
-        "nc2_weight_maxangle",
-        "nc2_weight_equiangular",
-        "nc3_gram",
-        "nc3_seli",
-        "gnc2_log_spread",
-    ]
-    assert {name for name, spec in METRICS.items() if spec.etf} == {*etf}
+FLAGS = {
+    "within": "nc1 nc1_trace nc1_cdnv nc1_vci nc1_cdnv_directional",
+    "scatter": "nc1 nc1_vci stable_rank_features numerical_rank_features",
+    "pairwise": "nc1_cdnv nc2_equiangular nc2_maxangle gnc2_log gnc2_log_spread nc2_weight_equiangular nc2_weight_maxangle",
+    "samples": "nc1_cdnv_directional nc4 ncc_error",
+    "opt_in": "nc2_orthoplex gnc2_margin nc5",
+    "etf": "nc2_etf nc2_etf_centered nc2_equiangular nc2_maxangle gnc2_log_spread nc2_weight nc2_weight_equiangular "
+    "nc2_weight_maxangle nc3_gram nc3_seli",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_the_table_says_what_a_metric_reads_and_compares_with(flag):
+    """By the formulas of docs/metrics.md."""
+    assert {name for name, spec in METRICS.items() if getattr(spec, flag)} == {*FLAGS[flag].split()}
 
 
 def test_all_leaves_out_what_is_slow_needs_other_data_or_seldom_exists():
     assert {*METRICS} - {*check_metrics("all")} == {"nc5", "gnc2_margin", "nc2_orthoplex"}
+
+
+def test_a_row_that_gives_only_a_formula_reads_class_means_and_falls_to_zero():
+    row = MetricSpec(lambda s: s.centered.abs().max())
+    assert (row.title, row.direction, row.value_at_collapse(5), row.exists(9, 2)) == ("", "falls", 0, True)
+    assert not any(getattr(row, flag) for flag in FLAGS)
 
 
 @pytest.mark.parametrize("features", [1, 4])
