@@ -379,6 +379,14 @@ def test_bad_batches_are_refused_before_they_reach_the_state():
     assert metric.counts.sum() == 0
 
 
+def test_by_default_samples_with_the_label_minus_100_are_left_out():
+    features, target = data()
+    for make in (NC1, lambda *size: NeuralCollapse(*size, metrics="nc1")):
+        metric = fill(make(CLASSES, FEATURES), torch.cat([features, features]), torch.cat([target, target * 0 - 100]))
+        assert metric.counts.sum() == len(target)
+        assert not metric.higher_is_better
+
+
 @pytest.mark.parametrize("ignore_index", [-100, 255, 2])
 def test_samples_with_the_ignored_label_are_left_out_of_every_metric(ignore_index):
     features, target = data()
