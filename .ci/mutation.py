@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -398,11 +399,15 @@ def in_fork(seconds: float, work: Callable[[], str | None]) -> tuple[str, str]:
 
 def failing(items: list[pytest.Item]) -> str | None:
     """The first of the tests that fails."""
+    from _pytest.config import parse_warning_filter
     from _pytest.runner import runtestprotocol
 
     for item, following in zip(items, [*items[1:], None], strict=True):
-        if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
-            return item.nodeid
+        with warnings.catch_warnings():
+            for text in (text for mark in item.iter_markers("filterwarnings") for text in mark.args):
+                warnings.filterwarnings(*parse_warning_filter(text, escape=False))
+            if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
+                return item.nodeid
     return None
 
 

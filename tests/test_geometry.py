@@ -491,6 +491,8 @@ def test_what_the_table_cannot_tell_is_nan_and_none():
     broken = per_class(ClassDeviations.of(rows, target, 3))
     assert (broken["samples"], broken["nearest"]) == ([5, 5, 5], [None] * 3)
     assert all(math.isnan(value) for name in ("nc1_trace_share", "mean_norm", "nearest_cdnv") for value in broken[name])
+    collapsed = per_class(ClassDeviations.of(torch.eye(3)[[0, 0, 1, 1, 2]], torch.tensor([0, 0, 1, 1, 2]), 3))
+    assert collapsed["nearest_cdnv"] == [0, 0, 0], "a class with two samples is enough"
     single = per_class(ClassDeviations.of(torch.eye(3), torch.arange(3), 3))
     assert np.isnan(single["nearest_cdnv"]).all(), "one sample in every class, so nothing is known about scatter"
     assert single["nearest"] == [1, 0, 0]
