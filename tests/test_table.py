@@ -44,6 +44,20 @@ def test_the_table_says_what_a_metric_reads_and_compares_with(flag):
     assert {name for name, spec in METRICS.items() if getattr(spec, flag)} == {*FLAGS[flag].split()}
 
 
+@pytest.mark.parametrize(
+    ("formula", "error", "message"),
+    [
+        (lambda s: 1 / 0, RuntimeError, "the formula of 'own' failed: ZeroDivisionError: division by zero"),
+        (lambda s: 1.0, TypeError, "the formula of 'own' must return a tensor of shape .., got 1.0"),
+        (lambda s: s.centered[0], TypeError, "the formula of 'own' must return a tensor of shape .., got tensor"),
+    ],
+)
+def test_a_formula_that_fails_or_returns_no_number_is_named(monkeypatch, formula, error, message):
+    monkeypatch.setitem(METRICS, "own", MetricSpec(formula))
+    with pytest.raises(error, match=message):
+        evaluate(("own",), ClassDeviations.of(*clusters(3, 5, 4, 0.2), 3))
+
+
 def test_all_leaves_out_what_is_slow_needs_other_data_or_seldom_exists():
     assert {*METRICS} - {*check_metrics("all")} == {"nc5", "gnc2_margin", "nc2_orthoplex"}
 
