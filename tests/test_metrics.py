@@ -165,6 +165,8 @@ def test_the_state_keeps_its_precision_when_the_model_changes_its_own():
     metric.to(torch.bfloat16).half().to("cpu")
     assert metric.means.dtype == torch.float64
     assert metric.compute() == value
+    metric.reset()
+    assert fill(metric, *data()).compute() == value
     metric.to("meta")
     assert metric.means.device.type == "meta"
 
@@ -563,10 +565,25 @@ def _half(rank, port, folder):
     fill(held, features[own], target[own])
     regression = NeuralRegressionCollapse(3, FEATURES, weight[:3])
     regression.update(features[own], features[own, :3] ** 2)
+    sums = NeuralRegressionCollapse(3, FEATURES, sync_on_compute=False)
+    sums.merge_over_ranks()  # of no samples
+    assert not sums.feature_mean.any()
+    sums.reset()
+    if rank:  # one sample in all
+        sums.update(features[:1], features[:1, :3])
+    sums.merge_over_ranks()
+    torch.testing.assert_close(sums.feature_mean, features[0], rtol=1e-12, atol=0)
+    sums.reset()
+    sums.update(features[own] if rank else features[own] / 0, features[own, :3])
+    sums.merge_over_ranks()
+    assert sums.nonfinite == 50  # of the other rank
     alone = [torch.distributed.new_group([other]) for other in (0, 1)][rank]
     synced = fill(NeuralCollapse(6, FEATURES, weight, bias, ["nc1", "nc4"]), features[own], target[own])
     within = fill(NeuralCollapse(6, FEATURES, metrics="nc1", process_group=alone), features[own], target[own])
     assert within.compute()["nc1"].item() == pytest.approx(F.nc1(features[own], target[own], 6).item(), rel=1e-9)
+    parted = NeuralRegressionCollapse(3, FEATURES, process_group=alone)
+    parted.update(features[own], features[own, :3] ** 2)
+    assert parted.compute()["nrc1"].item() == pytest.approx(F.nrc1(features[own], features[own, :3]).item(), rel=1e-9)
     apart = NeuralCollapse(6, FEATURES, weight, bias, ["nc1", "nc4", "nc5"], sync_on_compute=False)
     apart.update(features[own], target[own])
     apart.update_ood(ood[rank::2])
