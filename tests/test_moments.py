@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import itertools
 import math
 import threading
 from dataclasses import fields, replace
@@ -164,6 +165,18 @@ def test_an_update_is_exact_in_autocast_inference_mode_and_reduced_precision_and
     moments.update(features, target)  # outside of inference mode again
     assert moments.counts.tolist() == [200] * 5
     assert values_of(moments) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_precision_of_features_is_the_coarsest_type_that_holds_them_all():
+    coarser = [(7, torch.bfloat16), (10, torch.float16), (23, torch.float32), (52, torch.float64)]
+    target = torch.tensor([0, 1])
+    for digits, dtype in coarser:
+        rows = torch.tensor([[1.0], [1 + 2.0**-digits]], dtype=torch.float64)
+        assert ClassDeviations.of(rows, target, 2).precision == dtype
+        assert gather(rows.to(dtype), target, 2).precision == dtype
+    for (digits, _), (_, finer) in itertools.pairwise(coarser):
+        rows = torch.tensor([[1.0], [1 + 2.0 ** -(digits + 1)]], dtype=torch.float64)
+        assert gather(rows, target, 2).precision == finer
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs torch 2.9")

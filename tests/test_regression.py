@@ -216,6 +216,7 @@ def test_a_value_that_means_nothing_is_nan_with_a_reason(function, change, reaso
         (lambda h, y, w: nrc1(h.long(), y), "features must be float64, float32"),
         (lambda h, y, w: nrc1(h, y.bool()), r"targets must hold real numbers of shape \(N, n\).* got torch.bool"),
         (lambda h, y, w: nrc1(h, y[:, :, None]), "targets must hold real numbers"),
+        (lambda h, y, w: nrc1(h, y.to(torch.complex64)), "targets must hold real numbers"),
         (lambda h, y, w: nrc1(h, y.tolist()), "targets must be a tensor of shape .* got list"),
         (lambda h, y, w: nrc2(h, y, w.T), r"weight must have shape \(3, 12\), got \(12, 3\)"),
         (lambda h, y, w: nrc1(h, y.to_sparse()), "targets must be a dense tensor"),
