@@ -3,8 +3,8 @@
     python benchmarks/long_run.py [--epochs 1000]
 
 The run measures every epoch, with two layers, pictures of three classes, a CSVLogger, and a checkpoint after every epoch. The
-baseline is the same run without the callback, in the same process. Times are of the processor, and
-medians over a tenth of the epochs, because other processes disturb single ones.
+baseline is the same run without the callback, in the same process. Times are of the processor, and medians over a tenth of the
+epochs, because other processes disturb single ones.
 """
 
 import argparse

@@ -142,7 +142,9 @@ def in_double(function: Callable[[Batches, int], float]) -> Callable[[Batches, i
 
 NC1 = {
     "Papyan, Han": papyan,
+    "Papyan, Han, float64": in_double(papyan),
     "Zhu": zhu,
+    "Zhu, float64": in_double(zhu),
     "neural_collapse": neural_collapse,
     "neural_collapse, float64": neural_collapse_double,
     "nc-toolbox": toolbox,
@@ -150,10 +152,6 @@ NC1 = {
     "raw sums": raw_sums,
     "ours": ours,
 }
-"""What the tables of costs have a row for."""
-
-NC1_DOUBLE = {name: in_double(NC1[name]) for name in ("Papyan, Han", "Zhu", "nc-toolbox")}
-NC1_DOUBLE["neural_collapse"] = neural_collapse_double
 
 # ----------------------------------------------------------------------------------------------------------------- CDNV
 
@@ -212,12 +210,12 @@ def toolbox_cdnv(batches: Batches, _: int) -> float:
 
 CDNV = {
     "Galanti": galanti,
+    "Galanti, float64": in_double(galanti),
     "neural_collapse": neural_collapse_cdnv,
     "nc-toolbox": toolbox_cdnv,
     "nc-toolbox, float64": in_double(toolbox_cdnv),
     "ours": lambda batches, classes: ours(batches, classes, "nc1_cdnv"),
 }
-CDNV_DOUBLE = {name: in_double(CDNV[name]) for name in ("Galanti", "nc-toolbox")}
 
 
 # ------------------------------------------------------------------------------------------------------------ NC2 and NC3
@@ -330,16 +328,10 @@ def columns(functions: dict[str, Callable[[Batches, int], float]]) -> list[str]:
     return [name for name in functions if "float64" not in name]
 
 
-def errors(
-    functions: dict[str, Callable[[Batches, int], float]],
-    double: dict[str, Callable[[Batches, int], float]],
-    *data: Any,
-) -> list[str]:
+def errors(functions: dict[str, Callable[[Batches, int], float]], *data: Any) -> list[str]:
     """A cell per implementation: the error with the features as they are given, and in float64 if there is a way to it."""
-    cells = {name: [error(functions[name], *data)] for name in columns(functions)}
-    for name, function in double.items():
-        cells[name] = list(dict.fromkeys([*cells[name], error(function, *data)]))
-    return list(map(" / ".join, cells.values()))
+    found = {name: error(function, *data) for name, function in functions.items()}
+    return [" / ".join(dict.fromkeys([found[n], found.get(f"{n}, float64", found[n])])) for n in columns(functions)]
 
 
 def errors_of_nc1() -> str:
@@ -348,7 +340,7 @@ def errors_of_nc1() -> str:
     for name, (features, target, classes) in kinds().items():
         print(f"  {name}", file=sys.stderr, flush=True)
         truth = true_nc1(name, features, target)
-        cells = errors(NC1, NC1_DOUBLE, features, target, classes, truth)
+        cells = errors(NC1, features, target, classes, truth)
         rows.append([name, f"{truth:.2g}", *cells])
     return table(["features", "NC1", *columns(NC1)], rows)
 
@@ -360,7 +352,7 @@ def errors_of_cdnv() -> str:
         if name in (PLANE, "a direction 1e-4 as strong as the others", "100 classes, 64 features"):
             continue  # CDNV looks in all directions alike
         truth = true_cdnv(features.double().numpy(), target.numpy())
-        cells = errors(CDNV, CDNV_DOUBLE, features, target, classes, truth)
+        cells = errors(CDNV, features, target, classes, truth)
         rows.append([name, f"{truth:.2g}", *cells])
     return table(["features", "CDNV", *columns(CDNV)], rows)
 

@@ -104,6 +104,10 @@ class ClassStatistics:
         """A copy of only the classes in the mask ``classes``, (K,), which holds all classes that have a sample."""
         return replace(self, counts=self.counts[classes], means=self.means[classes], spread=self.spread[classes])
 
+    def varies(self) -> bool:
+        """Whether samples can differ from the mean of their class: if every class has one, only from a mean of other data."""
+        return bool(self.counts.max() > 1 or self.spread.any())
+
     def fault(self) -> str | None:
         """Why nothing can be computed: a feature that is not finite, or squares out of range. None if all is well."""
         if self.nonfinite:
@@ -222,7 +226,7 @@ class ClassMoments(ClassStatistics):
     ) -> ClassMoments:
         """The moments of no samples. Without ``scatter`` they take O(K d) memory instead of O(K d + d^2)."""
         side = num_features if scatter else 0
-        device = torch.empty(0).device if device is None else device  # torch 2.4 names no other default
+        device = torch.empty(0, device=device).device  # for None the default
         with torch.inference_mode(False):  # so that they can be updated in place in any mode
             count = torch.zeros((), dtype=torch.long, device=device)
             sums = torch.zeros(num_classes, dtype=state_dtype(device), device=device)

@@ -59,7 +59,7 @@ class RegressionMoments:
     def zeros(cls, num_targets: int, num_features: int, device: torch.device | str | None = None) -> RegressionMoments:
         """The moments of no samples."""
         with torch.inference_mode(False):  # so that they can be updated in place in any mode
-            device = torch.empty(0).device if device is None else device  # torch 2.4 names no other default
+            device = torch.empty(0, device=device).device  # for None the default
             none = torch.zeros(0, max(num_features, num_targets), dtype=state_dtype(device), device=device)
             return cls.of(none[:, :num_features], none[:, :num_targets])
 

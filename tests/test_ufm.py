@@ -188,9 +188,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, model):
     trainer(tmp_path, 3, NeuralCollapseCallback(), save, enable_checkpointing=True).fit(ufm.build(c, 0))
     resumed, again = ufm.build(c, 1), NeuralCollapseCallback()
     runner = trainer(tmp_path, 6, again)
-    trusted = (
-        {"weights_only": False} if "weights_only" in signature(runner.fit).parameters else {}
-    )  # since lightning 2.6
+    since_2_6 = "weights_only" in signature(runner.fit).parameters
+    trusted = {"weights_only": False} if since_2_6 else {}
     runner.fit(resumed, ckpt_path=save.best_model_path, **trusted)
     for expected, got in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, got)

@@ -354,7 +354,7 @@ def per_class(moments: ClassMoments | ClassDeviations, weight: Tensor | None = N
     elif len(classes) > 1:
         other, squares = _nearest(centered)
         nearest = classes[other].tolist()
-        if moments.counts.max() > 1 or spread.any():  # one sample cannot vary around the mean of its class
+        if moments.varies():
             columns["nearest_cdnv"] = (variance + variance[other]) / (2 * squares)
     cdnv = columns.pop("nearest_cdnv").tolist()
     shown = {name: column.tolist() for name, column in columns.items()}

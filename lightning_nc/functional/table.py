@@ -187,7 +187,7 @@ def _value(name: str, s: Summary, broken: set[str]) -> tuple[Tensor, Tensor, str
         return nan, nan, f"the classifier's {' and '.join(sorted(lost))} holds an infinity or a nan"
     if not spec.exists(*s.means.shape):
         return nan, nan, "{} classes in {} dimensions cannot have this geometry".format(*s.means.shape)
-    if spec.within and s.moments.counts.max() == 1 and not s.moments.spread.any():
+    if spec.within and not s.moments.varies():
         return nan, nan, "every class has one sample, which cannot vary around the mean of its class"
     try:
         result = spec.formula(s)
